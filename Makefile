@@ -1,0 +1,38 @@
+# make demo   train a captioner on drawings of coloured shapes, score it, write a page with its captions
+# make test   lint, type checks and tests
+#
+# Both install into $(VENV) first. Needs Python 3.11 or later: make demo PYTHON=python3.12
+
+PYTHON ?= python3
+VENV ?= .venv
+# extras (see setup.cfg) that `make test` installs: make test EXTRAS=test,java,torch
+EXTRAS ?= test
+PYTEST_FLAGS ?= --numprocesses=auto --dist=loadfile
+
+BIN = $(VENV)/bin
+
+.PHONY: demo test
+.DELETE_ON_ERROR:  # a virtual environment that was only half made is made again
+
+demo: $(VENV)/installed
+	$(BIN)/python train.py
+	$(BIN)/python evaluate.py
+
+test: $(VENV)/installed-$(EXTRAS)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/pytest $(PYTEST_FLAGS)
+
+# Empty files that say which installation is up to date.
+$(VENV)/installed: setup.cfg pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --editable .
+	touch $@
+
+$(VENV)/installed-$(EXTRAS): setup.cfg pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --editable ".[$(EXTRAS)]"
+	touch $@
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or later is needed: make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)

@@ -1,0 +1,164 @@
+"""From a checkpoint to captions."""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from clipcap_jax import checkpoint, images, parallel
+from clipcap_jax.data import CaptionData, input_batches
+from clipcap_jax.decode import DecodeConfig, Hypotheses, beam_search
+from clipcap_jax.errors import UserError
+from clipcap_jax.models.clipcap import ClipCap
+from clipcap_jax.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Caption:
+    """A caption; `finished` is false where the length limit cut it; `score` ranks it (see `decode.DecodeConfig`)."""
+
+    text: str
+    finished: bool
+    score: float
+
+
+class Generator:
+    """Captions batches on all devices, with whatever parameters it is given."""
+
+    def __init__(self, model: ClipCap, tokenizer: Tokenizer, decode: DecodeConfig):
+        self._tokenizer = tokenizer
+
+        def best(params: Any, inputs: jax.Array) -> Hypotheses:
+            found = beam_search(model, params, inputs, decode, tokenizer.end_id)
+            return jax.tree.map(lambda x: x[:, 0], found)
+
+        self._best = parallel.map_rows(best)
+
+    def __call__(self, params: Any, inputs: np.ndarray) -> list[Caption]:
+        """Caption one batch, whose size is a multiple of the number of devices."""
+        found = self._best(params, inputs)
+        return [
+            Caption(self._tokenizer.decode(tokens), bool(finished), float(score))
+            for tokens, finished, score in zip(found.tokens, found.finished, found.scores, strict=True)
+        ]
+
+    def all(self, params: Any, data: CaptionData, indices: np.ndarray, batch_size: int) -> Iterator[Caption]:
+        """Caption the given examples, in order, each once."""
+        for rows, inputs in input_batches(data, indices, parallel.round_up(min(batch_size, len(indices)))):
+            yield from self(params, inputs)[:rows]
+
+
+class Captioner:
+    """A trained model, ready to caption.
+
+    Attributes:
+      metadata: what the checkpoint says about the model.
+      model, params: the model.
+      step: the checkpoint's.
+    """
+
+    def __init__(self, metadata: checkpoint.Metadata, params: Any, step: int, decode: DecodeConfig | None = None):
+        self.metadata = metadata
+        self.step = step
+        self.model = ClipCap(metadata.config.model)
+        self.params = parallel.replicate(params)
+        self.decode = decode or metadata.config.evaluate.decode
+        self.generate = Generator(self.model, metadata.tokenizer, self.decode)
+
+    @classmethod
+    def load(cls, run: str | Path, which: str = "best", decode: DecodeConfig | None = None) -> "Captioner":
+        """Load a checkpoint.
+
+        Args:
+          run: the folder that training wrote to.
+          which: "best" (by CIDEr on the validation subset), "latest" or a step.
+          decode: how to search; None: as the run's config says.
+
+        Raises:
+          UserError: there is no such checkpoint, or this version cannot read it.
+        """
+        with checkpoint.opened(Path(run)) as checkpoints:
+            step = checkpoints.find(which)
+            return cls(checkpoints.metadata(step), checkpoints.params(step), step, decode)
+
+    def with_decode(self, decode: DecodeConfig) -> "Captioner":
+        """The same model, searching differently."""
+        return Captioner(self.metadata, self.params, self.step, decode)
+
+    @property
+    def image_size(self) -> int | None:
+        """Side in pixels of the pictures it reads; None: it reads embeddings."""
+        config = self.metadata.config
+        return config.model.clip.image_size if config.data.input == "image" and config.model.clip else None
+
+    def caption_files(
+        self, paths: Sequence[Path], *, batch_size: int, workers: int
+    ) -> Iterator[tuple[Path, Caption | UserError]]:
+        """Caption picture files, in order; of one that cannot be read comes the error instead.
+
+        Pictures are decoded by `workers` threads, one batch ahead of the devices.
+        """
+        if self.image_size is None:
+            raise self._not_pictures()
+        size = self.image_size
+
+        def load(path: Path) -> np.ndarray | UserError:
+            try:
+                return images.preprocess(images.decode(path.read_bytes()), size)
+            except UserError as error:
+                return error
+            except OSError as error:
+                return UserError(f"cannot be read: {error.strerror}")
+
+        with ThreadPoolExecutor(workers) as pool:
+            chunks = [paths[i : i + batch_size] for i in range(0, len(paths), batch_size)]
+            loading = [pool.submit(load, path) for path in chunks[0]] if chunks else []
+            for chunk, following in itertools.zip_longest(chunks, chunks[1:], fillvalue=()):
+                loaded = [future.result() for future in loading]
+                loading = [pool.submit(load, path) for path in following]
+                pixels = [picture for picture in loaded if isinstance(picture, np.ndarray)]
+                captions = iter(self.caption(np.stack(pixels), batch_size) if pixels else ())
+                for path, picture in zip(chunk, loaded, strict=True):
+                    yield path, picture if isinstance(picture, UserError) else next(captions)
+
+    def caption(self, inputs: np.ndarray, batch_size: int = 64) -> Iterator[Caption]:
+        """Caption preprocessed pictures, uint8 `n H W 3` (see `images.preprocess`), or embeddings, float `n E`.
+
+        Raises:
+          UserError: the inputs are not of the kind or width that the model was trained on.
+        """
+        if self.image_size is None:
+            self._check_embeddings(inputs)
+        elif inputs.ndim != 4:
+            raise UserError("this checkpoint was trained on pictures and cannot caption embeddings")
+        size = parallel.round_up(batch_size)  # one shape, so that it is compiled once
+        for start in range(0, len(inputs), size):
+            rows = inputs[start : start + size]
+            filled = np.concatenate([rows, np.repeat(rows[:1], size - len(rows), axis=0)])
+            yield from self.generate(self.params, filled)[: len(rows)]
+
+    def _embedding_kind(self) -> str:
+        encoder = self.metadata.encoder or "an encoder that it does not name"
+        return f"embeddings of width {self.metadata.embedding_width} from {encoder}"
+
+    def _not_pictures(self) -> UserError:
+        return UserError(
+            f"this checkpoint was trained on {self._embedding_kind()}, not on pictures: embed the pictures with that "
+            "encoder and give the matrix (.npy, one row per picture)"
+        )
+
+    def _check_embeddings(self, inputs: np.ndarray) -> None:
+        if inputs.ndim != 2:
+            raise self._not_pictures()
+        if inputs.shape[1] != self.metadata.embedding_width:
+            raise UserError(
+                f"the embeddings are {inputs.shape[1]} wide; this checkpoint was trained on {self._embedding_kind()}"
+            )
+        bad = np.flatnonzero(~np.isfinite(inputs).all(axis=1))
+        if len(bad):
+            raise UserError(f"{len(bad)} embeddings are not finite, the first in row {bad[0]} (counted from 0)")

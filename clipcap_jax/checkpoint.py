@@ -1,0 +1,222 @@
+"""Orbax checkpoints that hold everything to go on training and everything to use the model elsewhere.
+
+`<run>/checkpoints/<step>/` holds four Orbax items:
+
+    params      the model's parameters, frozen parts included: nested dicts of float32 arrays
+    optimizer   Optax's state, for the trained parts
+    position    JSON: the step and the run's total, the random key's data, Grain's position in the data
+    metadata    JSON: format_version, config, tokenizer, encoder, embedding_width, decoding end token
+
+`params` and `metadata` are all that captioning needs; plain Orbax restores them without this package.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+
+from clipcap_jax import config as config_lib
+from clipcap_jax.errors import UserError
+from clipcap_jax.tokenizer import Tokenizer
+
+FORMAT_VERSION = 1
+BEST_METRIC = "CIDEr"
+FOLDER = "checkpoints"
+
+
+@dataclasses.dataclass(frozen=True)
+class Metadata:
+    """What a checkpoint says about its model.
+
+    Attributes:
+      config: the run's.
+      tokenizer: the one it was trained with.
+      encoder: the name of what made the embeddings it reads, "" when it reads pictures or that is not known.
+      embedding_width: E.
+    """
+
+    config: config_lib.Config
+    tokenizer: Tokenizer
+    encoder: str
+    embedding_width: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "format_version": FORMAT_VERSION,
+            "config": dataclasses.asdict(self.config),
+            "tokenizer": self.tokenizer.to_dict(),
+            "encoder": self.encoder,
+            "embedding_width": self.embedding_width,
+        }
+
+    @classmethod
+    def from_dict(cls, stored: dict[str, Any]) -> "Metadata":
+        version = stored["format_version"]
+        if version != FORMAT_VERSION:
+            raise UserError(
+                f"the checkpoint has format {version}, and this clipcap_jax reads format {FORMAT_VERSION}: "
+                "install the version of clipcap_jax that wrote it"
+            )
+        return cls(
+            config=config_lib.from_dict(stored["config"]),
+            tokenizer=Tokenizer.from_dict(stored["tokenizer"]),
+            encoder=stored["encoder"],
+            embedding_width=stored["embedding_width"],
+        )
+
+
+def _item_handlers() -> dict[str, Any]:
+    return {
+        "params": ocp.StandardCheckpointHandler(),
+        "optimizer": ocp.StandardCheckpointHandler(),
+        "position": ocp.JsonCheckpointHandler(),
+        "metadata": ocp.JsonCheckpointHandler(),
+    }
+
+
+class Checkpoints:
+    """The checkpoints of one run: saves the newest `keep` and the best by CIDEr, restores any."""
+
+    def __init__(self, run: Path, *, keep: int | None = None):
+        """Open a run's checkpoints.
+
+        Args:
+          run: the run's folder.
+          keep: how many of the newest to keep when saving; None: only reading, beside a training run perhaps.
+        """
+        writing = keep is not None
+        self.folder = run.absolute() / FOLDER
+        if not writing and not self.folder.is_dir():
+            raise UserError(f"{run} holds no checkpoints: give the folder of a run, the one that train.py wrote to")
+        options = ocp.CheckpointManagerOptions(
+            create=writing,
+            read_only=not writing,
+            cleanup_tmp_directories=writing,
+            enable_async_checkpointing=False,
+            best_fn=lambda metrics: metrics[BEST_METRIC],
+            preservation_policy=AnyPreservationPolicy(
+                [LatestN(keep), BestN(get_metric_fn=lambda metrics: metrics[BEST_METRIC], n=1)]
+            )
+            if writing
+            else None,
+        )
+        self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=_item_handlers())
+
+    def save(
+        self,
+        step: int,
+        params: Any,
+        optimizer: Any,
+        position: dict[str, Any],
+        metadata: Metadata,
+        metrics: dict[str, float],
+    ) -> None:
+        """Write the checkpoint of `step`; a checkpoint is either whole or not there."""
+        args = ocp.args.Composite(
+            params=ocp.args.StandardSave(params),
+            optimizer=ocp.args.StandardSave(optimizer),
+            position=ocp.args.JsonSave(position),
+            metadata=ocp.args.JsonSave(metadata.to_dict()),
+        )
+        try:
+            self._manager.save(step, args=args, metrics=metrics or None, force=True)
+        except (OSError, ValueError) as error:
+            if not _is_disk_error(error):
+                raise
+            steps = self.steps()
+            newest = steps[-1] if steps else "none"
+            raise UserError(
+                f"saving the checkpoint of step {step} to {self.folder} failed: {error}. "
+                f"The newest whole checkpoint is {newest}; make room and run the same command to go on from it."
+            ) from error
+
+    def steps(self) -> list[int]:
+        """The steps of the checkpoints there are, ascending."""
+        self._manager.reload()
+        return sorted(self._manager.all_steps())
+
+    def find(self, which: str) -> int:
+        """The step that "latest", "best" or a number names.
+
+        Raises:
+          UserError: there is none.
+        """
+        steps = self.steps()
+        if not steps:
+            raise UserError(f"{self.folder} holds no finished checkpoint yet")
+        if which == "latest":
+            return steps[-1]
+        if which == "best":
+            best = self._manager.best_step()
+            return steps[-1] if best is None else best
+        if not which.isdigit() or int(which) not in steps:
+            raise UserError(
+                f"there is no checkpoint {which!r} in {self.folder}: there are {', '.join(map(str, steps))}"
+            )
+        return int(which)
+
+    def metadata(self, step: int) -> Metadata:
+        """What the checkpoint of `step` says about its model."""
+        return Metadata.from_dict(self._restore(step, metadata=ocp.args.JsonRestore())["metadata"])
+
+    def is_last(self, step: int) -> bool:
+        """Whether training ended with `step`."""
+        position = self._restore(step, position=ocp.args.JsonRestore())["position"]
+        return bool(position["step"] == position["total"])
+
+    def params(self, step: int) -> Any:
+        """The parameters of `step`, as NumPy arrays."""
+        return jax.tree.map(np.asarray, self._restore(step, params=ocp.args.StandardRestore())["params"])
+
+    def training_state(self, step: int, params: Any, optimizer: Any) -> tuple[Any, Any, dict[str, Any]]:
+        """Parameters, optimiser state and position of `step`, in the structure of the examples given."""
+        restored = self._restore(
+            step,
+            params=ocp.args.StandardRestore(params),
+            optimizer=ocp.args.StandardRestore(optimizer),
+            position=ocp.args.JsonRestore(),
+        )
+        return restored["params"], restored["optimizer"], restored["position"]
+
+    def _restore(self, step: int, **items: Any) -> Any:
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(**items))
+        except FileNotFoundError as error:
+            raise UserError(f"the checkpoint {self.folder}/{step} is gone or not whole: {error}") from error
+
+    def close(self) -> None:
+        self._manager.close()
+
+
+def _is_disk_error(error: Exception) -> bool:
+    """Whether saving failed for want of room or rights; tensorstore reports these as ValueErrors."""
+    return isinstance(error, OSError) or "space" in str(error).lower() or "permission" in str(error).lower()
+
+
+@contextlib.contextmanager
+def opened(run: Path) -> Iterator[Checkpoints]:
+    """A run's checkpoints, for reading."""
+    checkpoints = Checkpoints(run)
+    try:
+        yield checkpoints
+    finally:
+        checkpoints.close()
+
+
+def differences(expected: Any, found: Any) -> list[str]:
+    """How two trees of arrays differ in names and shapes, a line each; empty: they do not."""
+    shapes = [
+        {jax.tree_util.keystr(path, simple=True, separator="."): np.shape(leaf) for path, leaf in leaves}
+        for leaves in (jax.tree_util.tree_flatten_with_path(tree)[0] for tree in (expected, found))
+    ]
+    return [
+        f"{name}: {shapes[1].get(name, 'not there')}, where the config makes {shapes[0].get(name, 'none')}"
+        for name in sorted({*shapes[0], *shapes[1]})
+        if shapes[0].get(name) != shapes[1].get(name)
+    ]

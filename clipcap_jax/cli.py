@@ -1,0 +1,201 @@
+"""The `clipcap` command, and what the two scripts share with it."""
+
+import argparse
+import csv
+import dataclasses
+import glob
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from absl import logging
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import track
+from rich.table import Table
+from rich.text import Text
+
+from clipcap_jax.errors import UserError
+
+IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+
+
+def run_script(main: Callable[[], Any]) -> None:
+    """Run a program; a `UserError` ends it with its message alone and status 2."""
+    try:
+        main()
+    except UserError as error:
+        Console(stderr=True).print(f"[red]Error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def main() -> None:
+    """The `clipcap` command."""
+    logging.set_verbosity(logging.ERROR)  # Orbax tells every step of a restore
+    arguments = _parser().parse_args()
+    run_script(lambda: arguments.run(arguments))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="clipcap", description="Caption pictures; prepare data sets.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    caption = commands.add_parser("caption", help="caption picture files, folders of them, or a matrix of embeddings")
+    caption.set_defaults(run=_caption)
+    caption.add_argument("checkpoint", help="the folder of a run, which train.py wrote to")
+    caption.add_argument("inputs", nargs="+", help="pictures, folders (with all below them), globs, or one .npy matrix")
+    caption.add_argument("--output", type=Path, help="write to this .jsonl or .csv file instead of the screen")
+    caption.add_argument("--which", default="best", help='"best", "latest" or a step [best]')
+    caption.add_argument(
+        "--beam-size", type=int, help="hypotheses per picture, 1 for greedy [as the run's config says]"
+    )
+    caption.add_argument("--batch-size", type=int, default=64, help="pictures per step, over all devices [64]")
+    caption.add_argument("--workers", type=int, default=4, help="threads that decode pictures [4]")
+
+    prepare = commands.add_parser("prepare", help="prepare a data set for training")
+    kinds = prepare.add_subparsers(required=True, metavar="DATASET")
+    shapes = kinds.add_parser("shapes", help="drawings of coloured shapes, made on the spot")
+    shapes.set_defaults(run=_prepare_shapes)
+    records = kinds.add_parser("records", help="your own pictures or embeddings, with a captions file")
+    records.set_defaults(run=_prepare_records)
+    records.add_argument("--name", required=True, help='the data set will be "records/<name>"')
+    records.add_argument("--captions", required=True, help=".jsonl, .csv or COCO .json")
+    records.add_argument("--images", help="the folder that the captions file's image names are looked up in")
+    records.add_argument("--embeddings", help=".npy matrix, one row per picture")
+    records.add_argument("--encoder", help="what made the embeddings, such as ViT-B/32")
+    records.add_argument(
+        "--split", help="the split of pictures that name none [shares drawn by a hash of the image id]"
+    )
+    records.add_argument("--max-skipped", type=float, default=0.01, help="share of pictures that may be bad [0.01]")
+    for command in (shapes, records):
+        command.add_argument("--data-dir", default="data", help="where prepared data sets lie [data]")
+    return parser
+
+
+def _prepare_shapes(arguments: argparse.Namespace) -> None:
+    from clipcap_jax import datasets  # importing it takes seconds, which `clipcap --help` should not
+
+    Console().print(datasets.prepare_shapes(arguments.data_dir))
+
+
+def _prepare_records(arguments: argparse.Namespace) -> None:
+    from clipcap_jax import datasets
+
+    given = {"split": arguments.split} if arguments.split else {}
+    source = datasets.RecordsSource(
+        name=arguments.name,
+        captions=arguments.captions,
+        images=arguments.images,
+        embeddings=arguments.embeddings,
+        encoder=arguments.encoder,
+        **given,
+    )
+    Console().print(datasets.prepare_records(source, arguments.data_dir, arguments.max_skipped))
+
+
+def find_pictures(inputs: list[str]) -> list[Path]:
+    """The picture files that files, folders and globs name, each once, in order.
+
+    Raises:
+      UserError: one of them names nothing, or a folder without pictures.
+    """
+    found: dict[Path, None] = {}
+    for name in inputs:
+        path = Path(name)
+        if path.is_dir():
+            files = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+            if not files:
+                raise UserError(f"{path} holds no pictures ({', '.join(sorted(IMAGE_SUFFIXES))})")
+        elif path.exists():
+            files = [path]
+        else:
+            files = sorted(Path(file) for file in glob.glob(name, recursive=True) if Path(file).is_file())
+            if not files:
+                raise UserError(f"there is no file, folder or glob {name!r}")
+        found |= dict.fromkeys(files)
+    return list(found)
+
+
+def _caption(arguments: argparse.Namespace) -> None:
+    from clipcap_jax.captioner import Captioner
+
+    if arguments.output and arguments.output.suffix not in (".jsonl", ".csv"):
+        raise UserError(f"--output {arguments.output}: the name has to end in .jsonl or .csv")
+    matrices = [name for name in arguments.inputs if name.endswith(".npy")]
+    if matrices and len(arguments.inputs) > 1:
+        raise UserError("give either pictures or one .npy matrix of embeddings, not both")
+    console = Console(stderr=True)
+    paths = [] if matrices else find_pictures(arguments.inputs)
+    captioner = Captioner.load(arguments.checkpoint, arguments.which)
+    if arguments.beam_size:
+        captioner = captioner.with_decode(dataclasses.replace(captioner.decode, beam_size=arguments.beam_size))
+
+    results: Iterator[tuple[str, Any]]
+    if matrices:
+        embeddings = _load_matrix(matrices[0])
+        total = len(embeddings)
+        captions = captioner.caption(embeddings, arguments.batch_size)
+        results = ((str(row), caption) for row, caption in enumerate(captions))
+    else:
+        total = len(paths)
+        captioned = captioner.caption_files(paths, batch_size=arguments.batch_size, workers=arguments.workers)
+        results = ((str(path), caption) for path, caption in captioned)
+    results = iter(track(results, "Captioning", total=total, console=console, transient=True))
+    if arguments.output:
+        with arguments.output.open("w", newline="") as file:
+            skipped = _write(results, file, arguments.output.suffix)
+    else:
+        skipped = _show(results)
+    console.print(f"{total - len(skipped)} captions, {len(skipped)} pictures skipped", highlight=False)
+    for name, error in skipped[:20]:
+        console.print(f"  {name}: {error}", highlight=False, markup=False, soft_wrap=True)
+    if len(skipped) > 20:
+        console.print(f"  ... and {len(skipped) - 20} more")
+    if len(skipped) == total:
+        raise UserError("none of the pictures could be read")
+
+
+def _load_matrix(name: str) -> np.ndarray:
+    try:
+        return np.load(name, mmap_mode="r")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{name} is not a NumPy matrix: {error}") from error
+
+
+Skipped = list[tuple[str, UserError]]
+
+
+def _write(results: Iterator[tuple[str, Any]], file: IO[str], suffix: str) -> Skipped:
+    skipped: Skipped = []
+    columns = ("image", "caption", "score", "finished")
+    table = csv.DictWriter(file, columns)
+    if suffix == ".csv":
+        table.writeheader()
+    for name, caption in results:
+        if isinstance(caption, UserError):
+            skipped.append((name, caption))
+            continue
+        row = dict(zip(columns, (name, caption.text, caption.score, caption.finished), strict=True))
+        if suffix == ".csv":
+            table.writerow(row)
+        else:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    return skipped
+
+
+def _show(results: Iterator[tuple[str, Any]]) -> Skipped:
+    skipped: Skipped = []
+    table = Table("image", "caption")
+    for name, caption in results:
+        if isinstance(caption, UserError):
+            skipped.append((name, caption))
+        else:
+            table.add_row(Text(name, overflow="fold"), Text(caption.text))
+    if table.row_count:
+        Console().print(table)
+    return skipped

@@ -1,0 +1,168 @@
+"""What a training run is made of, as frozen dataclasses, built from the ml_collections configs in `configs/`.
+
+No field has a default: a config file shows every setting there is.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from clipcap_jax.decode import DecodeConfig
+from clipcap_jax.errors import UserError
+from clipcap_jax.models.clipcap import ClipCapConfig
+from clipcap_jax.optim import OptimizerConfig
+
+Part = Literal["clip", "mapper", "gpt2"]
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where pictures and captions come from.
+
+    Attributes:
+      name: a prepared data set, such as "shapes" or "records/mine".
+      data_dir: the folder that data sets are prepared in.
+      input: whether the model reads the data set's pictures or its stored embeddings.
+      max_tokens: the longest caption, the end token included; what is longer is cut and counted.
+      pool_batches: captions are sorted by length within random pools of this many batches, so that batches hold
+        little padding; 1: not sorted.
+      workers: threads that read and decode.
+    """
+
+    name: str
+    data_dir: str
+    input: Literal["image", "embedding"]
+    max_tokens: int
+    pool_batches: int
+    workers: int
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerConfig:
+    """`source`: a folder or a Hugging Face hub name, or "captions": a byte-level BPE of `model.gpt2.vocab_size` pieces
+    trained on the training captions."""
+
+    source: str
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """The run.
+
+    Attributes:
+      seed: of parameters, data order and dropout.
+      epochs: passes over all (picture, caption) pairs; may be a fraction.
+      batch_size: pairs per step, over all devices.
+      trainable: the parts that learn; the others get no gradients and no optimiser state.
+      init_from: a checkpoint whose parameters to start from, with a fresh optimiser; "": none.
+      label_smoothing: see `loss.caption_loss`.
+      log_every: steps between log lines.
+    """
+
+    seed: int
+    epochs: float
+    batch_size: int
+    trainable: tuple[Part, ...]
+    init_from: str
+    label_smoothing: float
+    log_every: int
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateConfig:
+    """Validation while training, and the decoding that `evaluate.py` and `clipcap caption` use unless told otherwise.
+
+    Attributes:
+      every: steps between validations; each also saves a checkpoint.
+      images: pictures of the validation split that are captioned and scored each time; 0: none.
+      batch_size: pictures per step, over all devices.
+      decode: how captions are searched for.
+    """
+
+    every: int
+    images: int
+    batch_size: int
+    decode: DecodeConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """`every`: steps between checkpoints to restart from; `keep`: how many of the newest are kept beside the best."""
+
+    every: int
+    keep: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Everything that `train.py` reads."""
+
+    data: DataConfig
+    tokenizer: TokenizerConfig
+    model: ClipCapConfig
+    optimizer: OptimizerConfig
+    train: TrainConfig
+    evaluate: EvaluateConfig
+    checkpoint: CheckpointConfig
+
+
+def from_dict(values: Mapping[str, Any]) -> Config:
+    """Build a `Config` from nested mappings, such as `ConfigDict.to_dict()`.
+
+    Raises:
+      UserError: for a missing, unknown or wrongly typed entry, or parts that contradict each other.
+    """
+    config: Config = _build(Config, values, "config")
+    if config.data.input == "image" and config.model.clip is None:
+        raise UserError('config.data.input is "image", but config.model.clip is None: a vision tower is needed')
+    if "clip" in config.train.trainable and config.data.input == "embedding":
+        raise UserError('config.train.trainable names "clip", but the model reads stored embeddings, not pictures')
+    if not config.train.trainable:
+        raise UserError("config.train.trainable is empty: name at least one of clip, mapper, gpt2")
+    longest = config.model.mapper.prefix_length + max(config.data.max_tokens, config.evaluate.decode.max_tokens)
+    if longest > config.model.gpt2.positions:
+        raise UserError(
+            f"config.model.gpt2.positions is {config.model.gpt2.positions}, but prefix and caption take up to {longest}"
+        )
+    if config.evaluate.decode.beam_size > config.model.gpt2.vocab_size:
+        raise UserError("config.evaluate.decode.beam_size is larger than config.model.gpt2.vocab_size")
+    return config
+
+
+def _build(kind: Any, value: Any, path: str) -> Any:
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        return _build_dataclass(kind, value, path)
+    if origin is types.UnionType:  # `X | None`
+        return None if value is None else _build(arguments[0], value, path)
+    if origin is Literal:
+        if value not in arguments:
+            raise UserError(f"{path} is {value!r}; it can be {', '.join(map(repr, arguments))}")
+        return value
+    if origin is tuple and isinstance(value, list | tuple):
+        return tuple(_build(arguments[0], item, f"{path}[{i}]") for i, item in enumerate(value))
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        raise UserError(
+            f"{path} is {value!r}, a {type(value).__name__}; it has to be a {getattr(kind, '__name__', kind)}"
+        )
+    return value
+
+
+def _build_dataclass(kind: Any, values: Any, path: str) -> Any:
+    if not isinstance(values, Mapping):
+        raise UserError(f"{path} is {values!r}; it has to hold the fields of {kind.__name__}")
+    types_of = typing.get_type_hints(kind)
+    for name in values:
+        if name not in types_of:
+            close = difflib.get_close_matches(name, types_of, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(types_of)}"
+            raise UserError(f"{path}.{name} is not a setting: {hint}")
+    missing = [name for name in types_of if name not in values]
+    if missing:
+        raise UserError(f"{path} lacks {', '.join(missing)}")
+    return kind(**{name: _build(types_of[name], values[name], f"{path}.{name}") for name in types_of})

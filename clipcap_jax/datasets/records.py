@@ -1,0 +1,334 @@
+"""`records`: anyone's own pictures or embeddings with a captions file, and no code.
+
+    source = RecordsSource(name="mine", captions="captions.jsonl", images="photos")
+    rich.print(prepare_records(source, data_dir))
+
+prepares the data set `records/mine`. `clipcap_jax.datasets.captions_file` says what a captions file looks like.
+Everything is checked before anything is written; what is wrong is skipped and named with file and line, and too much
+of it is an error.
+"""
+
+import concurrent.futures
+import dataclasses
+import hashlib
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+from rich.progress import track
+
+from clipcap_jax import images
+from clipcap_jax.datasets import prepare, schema
+from clipcap_jax.datasets.captions_file import CaptionsFile, Record, read_captions
+from clipcap_jax.datasets.prepare import Problem, Summary
+from clipcap_jax.errors import UserError
+
+SHARES = {"train": 0.9, "val": 0.05, "test": 0.05}
+
+
+@dataclasses.dataclass(frozen=True)
+class RecordsSource:
+    """What a `records` data set is made of: a captions file, and an image folder, a matrix of embeddings, or both.
+
+    Attributes:
+      name: the data set will be "records/<name>".
+      captions: a file as `clipcap_jax.datasets.captions_file` describes.
+      images: the folder in which the captions file's `image` is looked up.
+      embeddings: a `.npy` file, float, shape (rows, E), one row a picture; stored as float16. The captions file's
+        `embedding_row` says which, or else they come in the order in which that file first names the pictures.
+      encoder: what made the embeddings, such as "ViT-B/32"; stored with them so that they are not taken for others.
+      store_images: whether to copy the image files into the data set, as training from pixels needs. By default only
+        where there are no embeddings. Their paths are stored in any case, so that pages can show the pictures.
+      split: of pictures whose record names none: one split for all, or a share for each. Shares are drawn by a hash of
+        the image_id, so that a picture stays in its split when others are added.
+    """
+
+    name: str
+    captions: str
+    images: str | None = None
+    embeddings: str | None = None
+    encoder: str | None = None
+    store_images: bool | None = None
+    split: str | Mapping[str, float] = dataclasses.field(default_factory=SHARES.copy)
+
+
+def prepare_records(source: RecordsSource, data_dir: str, max_skipped: float = 0.01) -> Summary:
+    """Checks everything and writes "records/<name>" into `data_dir`, unless it is there already.
+
+    Args:
+      source: what to prepare.
+      data_dir: the folder of prepared data sets.
+      max_skipped: how many problems to put up with, as a share of the number of pictures.
+
+    Returns:
+      What was kept and what was skipped.
+
+    Raises:
+      UserError: a file is missing or not what it should be, there are more problems than `max_skipped` allows, or a
+        data set of this name was prepared from something else.
+    """
+    _check_source(source)
+    matrix = None if source.embeddings is None else _open_embeddings(source.embeddings)
+    origin = _origin(source)
+    if done := prepare.find_prepared(f"records/{source.name}", data_dir, origin):
+        return done
+
+    file = read_captions(Path(source.captions))
+    notes = _assign_splits(file.records, source.split)
+    if file.unused_fields:
+        notes.append(f"fields of {source.captions} that were not used: {', '.join(file.unused_fields)}")
+    checks: list[Callable[[list[Record]], dict[str, Problem]]] = [_check_captions, _check_files_differ]
+    if matrix is not None:
+        notes += _assign_rows(file, len(matrix), source)
+        checks.append(lambda records: _check_embeddings(records, matrix))
+    if source.images is not None:
+        folder = Path(source.images)
+        checks.append(lambda records: _check_images(records, folder))
+
+    kept, problems = file.records, file.problems
+    for check in checks:
+        found = check(kept)  # by image_id
+        kept = [record for record in kept if record.image_id not in found]
+        problems = problems + list(found.values())
+    total = len(file.records) + len(file.problems)
+    if len(problems) > max_skipped * total or not kept:
+        raise UserError(_too_many(problems, total, max_skipped, source))
+    return prepare.write(Records(data_dir, source, kept, matrix, origin, problems, notes))
+
+
+# Not in TFDS's registry: `tfds.load("records/mine")` shall read what was written, not try to make one of these.
+class Records(prepare.Builder, skip_registration=True):  # type: ignore[call-arg]
+    """Pictures or embeddings with captions of the user's own."""
+
+    def __init__(
+        self,
+        data_dir: str,
+        source: RecordsSource,
+        records: Sequence[Record],
+        matrix: np.ndarray | None,
+        origin: Mapping[str, Any],
+        problems: Sequence[Problem],
+        notes: Sequence[str],
+    ) -> None:
+        """Takes what `prepare_records` has checked."""
+        self.folder = None if source.images is None else Path(source.images).resolve()
+        self.stores_images = _stores_images(source)
+        self.matrix = matrix
+        names = {record.split for record in records}
+        usual = [split for split in ("train", "val", "test") if split in names]
+        splits = usual + sorted(names.difference(usual))
+        self.records = {split: [record for record in records if record.split == split] for split in splits}
+        self.stored_metadata = prepare.metadata(
+            source=origin,
+            captions={split: sum(len(record.captions) for record in self.records[split]) for split in splits},
+            encoder=source.encoder,
+            problems=problems,
+            notes=notes,
+        )
+        super().__init__(data_dir, config=tfds.core.BuilderConfig(name=source.name))
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        width = None if self.matrix is None else self.matrix.shape[1]
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description=__doc__,
+            features=schema.features(has_images=self.stores_images, embedding_width=width),
+            metadata=self.stored_metadata,
+        )
+
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator[tuple[str, Any]]]:
+        return {split: self._generate_examples(split) for split in self.records}
+
+    def _generate_examples(self, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        for record in track(self.records[split], f"Writing {split}"):
+            path = None if self.folder is None else self.folder / record.image
+            example: dict[str, Any] = {
+                "image_path": str(path or ""),
+                "image_id": record.image_id,
+                "captions": record.captions,
+                "split": split,
+                "domain": record.domain,
+            }
+            if self.stores_images and path is not None:
+                example["image"] = path.read_bytes()
+            if self.matrix is not None:
+                example["embedding"] = self.matrix[record.embedding_row].astype(np.float16)
+            yield record.image_id, example
+
+
+def _stores_images(source: RecordsSource) -> bool:
+    return source.embeddings is None if source.store_images is None else source.store_images
+
+
+def _check_source(source: RecordsSource) -> None:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", source.name):
+        raise UserError(f"The name {source.name!r} must be made of letters, digits, '_', '.' and '-'.")
+    if source.images is None and source.embeddings is None:
+        raise UserError("A records data set needs images, embeddings or both.")
+    if source.images is not None and not Path(source.images).is_dir():
+        raise UserError(f"The image folder {source.images} does not exist.")
+    if source.images is None and source.store_images:
+        raise UserError("store_images needs the folder that the images lie in: set images.")
+    if source.encoder is not None and source.embeddings is None:
+        raise UserError("encoder names what made the embeddings, but there are none: set embeddings.")
+    shares = {source.split: 1.0} if isinstance(source.split, str) else source.split
+    if abs(sum(shares.values()) - 1) > 1e-6 or any(share < 0 for share in shares.values()):
+        raise UserError(f"The shares of the splits must be at least 0 and add up to 1: {dict(shares)}.")
+    for split in shares:
+        if not re.fullmatch(r"[A-Za-z]\w*", split):
+            raise UserError(f"A split's name must be a word such as train, val or test, not {split!r}.")
+
+
+def _open_embeddings(path: str) -> np.ndarray:
+    """Float, shape (rows, E), memory-mapped."""
+    try:
+        matrix = np.load(path, mmap_mode="r")
+    except FileNotFoundError:
+        raise UserError(f"The embeddings file {path} does not exist.") from None
+    except (ValueError, EOFError, OSError) as error:
+        raise UserError(f"{path} is not a matrix saved by numpy.save: {error}") from error
+    if not isinstance(matrix, np.ndarray) or matrix.ndim != 2 or matrix.dtype.kind != "f":
+        raise UserError(f"{path} must hold one matrix of floating-point numbers (numpy.save), a row for each picture.")
+    return matrix
+
+
+def _origin(source: RecordsSource) -> dict[str, Any]:
+    """What tells this data set from another of the same name. Image files are told by their folder only."""
+
+    def digest(path: str) -> str:
+        with open(path, "rb") as file:
+            return f"{Path(path).name} with SHA-256 {hashlib.file_digest(file, 'sha256').hexdigest()[:16]}"
+
+    if not Path(source.captions).is_file():
+        raise UserError(f"The captions file {source.captions} does not exist.")
+    return {
+        "captions": digest(source.captions),
+        "images": None if source.images is None else str(Path(source.images).resolve()),
+        "embeddings": None if source.embeddings is None else digest(source.embeddings),
+        "encoder": source.encoder,
+        "store_images": _stores_images(source),
+        "split": source.split if isinstance(source.split, str) else dict(source.split),
+    }
+
+
+def _assign_splits(records: Sequence[Record], split: str | Mapping[str, float]) -> list[str]:
+    """Gives a split to the records that have none; returns a note where there were any."""
+    shares = {split: 1.0} if isinstance(split, str) else split
+    without = [record for record in records if not record.split]
+    for record in without:
+        draw = int.from_bytes(hashlib.sha256(record.image_id.encode()).digest()[:8]) / 2**64  # uniform in [0, 1)
+        for name, share in shares.items():
+            record.split = name
+            draw -= share
+            if draw < 0:
+                break
+    shown = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
+    return [f"{len(without):,} pictures had no split and were given one: {shown}"] if without else []
+
+
+def _assign_rows(file: CaptionsFile, rows: int, source: RecordsSource) -> list[str]:
+    """Gives every record its row of the matrix where the file names none; returns a note on rows that nothing uses."""
+    if all(record.embedding_row is None for record in file.records):
+        if not file.in_order:
+            raise UserError(
+                f"{source.captions} names no embedding_row, and has lines that cannot be used, so pictures and rows do "
+                f"not match by their order. Mend these lines or add embedding_row:\n{_first(file.problems)}"
+            )
+        if len(file.records) != rows:
+            raise UserError(
+                f"{source.captions} names {len(file.records):,} pictures, but {source.embeddings} has {rows:,} rows. "
+                "Give each record its embedding_row."
+            )
+        for row, record in enumerate(file.records):
+            record.embedding_row = row
+    unused = rows - len({record.embedding_row for record in file.records})
+    return [f"rows of {source.embeddings} that no picture uses: {unused:,}"] if unused > 0 else []
+
+
+def _check_captions(records: list[Record]) -> dict[str, Problem]:
+    return {
+        record.image_id: Problem(record.where, "no caption", f"{record.image_id} has none that is not empty")
+        for record in records
+        if not record.captions
+    }
+
+
+def _check_files_differ(records: list[Record]) -> dict[str, Problem]:
+    """One picture under two ids would be counted twice, or be both trained on and tested on."""
+    found: dict[str, Problem] = {}
+    by_file: dict[str, Record] = {}
+    for record in records:
+        first = by_file.setdefault(os.path.normpath(record.image), record)
+        if first is not record:
+            reason = "image under two ids" if record.split == first.split else "image in two splits"
+            detail = f"{record.image} in {record.split} is in {first.split} as {first.image_id} in {first.where}"
+            found[record.image_id] = Problem(record.where, reason, detail)
+    return found
+
+
+def _check_embeddings(records: list[Record], matrix: np.ndarray) -> dict[str, Problem]:
+    found: dict[str, Problem] = {}
+    by_row: dict[int, Record] = {}
+    for record in records:
+        row = record.embedding_row
+        if row is None:
+            detail = f"{record.image_id} names none, though others do"
+            found[record.image_id] = Problem(record.where, "no embedding_row", detail)
+        elif not 0 <= row < len(matrix):
+            detail = f"row {row} of {len(matrix)}"
+            found[record.image_id] = Problem(record.where, "embedding_row out of range", detail)
+        elif (first := by_row.setdefault(row, record)) is not record:
+            detail = f"row {row} belongs to {first.image_id} in {first.where}"
+            found[record.image_id] = Problem(record.where, "embedding_row used twice", detail)
+    for row, record in track(by_row.items(), "Checking embeddings"):
+        with np.errstate(over="ignore"):
+            embedding = matrix[row].astype(np.float16)
+        if not np.isfinite(matrix[row]).all():
+            found[record.image_id] = Problem(record.where, "embedding not finite", f"row {row} holds NaN or infinity")
+        elif not np.isfinite(embedding).all():
+            found[record.image_id] = Problem(record.where, "embedding too large", f"row {row} exceeds float16's 65504")
+        elif not embedding.any():
+            found[record.image_id] = Problem(record.where, "embedding all zero", f"row {row}")
+    return found
+
+
+def _check_images(records: list[Record], folder: Path) -> dict[str, Problem]:
+    def check(record: Record) -> Problem | None:
+        path = folder / record.image
+        try:
+            images.decode(path.read_bytes())
+        except FileNotFoundError:
+            return Problem(record.where, "image missing", str(path))
+        except (OSError, ValueError) as error:  # a folder, no permission, no possible file name
+            return Problem(record.where, "image unreadable", str(error))
+        except UserError as error:
+            return Problem(record.where, "image broken", f"{path}: {error}")
+        return None
+
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes without holding Python's lock
+        problems = track(pool.map(check, records), "Checking images", total=len(records))
+        return {
+            record.image_id: problem for record, problem in zip(records, problems, strict=True) if problem is not None
+        }
+
+
+def _first(problems: Sequence[Problem]) -> str:
+    lines = [f"  {problem}" for problem in problems[:10]]
+    return "\n".join(lines + [f"  and {len(problems) - 10:,} more"] * (len(problems) > 10))
+
+
+def _too_many(problems: Sequence[Problem], total: int, max_skipped: float, source: RecordsSource) -> str:
+    if not problems:
+        return f"{source.captions} holds no captions."
+    counts = Counter(problem.reason for problem in problems).most_common()
+    reasons = ", ".join(f"{reason} {count:,}" for reason, count in counts)
+    return (
+        f"{source.captions}: {len(problems):,} problems in {total:,} records, more than max_skipped={max_skipped:g} "
+        f"allows ({reasons}). Nothing was written. Mend them, or raise max_skipped to go on without them. The first:\n"
+        f"{_first(problems)}"
+    )

@@ -1,0 +1,143 @@
+"""Beam search, and greedy decoding as its beam of one, for whole batches with static shapes.
+
+The prefix is read once per image and shared by its beams. Keys and values of generated tokens are written to the cache
+once and never moved: token t of beam w lies in slot `P + t * W + w` for good, and a table of each hypothesis' ancestors
+is permuted instead and becomes the attention mask.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from clipcap_jax.models.clipcap import ClipCap
+from clipcap_jax.models.gpt2 import Cache
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeConfig:
+    """How captions are searched for.
+
+    Attributes:
+      beam_size: W; 1 is greedy decoding.
+      max_tokens: the longest caption, the end token included.
+      length_penalty: hypotheses are ranked by log-probability / length ** length_penalty; 1 is the original's mean.
+    """
+
+    beam_size: int
+    max_tokens: int
+    length_penalty: float
+
+
+class Hypotheses(NamedTuple):
+    """What the search found, best first.
+
+    tokens: int32 `B W T`, filled up with the end token; lengths: int32 `B W`, the end token included;
+    scores: float32 `B W`, the ranked quantity; finished: bool `B W`, false where `max_tokens` cut the caption.
+    """
+
+    tokens: jax.Array
+    lengths: jax.Array
+    scores: jax.Array
+    finished: jax.Array
+
+
+class _Search(NamedTuple):
+    step: jax.Array  # tokens generated so far
+    tokens: jax.Array  # B W T
+    log_probs: jax.Array  # B W, summed over the tokens
+    lengths: jax.Array  # B W
+    finished: jax.Array  # B W
+    ancestors: jax.Array  # B W T: which beam held this hypothesis' token t when it was fed
+    cache: Cache
+
+
+def _take(array: jax.Array, beams: jax.Array) -> jax.Array:
+    """Reorder axis 1 of `array`, `B W ...`, by `beams`, `B W`."""
+    return jax.vmap(lambda row, index: row[index])(array, beams)
+
+
+def beam_search(model: ClipCap, params: Any, inputs: jax.Array, config: DecodeConfig, end_token: int) -> Hypotheses:
+    """Search captions for a batch (original `predict.py`, `generate_beam`, on all images at once).
+
+    Every step keeps the W best of all continuations of an image's hypotheses, finished ones included, and stops when
+    all hypotheses of all images are finished.
+
+    Args:
+      model, params: a ClipCap and its parameters.
+      inputs: uint8 images `B H W 3` or embeddings `B E`.
+      config: beam size, length limit and ranking.
+      end_token: the id that finishes a hypothesis.
+    """
+    beam_size, max_tokens = config.beam_size, config.max_tokens
+    prefix_length = model.config.mapper.prefix_length
+    vocab_size = model.config.gpt2.vocab_size
+    variables = {"params": params}
+
+    # The last token is never fed back, so it needs no slot.
+    slots = prefix_length + (max_tokens - 1) * beam_size
+    logits, cache = model.apply(variables, inputs, slots, method="prefill")
+    log_probs, tokens = jax.lax.top_k(jax.nn.log_softmax(logits), beam_size)  # B W
+    batch = tokens.shape[0]
+    search = _Search(
+        step=jnp.int32(1),
+        tokens=jnp.full((batch, beam_size, max_tokens), end_token, jnp.int32).at[:, :, 0].set(tokens),
+        log_probs=log_probs,
+        lengths=jnp.ones((batch, beam_size), jnp.int32),
+        finished=tokens == end_token,
+        ancestors=jnp.zeros((batch, beam_size, max_tokens - 1), jnp.int32),
+        cache=cache,
+    )
+    own_beam = jnp.broadcast_to(jnp.arange(beam_size)[None, :, None], (batch, beam_size, 1))
+    all_beams = jnp.arange(beam_size)[None, None, None, :]
+    # A finished hypothesis has one continuation: itself, with nothing added.
+    only_itself = jnp.where(jnp.arange(beam_size) == 0, 0.0, -jnp.inf)[None, None, :]  # 1 1 W
+
+    def rank(log_probs: jax.Array, lengths: jax.Array) -> jax.Array:
+        return log_probs / lengths**config.length_penalty
+
+    def unfinished(search: _Search) -> jax.Array:
+        return (search.step < max_tokens) & ~search.finished.all()
+
+    def advance(search: _Search) -> _Search:
+        fed = search.step - 1
+        ancestors = jax.lax.dynamic_update_slice(search.ancestors, own_beam, (0, 0, fed))
+        written = jnp.arange(max_tokens - 1) <= fed
+        seen = (ancestors[..., None] == all_beams) & written[None, None, :, None]  # B W T-1 W
+        mask = jnp.concatenate(
+            [jnp.ones((batch, beam_size, prefix_length), bool), seen.reshape(batch, beam_size, -1)], axis=-1
+        )  # B W S
+        logits, cache = model.apply(
+            variables,
+            jax.lax.dynamic_index_in_dim(search.tokens, fed, axis=2, keepdims=False),
+            prefix_length + fed,
+            prefix_length + fed * beam_size,
+            mask,
+            search.cache,
+            method="extend",
+        )  # B W V
+
+        # The W best of all W * V continuations are among the W best of each hypothesis.
+        top_logits, top_tokens = jax.lax.top_k(logits, min(beam_size, vocab_size))  # B W W
+        top_log_probs = top_logits - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+        finished = search.finished[..., None]
+        totals = search.log_probs[..., None] + jnp.where(finished, only_itself, top_log_probs)
+        top_tokens = jnp.where(finished, end_token, top_tokens)
+        lengths = search.lengths + ~search.finished  # B W
+        _, best = jax.lax.top_k(rank(totals, lengths[..., None]).reshape(batch, -1), beam_size)  # B W
+        parents = best // beam_size
+        tokens = jnp.take_along_axis(top_tokens.reshape(batch, -1), best, axis=1)  # B W
+        history = _take(search.tokens, parents)
+        return _Search(
+            step=search.step + 1,
+            tokens=jax.lax.dynamic_update_slice(history, tokens[..., None], (0, 0, search.step)),
+            log_probs=jnp.take_along_axis(totals.reshape(batch, -1), best, axis=1),
+            lengths=_take(lengths, parents),
+            finished=_take(search.finished, parents) | (tokens == end_token),
+            ancestors=_take(ancestors, parents),
+            cache=cache,
+        )
+
+    search = jax.lax.while_loop(unfinished, advance, search)
+    return Hypotheses(search.tokens, search.lengths, rank(search.log_probs, search.lengths), search.finished)

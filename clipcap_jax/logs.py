@@ -1,0 +1,115 @@
+"""Training's numbers: on the screen, as lines of JSON, and in TensorBoard."""
+
+import contextlib
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from tensorboardX import SummaryWriter
+
+from clipcap_jax.errors import UserError
+
+
+class MetricsLog:
+    """Writes `<run>/metrics.jsonl` and TensorBoard's event files in `<run>/tensorboard`."""
+
+    def __init__(self, run: Path, first_step: int):
+        """Open the logs of a run that starts, or goes on, after `first_step`; what was logged after it is dropped."""
+        run.mkdir(parents=True, exist_ok=True)
+        path = run / "metrics.jsonl"
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        path.write_text("".join(line for line in lines if json.loads(line)["step"] <= first_step))
+        self._file = path.open("a", buffering=1)
+        self._tensorboard = SummaryWriter(str(run / "tensorboard"), purge_step=first_step + 1)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Log named numbers of a step; a slash in a name groups it in TensorBoard."""
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        for name, value in values.items():
+            self._tensorboard.add_scalar(name, value, step)
+
+    def text(self, step: int, name: str, text: str) -> None:
+        """Show a text in TensorBoard."""
+        self._tensorboard.add_text(name, text, step)
+
+    def close(self) -> None:
+        self._file.close()
+        self._tensorboard.close()
+
+
+class Monitor:
+    """Shows and logs the steps, a step late so that the devices never wait, and stops at what is not finite."""
+
+    def __init__(
+        self,
+        log: MetricsLog,
+        console: Console,
+        schedule: Callable[[int], Any],
+        *,
+        batch_size: int,
+        log_every: int,
+        start: int,
+        total: int,
+    ):
+        self._log, self._console, self._schedule = log, console, schedule
+        self._every, self._batch_size = log_every, batch_size
+        self._pending: tuple[int, dict[str, jax.Array]] | None = None
+        self._since, self._last = time.perf_counter(), start
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(), console=console, disable=not console.is_terminal,
+        )  # fmt: skip
+        self._task = self._progress.add_task("training", total=total, completed=start)
+        self._progress.start()
+
+    def push(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        """Take the numbers of a step that may still be computing."""
+        self.flush()
+        self._pending = (step, metrics)
+
+    def flush(self) -> None:
+        """Wait for the last step's numbers."""
+        if self._pending is None:
+            return
+        step, metrics = self._pending[0], jax.device_get(self._pending[1])
+        self._pending = None
+        for name, value in metrics.items():
+            if not np.isfinite(value):
+                raise UserError(
+                    f"the {name.replace('_', ' ')} of step {step} is {value}. Training stopped; the last checkpoint "
+                    "is from before that step. A lower config.optimizer.learning_rate, a longer warmup_steps or "
+                    "clip_norm=1.0 usually helps; so does float32 instead of bfloat16."
+                )
+        self._progress.update(self._task, completed=step, description=f"loss {metrics['loss']:.3f}")
+        if step % self._every == 0:
+            now = time.perf_counter()
+            rate = (step - self._last) * self._batch_size / (now - self._since)
+            self._since, self._last = now, step
+            values = {name: float(value) for name, value in metrics.items()}
+            values |= {"learning_rate": float(self._schedule(step - 1)), "pairs_per_second": rate}
+            self._log.write(step, {f"train/{name}": value for name, value in values.items()})
+            line = f"step {step}  loss {values['loss']:.3f}  {rate:.0f} pairs/s"
+            self._progress.update(self._task, description=f"loss {values['loss']:.3f}  {rate:.0f} pairs/s")
+            if not self._console.is_terminal:
+                self._console.print(line)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Finish the last step, and leave the time spent in here out of the rate."""
+        self.flush()
+        began = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - began
+
+    def close(self) -> None:
+        self._progress.stop()

@@ -1,0 +1,121 @@
+"""GPT-2 (Radford et al. 2019; openai/gpt-2, src/model.py) that reads embeddings and decodes with an explicit cache."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from clipcap_jax.models.transformer import EPSILON, LayerCache, Transformer
+
+Cache = tuple[LayerCache, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Gpt2Config:
+    """Sizes of the language model: `vocab_size` V, `width` D, `layers` N; `positions` is the longest L.
+
+    `dropout` is the rate while training, on embeddings, attention weights and residual branches.
+    """
+
+    vocab_size: int
+    positions: int
+    width: int
+    layers: int
+    heads: int
+    dropout: float
+
+
+def _preset(width: int, layers: int, heads: int) -> Gpt2Config:
+    return Gpt2Config(vocab_size=50257, positions=1024, width=width, layers=layers, heads=heads, dropout=0.1)
+
+
+PRESETS = {
+    "gpt2": _preset(768, 12, 12),
+    "gpt2-medium": _preset(1024, 24, 16),
+    "gpt2-large": _preset(1280, 36, 20),
+    "gpt2-xl": _preset(1600, 48, 25),
+}
+
+
+class Gpt2(nn.Module):
+    """The language model, split where ClipCap needs it: `embed`, then hidden states, then `logits`."""
+
+    config: Gpt2Config
+    dtype: jnp.dtype
+
+    def setup(self) -> None:
+        config = self.config
+        init = nn.initializers.normal(0.02)
+        self.token_embeddings = self.param("token_embeddings", init, (config.vocab_size, config.width))
+        self.position_embeddings = self.param("position_embeddings", init, (config.positions, config.width))
+        self.transformer = Transformer(
+            width=config.width,
+            layers=config.layers,
+            heads=config.heads,
+            mlp_width=4 * config.width,
+            activation=jax.nn.gelu,  # the tanh approximation, GPT-2's `gelu_new`
+            kernel_init=init,
+            residual_init=nn.initializers.normal(0.02 * (2 * config.layers) ** -0.5),
+            dropout=config.dropout,
+            dtype=self.dtype,
+        )
+        self.final_norm = nn.LayerNorm(epsilon=EPSILON, dtype=self.dtype)
+        self.drop = nn.Dropout(config.dropout)
+
+    def embed(self, tokens: jax.Array) -> jax.Array:
+        """int ids `B T` to embeddings `B T D`, without positions."""
+        return self.token_embeddings[tokens].astype(self.dtype)
+
+    def __call__(self, embeddings: jax.Array, *, deterministic: bool = True) -> jax.Array:
+        """Input embeddings `B L D` to final hidden states `B L D`, causally.
+
+        Captions are padded on the right, so the causal mask alone keeps padding from real positions.
+        """
+        length = embeddings.shape[1]
+        x = embeddings + self.position_embeddings[None, :length].astype(self.dtype)
+        x = self.drop(x, deterministic=deterministic)
+        causal = jnp.tril(jnp.ones((length, length), bool))[None, None]  # 1 1 L L
+        return self.final_norm(self.transformer(x, causal, deterministic=deterministic))
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """Hidden states `... D` to float32 logits `... V`, through the tied embedding."""
+        weights = self.token_embeddings.astype(self.dtype)
+        return jnp.einsum("...d,vd->...v", hidden, weights, preferred_element_type=jnp.float32)
+
+    def prefill(self, embeddings: jax.Array, slots: int) -> tuple[jax.Array, Cache]:
+        """Read a prefix into a fresh cache.
+
+        Args:
+          embeddings: `B P D`, without positions.
+          slots: S, the cache's size; the prefix takes the first P.
+
+        Returns:
+          The last position's logits, float32 `B V`, and the cache.
+        """
+        batch, length, width = embeddings.shape
+        shape = (batch, slots, self.config.heads, width // self.config.heads)
+        empty = LayerCache(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype))
+        x = embeddings + self.position_embeddings[None, :length].astype(self.dtype)
+        mask = (jnp.arange(slots)[None, :] <= jnp.arange(length)[:, None])[None, None]  # 1 1 P S
+        x, cache = self.transformer.cached(x, mask, (empty,) * self.config.layers, 0)
+        return self.logits(self.final_norm(x[:, -1])), cache
+
+    def extend(
+        self, tokens: jax.Array, position: jax.Array, slot: jax.Array, mask: jax.Array, cache: Cache
+    ) -> tuple[jax.Array, Cache]:
+        """Read one more token of each of W hypotheses.
+
+        Args:
+          tokens: int `B W`.
+          position: scalar, the position all of them stand at.
+          slot: scalar, the first of the W neighbouring cache slots that they are written to.
+          mask: boolean `B W S`, the slots each hypothesis sees, its own new one included.
+          cache: from `prefill` or the last `extend`.
+
+        Returns:
+          float32 logits `B W V` and the cache.
+        """
+        x = self.embed(tokens) + self.position_embeddings[position][None, None].astype(self.dtype)
+        x, cache = self.transformer.cached(x, mask[:, None], cache, slot)
+        return self.logits(self.final_norm(x)), cache

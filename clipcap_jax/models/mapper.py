@@ -1,0 +1,79 @@
+"""The mapping networks from a CLIP embedding to a GPT-2 prefix (arXiv 2111.09734, section 3.2; original `train.py`)."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from clipcap_jax.models.transformer import Transformer
+
+# torch's default for Linear kernels, which the original's mappers start from.
+TORCH_LINEAR = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+@dataclasses.dataclass(frozen=True)
+class MapperConfig:
+    """Which mapper, and its sizes.
+
+    `prefix_length` is P. The rest is read by the transformer alone: `clip_length` is C, the tokens made from the
+    embedding; the paper has 8 layers of 8 heads and an MLP twice as wide as the language model.
+    """
+
+    kind: Literal["mlp", "transformer"]
+    prefix_length: int
+    clip_length: int
+    layers: int
+    heads: int
+
+
+class MlpMapper(nn.Module):
+    """Linear - tanh - Linear, the hidden layer half as wide as the prefix."""
+
+    config: MapperConfig
+    width: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, embedding: jax.Array) -> jax.Array:
+        """`B E` to the prefix, `B P D`."""
+        prefix_width = self.config.prefix_length * self.width
+        x = nn.Dense(prefix_width // 2, dtype=self.dtype, kernel_init=TORCH_LINEAR, name="in")(embedding)
+        x = nn.Dense(prefix_width, dtype=self.dtype, kernel_init=TORCH_LINEAR, name="out")(jnp.tanh(x))
+        return x.reshape(-1, self.config.prefix_length, self.width)  # B P D
+
+
+class TransformerMapper(nn.Module):
+    """C tokens made from the embedding and P learned constants through a transformer; the last P come out."""
+
+    config: MapperConfig
+    width: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, embedding: jax.Array) -> jax.Array:
+        """`B E` to the prefix, `B P D`."""
+        config, batch = self.config, embedding.shape[0]
+        x = nn.Dense(config.clip_length * self.width, dtype=self.dtype, kernel_init=TORCH_LINEAR, name="in")(embedding)
+        x = x.reshape(batch, config.clip_length, self.width)  # B C D
+        constants = self.param("constants", nn.initializers.normal(1.0), (config.prefix_length, self.width))
+        constants = jnp.broadcast_to(constants.astype(self.dtype), (batch, *constants.shape))
+        x = jnp.concatenate([x, constants], axis=1)  # B C+P D
+        x = Transformer(
+            width=self.width,
+            layers=config.layers,
+            heads=config.heads,
+            mlp_width=2 * self.width,
+            activation=jax.nn.relu,
+            qkv_bias=False,
+            kernel_init=TORCH_LINEAR,
+            residual_init=TORCH_LINEAR,
+            dtype=self.dtype,
+            name="transformer",
+        )(x)
+        return x[:, config.clip_length :]  # B P D
+
+
+MAPPERS: dict[str, Callable[..., nn.Module]] = {"mlp": MlpMapper, "transformer": TransformerMapper}

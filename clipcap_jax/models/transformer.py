@@ -1,0 +1,166 @@
+"""The pre-layer-norm transformer that the CLIP tower, the transformer mapper and GPT-2 share."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+Initializer = Callable[..., jax.Array]
+
+EPSILON = 1e-5  # layer norms of CLIP, of GPT-2 and torch's default, which the original's mapper takes
+
+
+class LayerCache(NamedTuple):
+    """Keys and values of one layer, each `B S H K`; slots not yet written hold zeros and are masked."""
+
+    keys: jax.Array
+    values: jax.Array
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)).
+
+    Attributes:
+      heads: attention heads; the width must be a multiple of it.
+      mlp_width: hidden width of the MLP.
+      activation: the MLP's non-linearity.
+      qkv_bias: whether the query, key and value projections have biases.
+      dropout: rate, on attention weights and on both branches' outputs (GPT-2's three places).
+      dtype: compute dtype; parameters are float32, softmax and norms are computed in float32.
+      kernel_init, residual_init: initialisers, the second for the two projections that feed the residual stream.
+    """
+
+    heads: int
+    mlp_width: int
+    activation: Callable[[jax.Array], jax.Array]
+    qkv_bias: bool
+    dropout: float
+    dtype: jnp.dtype
+    kernel_init: Initializer
+    residual_init: Initializer
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        mask: jax.Array | None,
+        *,
+        cache: LayerCache | None = None,
+        slot: jax.Array | int = 0,
+        deterministic: bool = True,
+    ) -> tuple[jax.Array, LayerCache]:
+        """Apply the block.
+
+        Args:
+          x: `B L D`.
+          mask: boolean, broadcastable to `B H L S` (S is L without a cache), true where attention may look; None: all.
+          cache: keys and values to write into and attend over; None: attend over `x` itself.
+          slot: the first cache slot to write.
+          deterministic: no dropout.
+
+        Returns:
+          The new `x`, `B L D`, and the keys and values that were attended over.
+        """
+        width = x.shape[-1]
+        dense = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=self.kernel_init)
+        norm = functools.partial(nn.LayerNorm, epsilon=EPSILON, dtype=self.dtype)
+        drop = nn.Dropout(self.dropout, deterministic=deterministic)
+
+        y = norm(name="norm_1")(x)
+        qkv = dense(3 * width, use_bias=self.qkv_bias, name="qkv")(y)
+        qkv = qkv.reshape(*x.shape[:-1], 3, self.heads, width // self.heads)  # B L 3 H K
+        query, key, value = (qkv[..., i, :, :] for i in range(3))
+        if cache is None:
+            cache = LayerCache(key, value)
+        else:
+            start = (0, slot, 0, 0)
+            cache = LayerCache(
+                jax.lax.dynamic_update_slice(cache.keys, key, start),
+                jax.lax.dynamic_update_slice(cache.values, value, start),
+            )
+        scores = jnp.einsum("blhk,bshk->bhls", query, cache.keys, preferred_element_type=jnp.float32)
+        scores = scores / jnp.sqrt(jnp.float32(query.shape[-1]))  # B H L S
+        if mask is not None:
+            scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
+        weights = drop(jax.nn.softmax(scores).astype(self.dtype))
+        y = jnp.einsum("bhls,bshk->blhk", weights, cache.values).reshape(x.shape)  # B L D
+        x = x + drop(dense(width, kernel_init=self.residual_init, name="attention_out")(y))
+
+        y = dense(self.mlp_width, name="mlp_in")(norm(name="norm_2")(x))
+        y = dense(width, kernel_init=self.residual_init, name="mlp_out")(self.activation(y))
+        return x + drop(y), cache
+
+
+class Transformer(nn.Module):
+    """`layers` blocks whose parameters are stacked on a leading axis N.
+
+    Stacked, training scans over the layers: one block to compile instead of N, and few leaves for the optimiser.
+    Decoding unrolls them instead, because a scan that carries the cache would copy it at every step.
+    """
+
+    width: int
+    layers: int
+    heads: int
+    mlp_width: int
+    activation: Callable[[jax.Array], jax.Array]
+    kernel_init: Initializer
+    residual_init: Initializer
+    dtype: jnp.dtype
+    qkv_bias: bool = True
+    dropout: float = 0.0
+
+    def setup(self) -> None:
+        self.block = Block(
+            heads=self.heads,
+            mlp_width=self.mlp_width,
+            activation=self.activation,
+            qkv_bias=self.qkv_bias,
+            dropout=self.dropout,
+            dtype=self.dtype,
+            kernel_init=self.kernel_init,
+            residual_init=self.residual_init,
+            parent=None,  # applied by hand below, with one layer's slice of the stacked parameters
+        )
+        self.stacked = self.param("layers", self._init_layers)
+
+    def _init_layers(self, key: jax.Array) -> Any:
+        def init_layer(key: jax.Array) -> Any:
+            return self.block.init(key, jnp.zeros((1, 1, self.width), self.dtype), None)["params"]
+
+        return jax.vmap(init_layer)(jax.random.split(key, self.layers))
+
+    def __call__(self, x: jax.Array, mask: jax.Array | None = None, *, deterministic: bool = True) -> jax.Array:
+        """`B L D` to `B L D`; `mask` as in `Block`."""
+        keys = None if deterministic else jax.random.split(self.make_rng("dropout"), self.layers)
+
+        def layer(x: jax.Array, params_and_key: tuple[Any, jax.Array | None]) -> tuple[jax.Array, None]:
+            params, key = params_and_key
+            rngs = {} if key is None else {"dropout": key}
+            x, _ = self.block.apply({"params": params}, x, mask, deterministic=deterministic, rngs=rngs)
+            return x, None
+
+        return jax.lax.scan(layer, x, (self.stacked, keys))[0]
+
+    def cached(
+        self, x: jax.Array, mask: jax.Array, cache: tuple[LayerCache, ...], slot: jax.Array | int
+    ) -> tuple[jax.Array, tuple[LayerCache, ...]]:
+        """As `__call__`, writing keys and values to `cache` from `slot` on and attending over all its slots.
+
+        Args:
+          x: `B L D`, the new positions.
+          mask: boolean, broadcastable to `B H L S`.
+          cache: one `LayerCache` per layer.
+          slot: the first slot to write.
+
+        Returns:
+          The new `x` and the cache with the new keys and values in it.
+        """
+        new = []
+        for i, layer_cache in enumerate(cache):
+            params = jax.tree.map(lambda leaf, i=i: leaf[i], self.stacked)
+            x, layer_cache = self.block.apply({"params": params}, x, mask, cache=layer_cache, slot=slot)
+            new.append(layer_cache)
+        return x, tuple(new)

@@ -1,0 +1,102 @@
+"""Everything that knows how many devices and processes there are.
+
+Batches are split over devices along their first axis; parameters and optimiser state are the same on all of them and
+stay ordinary arrays, without a device axis (`in_axes=None`, `out_axes=None`).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from clipcap_jax.errors import UserError
+
+AXIS = "data"
+
+
+def device_count() -> int:
+    """Devices of all processes."""
+    return jax.device_count()
+
+
+def is_first_process() -> bool:
+    """True in the process that prints and writes logs."""
+    return jax.process_index() == 0
+
+
+def describe_devices() -> str:
+    """Such as "4 cpu devices"."""
+    count, kind = jax.device_count(), jax.devices()[0].device_kind
+    return f"{count} {kind} device{'s' * (count > 1)}"
+
+
+def check_batch_size(batch_size: int, setting: str) -> None:
+    """Raise a UserError unless a batch divides evenly over the devices."""
+    if batch_size < 1 or batch_size % device_count():
+        raise UserError(f"{setting} is {batch_size}: it has to be a multiple of the {device_count()} devices")
+
+
+def round_up(batch_size: int) -> int:
+    """The next multiple of the number of devices."""
+    return -(-batch_size // device_count()) * device_count()
+
+
+def sum_over_devices(tree: Any) -> Any:
+    """Inside a mapped function: every leaf summed over all devices."""
+    return jax.lax.psum(tree, AXIS)
+
+
+def device_index() -> jax.Array:
+    """Inside a mapped function: this device's number among all devices."""
+    return jax.lax.axis_index(AXIS)
+
+
+def replicate(tree: Any) -> Any:
+    """Put a tree of arrays on every device once, so that steps need not send it again."""
+    copies = jax.pmap(lambda tree, _: tree, in_axes=(None, 0), out_axes=None)
+    return copies(tree, np.zeros(jax.local_device_count()))
+
+
+def _split(batch: Any) -> Any:
+    local = jax.local_device_count()
+    return jax.tree.map(lambda x: np.reshape(x, (local, x.shape[0] // local, *x.shape[1:])), batch)
+
+
+def _wait_on_cpu(result: Any) -> Any:
+    # Virtual CPU devices share a thread pool: a second step, dispatched while the first waits in a collective, can
+    # take the threads that the first needs, and both wait for ever.
+    if jax.default_backend() == "cpu" and jax.local_device_count() > 1:
+        jax.block_until_ready(result)
+    return result
+
+
+def map_step(step: Callable[..., Any]) -> Callable[..., Any]:
+    """Run `step(state, constants, batch) -> (state, metrics)` on every device's share of the batch.
+
+    `step` must return the same on every device, that is: sum over devices whatever depends on the batch. The state is
+    donated: its buffers are reused for the new one.
+    """
+    mapped = jax.pmap(step, axis_name=AXIS, in_axes=(None, None, 0), out_axes=None, donate_argnums=0)
+    return lambda state, constants, batch: _wait_on_cpu(mapped(state, constants, _split(batch)))
+
+
+def map_sum(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Run `function(constants, batch)` on every device's share; its results, summed over devices."""
+
+    def summed(constants: Any, batch: Any) -> Any:
+        return sum_over_devices(function(constants, batch))
+
+    mapped = jax.pmap(summed, axis_name=AXIS, in_axes=(None, 0), out_axes=None)
+    return lambda constants, batch: _wait_on_cpu(mapped(constants, _split(batch)))
+
+
+def map_rows(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Run `function(constants, batch)` on every device's share; its results joined along axis 0, on the host."""
+    mapped = jax.pmap(function, axis_name=AXIS, in_axes=(None, 0))
+
+    def call(constants: Any, batch: Any) -> Any:
+        result = _wait_on_cpu(mapped(constants, _split(batch)))
+        return jax.tree.map(lambda x: np.reshape(x, (-1, *x.shape[2:])), jax.device_get(result))
+
+    return call

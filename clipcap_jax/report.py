@@ -1,0 +1,144 @@
+"""Captions beside their pictures: tables for the terminal and one HTML page that needs nothing but itself."""
+
+import base64
+import dataclasses
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import jinja2
+from rich.table import Table
+from rich.text import Text
+
+from clipcap_jax import images
+from clipcap_jax.errors import UserError
+
+_LONGEST_SIDE = 320  # of an embedded picture, in pixels
+_DRAWING_SIDE = 128  # a picture no larger than this is kept exact and shown with hard pixel edges
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One captioned picture.
+
+    Attributes:
+      image_id: the picture's identifier in its data set.
+      caption: what the captioner wrote.
+      references: what people wrote.
+      score: CIDEr of this picture alone.
+      image: the encoded picture, or None to read it from `image_path`.
+      image_path: where the picture lies; may be empty or gone, and is then named in the picture's place.
+      finished: whether the caption ended by itself rather than at the length limit.
+    """
+
+    image_id: str
+    caption: str
+    references: tuple[str, ...]
+    score: float
+    image: bytes | None
+    image_path: str
+    finished: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class _Card:
+    """A row as the template shows it; `picture` is a data URI, or None with `missing` saying why."""
+
+    row: Row
+    picture: str | None
+    is_drawing: bool
+    missing: str
+
+
+def write_page(
+    path: str | Path,
+    *,
+    title: str,
+    rows: Sequence[Row],
+    scores: Mapping[str, float],
+    not_computed: Mapping[str, str],
+    details: Mapping[str, str],
+    shown: int = 50,
+) -> None:
+    """Writes scores, then the best and the worst captions beside their pictures, as one HTML file.
+
+    The file holds its pictures, shrunk to 320 pixels, and refers to nothing outside itself.
+
+    Args:
+      path: the file to write; its folder is made.
+      title: the heading.
+      rows: every captioned picture, in any order.
+      scores: value by metric, in the order to show.
+      not_computed: reason by metric that could not be computed.
+      details: what the reader needs to know of the run: checkpoint, data set, decoding, date.
+      shown: how many of the best and how many of the worst captions to show; no picture is shown twice.
+
+    Raises:
+      OSError: the file cannot be written.
+    """
+    ranked = sorted(rows, key=lambda row: (-row.score, row.image_id))
+    shown = min(shown, (len(ranked) + 1) // 2)
+    best, worst = ranked[:shown], ranked[shown:][::-1][:shown]
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("clipcap_jax"), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
+    )
+    page = environment.get_template("page.html").render(
+        title=title,
+        scores=scores,
+        not_computed=not_computed,
+        details=details,
+        captioned=len(rows),
+        unfinished=sum(not row.finished for row in rows),
+        sections={"Best": [_card(row) for row in best], "Worst": [_card(row) for row in worst]},
+    )
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page, encoding="utf-8")
+
+
+def scores_table(scores: Mapping[str, float], not_computed: Mapping[str, str]) -> Table:
+    """The scores for the terminal, and after them each metric that could not be computed with the reason."""
+    table = Table("metric")
+    table.add_column("score", justify="right")
+    for metric, score in scores.items():
+        table.add_row(metric, f"{score:.4f}")
+    for metric, reason in not_computed.items():
+        table.add_row(metric, Text(reason, style="dim"))
+    return table
+
+
+def captions_table(rows: Sequence[Row]) -> Table:
+    """Captions for the terminal, each with its CIDEr and its first reference."""
+    table = Table("image")
+    table.add_column("CIDEr", justify="right")
+    table.add_column("caption")
+    table.add_column("one of the references", style="dim")
+    for row in rows:  # as Text, which takes square brackets for what they are
+        table.add_row(Text(row.image_id), f"{row.score:.2f}", Text(row.caption), Text("".join(row.references[:1])))
+    return table
+
+
+def _card(row: Row) -> _Card:
+    if row.image is None and not row.image_path:
+        return _Card(row, None, False, "This data set holds no pictures.")
+    try:
+        picture, is_drawing = _data_uri(Path(row.image_path).read_bytes() if row.image is None else row.image)
+    except FileNotFoundError:
+        return _Card(row, None, False, f"There is no picture at {row.image_path}")
+    except (OSError, UserError) as error:
+        return _Card(row, None, False, f"{row.image_path or row.image_id}: {error}")
+    return _Card(row, picture, is_drawing, "")
+
+
+def _data_uri(encoded: bytes) -> tuple[str, bool]:
+    """Shrinks a picture and returns it as a data URI, and whether it is a small drawing rather than a photo."""
+    image = images.decode(encoded)
+    is_drawing = max(image.size) <= _DRAWING_SIDE
+    image.thumbnail((_LONGEST_SIDE, _LONGEST_SIDE))
+    buffer = io.BytesIO()
+    if is_drawing:
+        image.save(buffer, "PNG", optimize=True)
+    else:
+        image.save(buffer, "JPEG", quality=80)
+    kind = "png" if is_drawing else "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}", is_drawing

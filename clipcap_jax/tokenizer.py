@@ -1,0 +1,123 @@
+"""GPT-2's tokenizer, any other fast Hugging Face tokenizer, or a byte-level BPE trained on the captions."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from clipcap_jax.errors import UserError
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+class Tokenizer:
+    """Text to ids and back, with the id that ends a caption.
+
+    Attributes:
+      size: how many ids there are; all are below it.
+      end_id: the id of the end-of-text token.
+    """
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer, end_token: str = END_OF_TEXT):
+        end_id = tokenizer.token_to_id(end_token)
+        if end_id is None:
+            raise UserError(f"the tokenizer has no end-of-text token {end_token!r}")
+        self._tokenizer = tokenizer
+        self._end_token = end_token
+        self.end_id: int = end_id
+        self.size: int = tokenizer.get_vocab_size()
+
+    def encode(self, captions: Sequence[str]) -> list[list[int]]:
+        """Ids of each caption, without surrounding white space and without the end token."""
+        stripped = [caption.strip() for caption in captions]
+        return [encoding.ids for encoding in self._tokenizer.encode_batch(stripped, add_special_tokens=False)]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text up to the first end token, without surrounding white space; ids beyond `size` are left out."""
+        text = []
+        for token in map(int, ids):
+            if token == self.end_id:
+                break
+            text.append(token)
+        return self._tokenizer.decode(text).strip()
+
+    def to_dict(self) -> dict[str, str]:
+        """What `from_dict` needs, as checkpoints store it: the `tokenizer.json` text and the end token."""
+        return {"tokenizer_json": self._tokenizer.to_str(), "end_token": self._end_token}
+
+    @classmethod
+    def from_dict(cls, stored: dict[str, str]) -> "Tokenizer":
+        """The inverse of `to_dict`."""
+        return cls(tokenizers.Tokenizer.from_str(stored["tokenizer_json"]), stored["end_token"])
+
+    @classmethod
+    def train(cls, captions: Iterable[str], size: int) -> "Tokenizer":
+        """A byte-level BPE like GPT-2's, with at most `size` ids (at least 257), learnt from the captions."""
+        if size < 257:
+            raise UserError(f"a byte-level BPE needs at least 257 pieces (256 bytes and the end of text), not {size}")
+        tokenizer = _byte_level(models.BPE())
+        trainer = trainers.BpeTrainer(
+            vocab_size=size,
+            special_tokens=[END_OF_TEXT],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        tokenizer.train_from_iterator((caption.strip() for caption in captions), trainer)
+        return cls(tokenizer)
+
+    @classmethod
+    def load(cls, source: str) -> "Tokenizer":
+        """A tokenizer from a folder or, by name, from the Hugging Face hub.
+
+        A folder holds `tokenizer.json`, or GPT-2's vocabulary and merges: `vocab.json` and `merges.txt` as on the hub,
+        `encoder.json` and `vocab.bpe` as OpenAI names them.
+
+        Raises:
+          UserError: when the folder lacks its files, or the hub does not give the name.
+        """
+        folder = Path(source).expanduser()
+        if not folder.is_dir():
+            return cls._from_hub(source)
+        if (folder / "tokenizer.json").is_file():
+            return cls._from_pretrained(str(folder))
+        for vocabulary, merges in (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")):
+            if (folder / vocabulary).is_file() and (folder / merges).is_file():
+                bpe = models.BPE.from_file(str(folder / vocabulary), str(folder / merges))
+                tokenizer = _byte_level(bpe)
+                tokenizer.add_special_tokens([END_OF_TEXT])
+                return cls(tokenizer)
+        found = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
+        raise UserError(
+            f"{folder} holds no tokenizer: it needs tokenizer.json, or vocab.json and merges.txt, "
+            f"or encoder.json and vocab.bpe; it holds {found}"
+        )
+
+    @classmethod
+    def _from_hub(cls, name: str) -> "Tokenizer":
+        try:
+            return cls._from_pretrained(name)
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"there is no folder {name!r}, and the Hugging Face hub gave no tokenizer of that name. "
+                "Offline, name a folder with the tokenizer's files."
+            ) from error
+
+    @classmethod
+    def _from_pretrained(cls, source: str) -> "Tokenizer":
+        from transformers import AutoTokenizer  # takes seconds to import, and most runs do not need it
+
+        pretrained = AutoTokenizer.from_pretrained(source, use_fast=True)
+        if not pretrained.is_fast:
+            raise UserError(f"{source} has only a slow tokenizer; a fast one (tokenizer.json) is needed")
+        end_token = pretrained.eos_token or pretrained.sep_token
+        if end_token is None:
+            raise UserError(f"the tokenizer {source} names no end-of-text token")
+        return cls(pretrained.backend_tokenizer, end_token)
+
+
+def _byte_level(model: models.Model) -> tokenizers.Tokenizer:
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer

@@ -1,0 +1,358 @@
+"""The training loop."""
+
+import contextlib
+import dataclasses
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from rich.console import Console
+
+from clipcap_jax import checkpoint, optim, parallel
+from clipcap_jax.checkpoint import Checkpoints, Metadata
+from clipcap_jax.config import Config
+from clipcap_jax.data import CaptionData, Pairs, make_pairs, steps_per_epoch, training_batches
+from clipcap_jax.datasets.schema import open_split
+from clipcap_jax.errors import UserError
+from clipcap_jax.logs import MetricsLog, Monitor
+from clipcap_jax.loss import caption_loss
+from clipcap_jax.models.clipcap import ClipCap
+from clipcap_jax.tokenizer import Tokenizer
+from clipcap_jax.validation import Validator
+
+Params = dict[str, Any]
+
+
+class TrainState(NamedTuple):
+    """What a step changes. `params` are the trained parts alone; `key` is a random key's data, uint32 `(2,)`, as arrays
+    of keys cannot be stored; it stays the same, and every step derives its own."""
+
+    step: jax.Array
+    key: jax.Array
+    params: Params
+    opt_state: optax.OptState
+
+
+def make_step(
+    model: ClipCap, optimizer: optax.GradientTransformation, *, dropout: bool, label_smoothing: float
+) -> Callable[[TrainState, Params, dict[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]:
+    """One step of training on one device's share of a batch, for `parallel.map_step`.
+
+    The step takes the state, the frozen parts' parameters and a batch as `data.make_batch` makes it. Losses, token
+    counts and gradients are summed over devices and divided once, so that every token weighs the same wherever it is.
+    """
+
+    def step(state: TrainState, frozen: Params, batch: dict[str, jax.Array]) -> tuple[TrainState, dict[str, jax.Array]]:
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+        key = jax.random.fold_in(key, parallel.device_index())
+
+        def loss_sum(params: Params) -> tuple[jax.Array, jax.Array]:
+            logits = model.apply(
+                {"params": {**frozen, **params}},
+                batch["inputs"],
+                batch["tokens"],
+                deterministic=not dropout,
+                rngs={"dropout": key},
+            )
+            return caption_loss(logits, batch["tokens"], batch["lengths"], label_smoothing)
+
+        (loss, tokens), grads = jax.value_and_grad(loss_sum, has_aux=True)(state.params)
+        loss, tokens, grads = parallel.sum_over_devices((loss, tokens, grads))
+        grads = jax.tree.map(lambda grad: grad / tokens, grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        metrics = {"loss": loss / tokens, "gradient_norm": optax.global_norm(grads)}
+        params = optax.apply_updates(state.params, updates)
+        return state._replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
+
+    return step
+
+
+def init_params(model: ClipCap, inputs: np.ndarray, seed: int) -> Params:
+    """Fresh parameters for inputs like these."""
+    tokens = jnp.zeros((1, 2), jnp.int32)
+    return jax.jit(model.init)(jax.random.key(seed), inputs[:1], tokens)["params"]
+
+
+def train(config: Config, run: Path, console: Console) -> None:
+    """Train a captioner, or go on where the run stopped.
+
+    Writes checkpoints, `metrics.jsonl` and TensorBoard's files to `run`. SIGINT and SIGTERM stop it after the step that
+    is under way, with a checkpoint. The same call then goes on and ends with the parameters it would have had without
+    the stop: bit by bit where the hardware computes the same twice, as CPUs and TPUs do; a GPU needs
+    `XLA_FLAGS=--xla_gpu_deterministic_ops=true` for that.
+
+    Args:
+      config: everything about the run.
+      run: the run's folder.
+      console: where progress is shown.
+
+    Raises:
+      UserError: for anything the user can mend, such as a missing data set or a loss that is not finite.
+    """
+    parallel.check_batch_size(config.train.batch_size, "config.train.batch_size")
+    with contextlib.closing(Checkpoints(run, keep=config.checkpoint.keep)) as checkpoints:
+        _Run(config, run, checkpoints, console).train()
+
+
+class _Run:
+    """What a run makes once, and its loop."""
+
+    def __init__(self, config: Config, folder: Path, checkpoints: Checkpoints, console: Console):
+        self.config, self.folder, self.checkpoints, self.console = config, folder, checkpoints, console
+        self.start = checkpoints.find("latest") if checkpoints.steps() else 0
+        base, base_params = self._base()
+
+        self.data = self._open("train")
+        tokenizer = choose_tokenizer(config, base, self.data.captions)
+        self.pairs = self._pairs(self.data, tokenizer)
+        if not len(self.pairs):
+            raise UserError(f"{self.data.name} holds no captions to train on")
+        self.total = max(1, round(config.train.epochs * steps_per_epoch(len(self.pairs), config.train.batch_size)))
+        self.batches = training_batches(
+            self.data,
+            self.pairs,
+            batch_size=config.train.batch_size,
+            pool_batches=config.data.pool_batches,
+            seed=config.train.seed,
+            steps=self.total,
+            workers=config.data.workers,
+        )
+        self.model = ClipCap(config.model)
+        example = self.data.inputs([0])
+        clip = config.model.clip
+        self.metadata = Metadata(
+            config=config,
+            tokenizer=tokenizer,
+            encoder=self.data.encoder or "",
+            embedding_width=clip.embedding_width if example.ndim == 4 and clip is not None else example.shape[1],
+        )
+        self.validator = self._validator(tokenizer) if config.evaluate.images else None
+        self.optimizer = optim.optimizer(config.optimizer, self.total)
+        self.state, self.frozen = self._initial_state(example, base_params)
+        self._describe()
+        self.state, self.frozen = parallel.replicate((self.state, self.frozen))
+
+    def train(self) -> None:
+        """Take the steps that are left."""
+        config = self.config
+        take_step = parallel.map_step(
+            make_step(
+                self.model,
+                self.optimizer,
+                dropout="gpt2" in config.train.trainable,  # a frozen GPT-2 is used as it is
+                label_smoothing=config.train.label_smoothing,
+            )
+        )
+        with contextlib.ExitStack() as stack:
+            log = stack.enter_context(contextlib.closing(MetricsLog(self.folder, self.start)))
+            monitor = Monitor(
+                log,
+                self.console,
+                optim.schedule(config.optimizer, self.total),
+                batch_size=config.train.batch_size,
+                log_every=config.train.log_every,
+                start=self.start,
+                total=self.total,
+            )
+            stack.enter_context(contextlib.closing(monitor))
+            stop = stack.enter_context(_stop_signals())
+            step = self.start
+            while step < self.total and not stop.is_set():
+                self.state, metrics = take_step(self.state, self.frozen, next(self.batches))
+                step += 1
+                monitor.push(step, metrics)
+                validate = step % config.evaluate.every == 0 or step == self.total
+                if validate or stop.is_set() or step % config.checkpoint.every == 0:
+                    with monitor.paused():  # which first waits for the step, and stops here if it was not finite
+                        self._save(step, self._validate(step, log) if validate else {})
+        if step < self.total:
+            self.console.print(f"Stopped after step {step} of {self.total}. The same command goes on from there.")
+        else:
+            self.console.print(f"Trained {self.total} steps. The run is in {self.folder}")
+
+    def _params(self) -> Params:
+        return {**self.frozen, **self.state.params}
+
+    def _save(self, step: int, metrics: dict[str, float]) -> None:
+        self.checkpoints.save(
+            step,
+            params=jax.device_get(self._params()),
+            optimizer=jax.device_get(self.state.opt_state),
+            position={
+                "step": step,
+                "total": self.total,
+                "key": np.asarray(self.state.key).tolist(),
+                "data": self.batches.get_state(),
+            },
+            metadata=self.metadata,
+            metrics=metrics,
+        )
+
+    def _validate(self, step: int, log: MetricsLog) -> dict[str, float]:
+        if self.validator is None:
+            return {}
+        validation = self.validator(self._params())
+        metrics = validation.metrics
+        log.write(step, {f"val/{name}": value for name, value in metrics.items()})
+        chosen = list(validation.captions.items())[:: max(1, len(validation.captions) // 4)]
+        samples = [f"{image_id}: {caption}" for image_id, caption in chosen]
+        log.text(step, "val/captions", "\n\n".join(samples))
+        self.console.print(
+            f"step {step}  validation loss {metrics['loss']:.3f} ({metrics['loss_permuted']:.3f} with other pictures)  "
+            f"CIDEr {metrics['CIDEr']:.3f}  BLEU-4 {metrics['Bleu_4']:.3f}",
+            highlight=False,
+        )
+        for sample in samples:
+            self.console.print(f"    {sample}", highlight=False, markup=False, style="dim")
+        if validation.collapsed:
+            self.console.print(
+                f"Warning: only {validation.distinct} different captions for {len(validation.captions)} pictures. "
+                "Early in training that is normal; if it lasts, the model does not use its pictures.",
+                style="yellow",
+            )
+        return metrics
+
+    def _open(self, split: str) -> CaptionData:
+        config = self.config
+        clip = config.model.clip if config.data.input == "image" else None
+        return CaptionData(open_split(config.data.name, split, config.data.data_dir), clip.image_size if clip else None)
+
+    def _pairs(self, data: CaptionData, tokenizer: Tokenizer) -> Pairs:
+        pairs = make_pairs(data.captions, tokenizer, self.config.data.max_tokens)
+        if pairs.cut:
+            self.console.print(
+                f"{pairs.cut} of the {len(pairs)} captions of {data.name} are longer than config.data.max_tokens="
+                f"{self.config.data.max_tokens} and were cut.",
+                style="yellow",
+            )
+        return pairs
+
+    def _validator(self, tokenizer: Tokenizer) -> Validator:
+        data = self._open("val")
+        return Validator(self.model, tokenizer, data, self._pairs(data, tokenizer), self.config.evaluate)
+
+    def _base(self) -> tuple[Metadata | None, Params | None]:
+        """The checkpoint to start from: the run's own latest, or another run's best."""
+        if self.start:
+            stored = self.checkpoints.metadata(self.start)
+            check_same_run(self.config, stored.config)
+            return stored, None  # its parameters are restored with the optimiser's state
+        if self.config.train.init_from:
+            with checkpoint.opened(Path(self.config.train.init_from)) as other:
+                step = other.find("best")
+                return other.metadata(step), other.params(step)
+        return None, None
+
+    def _initial_state(self, example: np.ndarray, base_params: Params | None) -> tuple[TrainState, Params]:
+        config = self.config
+        params = init_params(self.model, example, config.train.seed)
+        if base_params is not None:
+            if changed := checkpoint.differences(params, base_params):
+                raise UserError(
+                    f"{config.train.init_from} is a checkpoint of another architecture. "
+                    f"{len(changed)} parameters differ, the first ones:\n  " + "\n  ".join(changed[:5])
+                )
+            params = base_params
+        missing = set(config.train.trainable) - set(params)
+        if missing:
+            raise UserError(f"config.train.trainable names {', '.join(missing)}, which this model does not have")
+        trained: Params = {name: part for name, part in params.items() if name in config.train.trainable}
+        frozen = {name: part for name, part in params.items() if name not in config.train.trainable}
+        state = TrainState(
+            step=jnp.int32(0),
+            key=jax.random.key_data(jax.random.key(config.train.seed)),
+            params=trained,
+            opt_state=self.optimizer.init(trained),
+        )
+        if not self.start:
+            return state, frozen
+        params, opt_state, position = self.checkpoints.training_state(self.start, params, state.opt_state)
+        self.batches.set_state(position["data"])
+        state = TrainState(
+            step=jnp.int32(position["step"]),
+            key=jnp.array(position["key"], jnp.uint32),
+            params={name: params[name] for name in trained},
+            opt_state=opt_state,
+        )
+        return state, {name: params[name] for name in frozen}
+
+    def _describe(self) -> None:
+        parts = [
+            f"{name} {sum(leaf.size for leaf in jax.tree.leaves(part)) / 1e6:.2f}M{note}"
+            for parts, note in ((self.state.params, ""), (self.frozen, " (frozen)"))
+            for name, part in parts.items()
+        ]
+        self.console.print(
+            f"{self.data.name}: {len(self.data)} pictures, {len(self.pairs)} captions. "
+            f"Model: {', '.join(parts)}. {parallel.describe_devices()}.",
+            highlight=False,
+        )
+        if self.start:
+            self.console.print(f"Going on after step {self.start} of {self.total}.")
+
+
+def choose_tokenizer(config: Config, base: Metadata | None, captions: list[tuple[str, ...]]) -> Tokenizer:
+    """The run's tokenizer: the one the base checkpoint was trained with, or else what the config names.
+
+    Raises:
+      UserError: the config names another one than the base checkpoint's, or one with more pieces than the model has.
+    """
+    source, vocab_size = config.tokenizer.source, config.model.gpt2.vocab_size
+    if source == "captions":
+        if base is not None:
+            return base.tokenizer
+        return Tokenizer.train((text for texts in captions for text in texts), vocab_size)
+    tokenizer = Tokenizer.load(source)
+    if base is not None and tokenizer.to_dict() != base.tokenizer.to_dict():
+        raise UserError(
+            f"the tokenizer {source!r} is not the one that the checkpoint was trained with, and its ids "
+            'would mean other words: set config.tokenizer.source="captions" to take the checkpoint\'s'
+        )
+    if tokenizer.size > vocab_size:
+        raise UserError(f"{source} has {tokenizer.size} pieces, more than config.model.gpt2.vocab_size={vocab_size}")
+    return tokenizer
+
+
+# What may change when a run goes on, because it does not change what is learnt.
+_FREE_TO_CHANGE = {"data.data_dir", "data.workers", "train.log_every"}
+
+
+def check_same_run(config: Config, stored: Config) -> None:
+    """Raise a UserError that names what differs between the settings of a run and those it was started with."""
+    now, then = dataclasses.asdict(config), dataclasses.asdict(stored)
+    changed = [
+        f"config.{section}.{name} was {then[section][name]!r}, is {now[section][name]!r}"
+        for section in ("data", "tokenizer", "model", "optimizer", "train")
+        for name in now[section]
+        if now[section][name] != then[section][name] and f"{section}.{name}" not in _FREE_TO_CHANGE
+    ]
+    if changed:
+        raise UserError(
+            "the run's folder holds a run with other settings:\n  "
+            + "\n  ".join(changed)
+            + "\nGive another --workdir, "
+            "or set config.train.init_from to that folder to start a new run from its parameters."
+        )
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[threading.Event]:
+    """An event that is set when the process is asked to stop; a second Ctrl-C interrupts at once."""
+    stop = threading.Event()
+
+    def request(signum: int, frame: Any) -> None:
+        stop.set()
+        signal.signal(signum, previous[signal.Signals(signum)])
+
+    previous = {signum: signal.signal(signum, request) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)

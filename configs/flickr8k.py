@@ -1,0 +1,51 @@
+"""Flickr8k with a small GPT-2 from scratch, for two CPU cores: `flickr8k.py` reads stored embeddings (prepared as
+"records/flickr8k"), `flickr8k.py:pixels` the JPEGs ("records/flickr8k_pixels")."""
+
+from ml_collections import ConfigDict
+
+
+def get_config(variant: str = "embeddings") -> ConfigDict:
+    config = ConfigDict()
+    config.data = dict(
+        name="records/flickr8k",
+        data_dir="data",
+        input="embedding",
+        max_tokens=40,
+        pool_batches=50,
+        workers=1,
+    )
+    config.tokenizer = dict(source="captions")
+    config.model = dict(
+        clip=None,
+        mapper=dict(kind="transformer", prefix_length=6, clip_length=6, layers=4, heads=4),
+        gpt2=dict(vocab_size=3000, positions=64, width=256, layers=4, heads=4, dropout=0.2),
+        normalize_embedding=False,
+        dtype="float32",
+        matmul_precision="default",
+    )
+    config.optimizer = dict(
+        learning_rate=6e-4,
+        warmup_steps=500,
+        weight_decay=0.05,
+        beta1=0.9,
+        beta2=0.98,
+        epsilon=1e-8,
+        clip_norm=1.0,
+    )
+    config.train = dict(
+        seed=0,
+        epochs=10.0,
+        batch_size=64,
+        trainable=("mapper", "gpt2"),
+        init_from="",
+        label_smoothing=0.1,
+        log_every=100,
+    )
+    config.evaluate = dict(
+        every=469,
+        images=1000,
+        batch_size=100,
+        decode=dict(beam_size=1, max_tokens=40, length_penalty=1.0),
+    )
+    config.checkpoint = dict(every=469, keep=1)
+    return config

@@ -1,0 +1,50 @@
+"""The demo: a captioner of drawings, trained from their pixels in a few minutes on two CPU cores."""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    config.data = dict(
+        name="shapes",
+        data_dir="data",
+        input="image",
+        max_tokens=40,
+        pool_batches=20,
+        workers=2,
+    )
+    config.tokenizer = dict(source="captions")
+    config.model = dict(
+        clip=dict(image_size=48, patch_size=8, width=128, layers=4, heads=4, embedding_width=256),
+        mapper=dict(kind="transformer", prefix_length=4, clip_length=4, layers=1, heads=4),
+        gpt2=dict(vocab_size=320, positions=64, width=128, layers=2, heads=4, dropout=0.0),
+        normalize_embedding=False,
+        dtype="float32",
+        matmul_precision="default",
+    )
+    config.optimizer = dict(
+        learning_rate=1e-3,
+        warmup_steps=100,
+        weight_decay=0.01,
+        beta1=0.9,
+        beta2=0.99,
+        epsilon=1e-8,
+        clip_norm=1.0,
+    )
+    config.train = dict(
+        seed=0,
+        epochs=1.0,
+        batch_size=64,
+        trainable=("clip", "mapper", "gpt2"),
+        init_from="",
+        label_smoothing=0.0,
+        log_every=50,
+    )
+    config.evaluate = dict(
+        every=500,
+        images=100,
+        batch_size=100,
+        decode=dict(beam_size=1, max_tokens=40, length_penalty=1.0),
+    )
+    config.checkpoint = dict(every=500, keep=1)
+    return config

@@ -1,0 +1,74 @@
+"""Score a trained captioner: `python evaluate.py --workdir=runs/shapes --split=test`.
+
+Works beside a training run: `--follow` scores each new checkpoint as it comes.
+"""
+
+import dataclasses
+import time
+from pathlib import Path
+
+from absl import app, flags, logging
+from rich.console import Console
+
+from clipcap_jax import checkpoint, cli, evaluation
+from clipcap_jax.captioner import Captioner
+from clipcap_jax.errors import UserError
+
+_WORKDIR = flags.DEFINE_string("workdir", "runs/shapes", "the run's folder, which train.py wrote to")
+_WHICH = flags.DEFINE_string("checkpoint", "best", '"best" (by CIDEr on the validation pictures), "latest" or a step')
+_FOLLOW = flags.DEFINE_bool("follow", False, "score each new checkpoint as it comes, until the run has ended")
+_DATA = flags.DEFINE_string("data", "", "a prepared data set [the one it was trained on]")
+_DATA_DIR = flags.DEFINE_string("data_dir", "", "where data sets are prepared [as in training]")
+_SPLIT = flags.DEFINE_string("split", "test", "the split to caption; a part of it as in test[:100]")
+_BEAM_SIZE = flags.DEFINE_integer("beam_size", 0, "hypotheses per picture, 1 for greedy [as the run's config says]", 0)
+_LENGTH_PENALTY = flags.DEFINE_float("length_penalty", None, "see decode.DecodeConfig [as the run's config says]")
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 0, "pictures per step, over all devices [as the run's config says]", 0)
+_METEOR = flags.DEFINE_bool("meteor", True, "METEOR as well, where Java and pycocoevalcap are there")
+_OUTPUT = flags.DEFINE_string("output", "", "folder for the results [<workdir>/evaluations/<split>-<step>]")
+
+# Seconds between looks at a run that is followed.
+_PATIENCE = 5.0
+
+
+def _evaluate(console: Console, workdir: Path, which: str) -> None:
+    captioner = Captioner.load(workdir, which)
+    decode = captioner.decode
+    if _BEAM_SIZE.value:
+        decode = dataclasses.replace(decode, beam_size=_BEAM_SIZE.value)
+    if _LENGTH_PENALTY.value is not None:
+        decode = dataclasses.replace(decode, length_penalty=_LENGTH_PENALTY.value)
+    captioner = captioner.with_decode(decode)
+    data = evaluation.open_data(captioner, _DATA.value, _SPLIT.value, _DATA_DIR.value)
+    batch_size = _BATCH_SIZE.value or captioner.metadata.config.evaluate.batch_size
+    result = evaluation.evaluate(captioner, data, batch_size=batch_size, meteor=_METEOR.value, console=console)
+    folder = Path(_OUTPUT.value or workdir / "evaluations" / f"{_SPLIT.value}-{captioner.step}")
+    evaluation.write(result, captioner, folder, console)
+
+
+def main(_: list[str]) -> None:
+    logging.set_verbosity(logging.ERROR)  # Orbax tells every step of a restore
+    console, workdir = Console(), Path(_WORKDIR.value)
+    if not _FOLLOW.value:
+        _evaluate(console, workdir, _WHICH.value)
+        return
+    done = -1
+    with checkpoint.opened(workdir) as checkpoints:
+        while True:
+            steps = checkpoints.steps()
+            if steps and steps[-1] > done:
+                done = steps[-1]
+                console.rule(f"step {done}")
+                try:
+                    _evaluate(console, workdir, str(done))
+                except UserError:
+                    if done in checkpoints.steps():
+                        raise
+                    console.print(f"The run has dropped step {done} for newer ones.")
+            elif steps and checkpoints.is_last(done):
+                return
+            else:
+                time.sleep(_PATIENCE)
+
+
+if __name__ == "__main__":
+    cli.run_script(lambda: app.run(main))

@@ -1,0 +1,25 @@
+import os
+from pathlib import Path
+
+import hypothesis
+import pytest
+
+# JAX reads these when it is first imported, which the imports of the tests do after this file. As environment variables
+# they also reach the scripts that tests start as processes.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_NUM_CPU_DEVICES", "4")
+os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
+
+# No time limit, as an example may compile something; the same examples in every run, so that green stays green.
+hypothesis.settings.register_profile("clipcap", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("clipcap")
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real photos, captions and reference tensors that are too large, or not ours, to ship."""
+    if not (folder := os.environ.get("CLIPCAP_SHARED")):
+        pytest.skip("set CLIPCAP_SHARED to the folder with the real data and the reference tensors to run this")
+    if not Path(folder).is_dir():
+        pytest.fail(f"CLIPCAP_SHARED is {folder}, which is not a folder")
+    return Path(folder)

@@ -1,0 +1,187 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from clipcap_jax.datasets.captions_file import CaptionsFile, Record, read_captions
+from clipcap_jax.errors import UserError
+
+
+def read(folder: Path, name: str, text: str | bytes) -> CaptionsFile:
+    path = folder / name
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    return read_captions(path)
+
+
+def lines(*records: Any) -> str:
+    return "".join(json.dumps(record) + "\n" for record in records)
+
+
+def test_jsonl(tmp_path: Path) -> None:
+    file = read(
+        tmp_path,
+        "c.jsonl",
+        lines(
+            {"image": "a/1.jpg", "captions": ["A dog.", "  Ein\nHund. "], "split": "val", "embedding_row": 7, "domain": "in"},
+            {"image_id": 42, "caption": "A cat."},
+        ),
+    )
+    assert file.records == [
+        Record("c.jsonl:1", "a/1.jpg", "a/1", ["A dog.", "Ein Hund."], "val", 7, "in"),
+        Record("c.jsonl:2", "42", "42", ["A cat."], "", None, ""),
+    ]
+    assert (file.problems, file.in_order, file.unused_fields) == ([], True, [])
+
+
+def test_rows_of_one_picture_are_joined(tmp_path: Path) -> None:
+    text = 'image,caption,split\n1.jpg,"A dog, running.",train\n2.jpg,"It says ""stop"".",test\n\n1.jpg,Ein Hund,train\n'
+    expected = [
+        Record("c.csv:2", "1.jpg", "1", ["A dog, running.", "Ein Hund"], "train", None, ""),
+        Record("c.csv:3", "2.jpg", "2", ['It says "stop".'], "test", None, ""),
+    ]
+    assert read(tmp_path, "c.csv", text).records == expected
+    assert read(tmp_path, "c.csv", "\ufeff" + text.replace("\n", "\r\n")).records == expected  # as Excel writes it
+
+    tsv = read(tmp_path, "c.tsv", "image_id\tcaption\tembedding_row\tlicense\n1.jpg\tA dog, running.\t3\tCC\n")
+    assert tsv.records == [Record("c.tsv:2", "1.jpg", "1.jpg", ["A dog, running."], "", 3, "")]
+    assert tsv.unused_fields == ["license"]
+
+
+def test_coco(tmp_path: Path) -> None:
+    content = {
+        "info": {},
+        "images": [
+            {"id": 9, "file_name": "9.jpg", "height": 480},
+            {"id": 3, "file_name": "3.jpg", "split": "val", "domain": "near-domain", "embedding_row": 0},
+        ],
+        "annotations": [
+            {"image_id": 3, "id": 1, "caption": "A cat."},
+            {"image_id": 9, "id": 2, "caption": "A dog.\n"},
+            {"image_id": 3, "id": 3, "caption": "A kitten."},
+        ],
+    }
+    file = read(tmp_path, "c.json", json.dumps(content))
+    assert file.records == [
+        Record("c.json: images[0]", "9.jpg", "9", ["A dog."], "", None, ""),
+        Record("c.json: images[1]", "3.jpg", "3", ["A cat.", "A kitten."], "val", 0, "near-domain"),
+    ]
+    assert (file.problems, file.in_order) == ([], True)
+
+
+GOOD = {"image": "1.jpg", "caption": "A dog."}
+LIST = {"image": "1.jpg", "captions": ["A dog."]}
+
+
+@pytest.mark.parametrize(
+    ("second", "reason", "detail"),
+    [
+        ('{"image": "2.jpg", "caption": "A c', "bad JSON", "Unterminated string"),
+        ('["2.jpg", "A cat."]', "bad JSON", "not an object"),
+        ({"caption": "A cat."}, "missing field", "neither 'image' nor 'image_id'"),
+        ({"image": "", "caption": "A cat."}, "missing field", "neither 'image' nor 'image_id'"),
+        ({"image": "2.jpg"}, "missing field", "neither 'caption' nor 'captions'"),
+        ({"image": "2.jpg", "captions": "A cat."}, "wrong type", "'captions' a list"),
+        ({"image": "2.jpg", "captions": ["A cat.", None]}, "wrong type", "'captions' a list"),
+        ({"image": ["2.jpg"], "caption": "A cat."}, "wrong type", "'image' must be a text"),
+        ({"image": "2.jpg", "caption": "A cat.", "embedding_row": 1.5}, "wrong type", "'embedding_row' must be a whole"),
+        ({"image": "2.jpg", "caption": "A cat.", "embedding_row": True}, "wrong type", "'embedding_row' must be a whole"),
+        ({"image": "2.jpg", "caption": "A cat.", "split": "../up"}, "wrong split", "'../up' is not a word"),
+        ({"image": "2.jpg", "caption": "\ud83d"}, "broken text", "cut in half"),
+        ({"image": "2.jpg", "caption": " \n"}, "empty caption", "image_id 2"),
+        ({"image": "2.jpg", "captions": ["A cat.", ""]}, "empty caption", "image_id 2"),
+        (LIST, "duplicate image_id", "1, as in c.jsonl:1"),
+        (GOOD | {"split": "val"}, "image in two splits", "1 is in 'val', but in '' in c.jsonl:1"),
+        (GOOD | {"image": "b.jpg", "image_id": "1"}, "contradiction", "image of 1 is 'b.jpg', but '1.jpg' in c.jsonl:1"),
+        (GOOD | {"embedding_row": 4}, "contradiction", "embedding_row of 1 is 4, but None in c.jsonl:1"),
+    ],
+)
+def test_problems_are_named_and_the_rest_is_kept(tmp_path: Path, second: Any, reason: str, detail: str) -> None:
+    third = {"image": "3.jpg", "caption": "A bird."}
+    second = second if isinstance(second, str) else json.dumps(second)
+    file = read(tmp_path, "c.jsonl", lines(GOOD) + second + "\n" + lines(third))
+    (problem,) = file.problems
+    assert (problem.where, problem.reason) == ("c.jsonl:2", reason)
+    assert detail in problem.detail
+    assert file.records[0].captions == ["A dog."]
+    assert file.records[-1].captions == ["A bird."]
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [("2.jpg,A cat, sitting.", "too many columns"), ("2.jpg", "too few columns"), ("2.jpg,", "empty caption")],
+)
+def test_problems_in_csv(tmp_path: Path, row: str, reason: str) -> None:
+    file = read(tmp_path, "c.csv", f'image,caption\n1.jpg,"two\nlines"\n{row}\n3.jpg,A bird.\n')
+    (problem,) = file.problems
+    assert (problem.where, problem.reason) == ("c.csv:4", reason)
+    assert [record.image for record in file.records if record.captions] == ["1.jpg", "3.jpg"]
+
+
+def test_problems_in_coco(tmp_path: Path) -> None:
+    images = [{"id": 1, "file_name": "1.jpg"}, {"id": 1, "file_name": "b.jpg"}, {"file_name": "c.jpg"}]
+    annotations = [{"image_id": 1, "caption": "A dog."}, {"image_id": 5, "id": 77, "caption": "A cat."}]
+    file = read(tmp_path, "c.json", json.dumps({"images": images, "annotations": annotations}))
+    assert [str(problem) for problem in file.problems] == [
+        "c.json: annotations[1]: caption of an unknown image: image_id 5, id 77",
+        "c.json: images[1]: duplicate image_id: 1, as in c.json: images[0]",
+    ]
+    assert [record.image_id for record in file.records] == ["1", "c"]
+
+
+def test_only_what_keeps_the_order_counts_as_in_order(tmp_path: Path) -> None:
+    empty = {"image": "2.jpg", "caption": ""}
+    assert read(tmp_path, "c.jsonl", lines(GOOD, empty)).in_order
+    assert not read(tmp_path, "c.jsonl", lines(GOOD, {"image": "2.jpg"})).in_order
+    assert not read(tmp_path, "c.jsonl", lines(LIST, LIST)).in_order
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("c.txt", "", "a captions file is .jsonl, .csv, .tsv"),
+        ("c.jsonl", b'{"image": "1.jpg"}\n\xff\n', "c.jsonl:2: not UTF-8"),
+        ("c.csv", "file,text\n1.jpg,A dog.\n", "name the columns.*It has: file, text"),
+        ("c.csv", "", "It has: nothing"),
+        ("c.csv", 'image,caption\n1.jpg,"A dog.\n', "c.csv:2: not CSV"),
+        ("c.json", '{"images": [\n}', "not JSON.*line 2"),
+        ("c.json", "[]", "lacks the list of objects 'images'"),
+        ("c.json", '{"images": [], "annotations": [1]}', "lacks the list of objects 'annotations'"),
+    ],
+)
+def test_files_that_are_not_captions(tmp_path: Path, name: str, content: str | bytes, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        read(tmp_path, name, content)
+    with pytest.raises(UserError, match=r"missing.jsonl does not exist"):
+        read_captions(tmp_path / "missing.jsonl")
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(codec=None), max_size=5),
+    lambda values: st.lists(values, max_size=3) | st.dictionaries(st.text(max_size=3), values, max_size=3),
+    max_leaves=6,
+)
+fields = ["image", "image_id", "caption", "captions", "split", "embedding_row", "domain", "file_name", "id"]
+objects = st.dictionaries(st.sampled_from(fields), json_values)
+
+
+@given(st.lists(objects, max_size=4))
+def test_whatever_the_types_every_line_is_kept_or_named(tmp_path_factory: pytest.TempPathFactory, rows: Any) -> None:
+    folder = tmp_path_factory.mktemp("fuzz")
+    file = read(folder, "c.jsonl", lines(*rows))
+    named = {problem.where for problem in file.problems} | {record.where for record in file.records}
+    joined = sum(len(record.captions) for record in file.records)
+    assert len(named) + joined >= len(rows)
+    read(folder, "c.json", json.dumps({"images": rows, "annotations": rows}))
+
+
+@given(st.text(st.characters(codec=None) | st.sampled_from('",\n\r\t{}[]'), max_size=60))
+def test_whatever_the_text_it_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
+    folder = tmp_path_factory.mktemp("fuzz")
+    for name, start in [("c.jsonl", ""), ("c.csv", "image,caption\n"), ("c.tsv", "image\tcaption\n"), ("c.json", "")]:
+        try:
+            read(folder, name, (start + text).encode(errors="surrogatepass"))
+        except UserError:
+            pass

@@ -1,0 +1,148 @@
+import json
+import pickle
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+
+from clipcap_jax.datasets import open_split, prepare, prepare_shapes, schema
+from clipcap_jax.errors import UserError
+
+
+class Tiny(prepare.Builder):
+    """Examples given as dictionaries, all in `train`."""
+
+    def __init__(self, data_dir: str, examples: list[dict[str, Any]], has_images: bool, width: int | None) -> None:
+        self.examples, self.has_images, self.width = examples, has_images, width
+        super().__init__(data_dir)
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return tfds.core.DatasetInfo(
+            builder=self,
+            features=schema.features(self.has_images, self.width),
+            metadata=prepare.metadata(source={}, captions={"train": 0}, encoder="an encoder"),
+        )
+
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator[tuple[int, Any]]]:
+        return {"train": self._generate_examples()}
+
+    def _generate_examples(self) -> Iterator[tuple[int, Any]]:
+        yield from enumerate(self.examples)
+
+
+TEXTS = {"image_path": "/photos/ä 1.jpg", "image_id": "ä-1", "split": "train", "domain": "out-domain"}
+IMAGE = bytes(range(256)) + b"\0\0"  # no picture: its bytes must come back untouched
+EMBEDDING = np.array([1.5, -65504, 2**-24, 0], np.float16)
+
+
+@pytest.mark.parametrize("captions", [(), ("a dog.",), ("ein Hündchen 🐕", 'it\'s\na "dog"', "")])
+@pytest.mark.parametrize("width", [None, 4])
+@pytest.mark.parametrize("has_images", [False, True])
+def test_examples_come_back_as_they_were(tmp_path: Path, has_images: bool, width: int | None, captions: Any) -> None:
+    example = TEXTS | {"captions": captions}
+    example |= {"image": IMAGE} if has_images else {}
+    example |= {"embedding": EMBEDDING} if width else {}
+    prepare.write(Tiny(str(tmp_path), [example], has_images, width))
+
+    split = open_split("tiny", "train", str(tmp_path))
+    assert (split.name, split.split, split.encoder) == ("tiny", "train", "an encoder")
+    assert (split.has_images, split.embedding_width) == (has_images, width)
+    (read,) = split
+    assert (read.image_path, read.image_id, read.domain) == (TEXTS["image_path"], TEXTS["image_id"], TEXTS["domain"])
+    assert read.captions == captions
+    assert read.image == (IMAGE if has_images else None)
+    if width is None:
+        assert read.embedding is None
+    else:
+        assert read.embedding is not None
+        assert read.embedding.dtype == np.float16
+        np.testing.assert_array_equal(read.embedding, EMBEDDING)
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = str(tmp_path_factory.mktemp("data"))
+    prepare_shapes(folder, {"train": 60, "val": 6})
+    return folder
+
+
+def test_a_split_is_a_sequence(data_dir: str) -> None:
+    split = open_split("shapes", "train", data_dir)
+    ids = [example.image_id for example in split]
+    assert len(split) == len(ids) == len(set(ids)) == 60
+    assert split[-1].image_id == split[np.int64(59)].image_id == ids[59]
+    assert [example.image_id for example in split[10:2:-3]] == ids[10:2:-3]
+    assert [example.image_id for example in open_split("shapes", "train[:5]", data_dir)] == ids[:5]
+    with pytest.raises(IndexError):
+        split[60]
+
+
+def test_threads_read_what_one_reads(data_dir: str) -> None:
+    split = open_split("shapes", "train", data_dir)
+    expected = list(split)
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(5):
+            assert list(pool.map(split.__getitem__, range(60))) == expected
+
+
+def test_a_split_can_be_sent_to_another_process(data_dir: str) -> None:
+    split = open_split("shapes", "train", data_dir)
+    assert pickle.loads(pickle.dumps(split))[7] == split[7]
+
+
+def test_what_is_not_there_is_said(data_dir: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no split 'tset'. It has: train, val"):
+        open_split("shapes", "tset", data_dir)
+    with pytest.raises(UserError, match=r"'train\[:x\]' cannot be read"):
+        open_split("shapes", "train[:x]", data_dir)
+    with pytest.raises(UserError, match="'shapes' is not prepared.*prepare_shapes"):
+        open_split("shapes", "train", str(tmp_path))
+    with pytest.raises(UserError, match="'records/mine' is not prepared.*prepare_records.*name='mine'"):
+        open_split("records/mine", "train", data_dir)
+    with pytest.raises(UserError, match="'coco' is not prepared.*folder"):
+        open_split("coco", "train", data_dir)
+
+
+def test_another_schema_is_said(tmp_path: Path) -> None:
+    prepare.write(Tiny(str(tmp_path), [TEXTS | {"captions": ()}], has_images=False, width=None))
+    folder = tmp_path / "tiny" / "1.0.0"
+
+    info = json.loads((folder / "dataset_info.json").read_text())
+    (folder / "dataset_info.json").write_text(json.dumps(info | {"fileFormat": "tfrecord"}))
+    with pytest.raises(UserError, match="format tfrecord, which needs TensorFlow"):
+        open_split("tiny", "train", str(tmp_path))
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+
+    features = json.loads((folder / "features.json").read_text())
+    del features["featuresDict"]["features"]["captions"]
+    (folder / "features.json").write_text(json.dumps(features))
+    with pytest.raises(UserError, match="not in the schema of clipcap_jax: it has no captions"):
+        open_split("tiny", "train", str(tmp_path))
+
+
+def test_tensorflow_is_never_imported(tmp_path: Path) -> None:
+    """TensorFlow may well be installed: here is one that fails when it is imported."""
+    (tmp_path / "tensorflow").mkdir()
+    (tmp_path / "tensorflow" / "__init__.py").write_text("raise SystemExit('tensorflow was imported')")
+    script = f"""
+import sys
+sys.path.insert(0, {str(tmp_path)!r})
+from clipcap_jax.datasets import RecordsSource, open_split, prepare_records, prepare_shapes
+prepare_shapes({str(tmp_path)!r}, {{"train": 5}})
+open("c.csv", "w").write("image,caption\\n1.png,a dog.\\n")
+open("1.png", "wb").write(open_split("shapes", "train", {str(tmp_path)!r})[0].image)
+prepare_records(RecordsSource("r", "c.csv", images=".", split="test"), {str(tmp_path)!r})
+print(open_split("records/r", "test", {str(tmp_path)!r})[0].captions, "tensorflow" in sys.modules)
+"""
+    code = Path(schema.__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, env={"PYTHONPATH": str(code)}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "('a dog.',) False"
