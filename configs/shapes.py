@@ -15,7 +15,7 @@ def get_config() -> ConfigDict:
     )
     config.tokenizer = dict(source="captions")
     config.model = dict(
-        clip=dict(image_size=48, patch_size=8, width=128, layers=4, heads=4, embedding_width=256),
+        clip=dict(image_size=48, patch_size=16, width=128, layers=4, heads=4, embedding_width=256),
         mapper=dict(kind="transformer", prefix_length=4, clip_length=4, layers=1, heads=4),
         gpt2=dict(vocab_size=320, positions=64, width=128, layers=2, heads=4, dropout=0.0),
         normalize_embedding=False,

@@ -1,3 +1,4 @@
+import contextlib
 import io
 import struct
 import zlib
@@ -122,7 +123,7 @@ def test_decompression_bomb() -> None:
     png = encode(Image.new("RGB", (1, 1)), "PNG")
     header = b"IHDR" + struct.pack(">II", 60_000, 60_000) + png[24:29]
     bomb = png[:12] + header + struct.pack(">I", zlib.crc32(header)) + png[33:]
-    with pytest.raises(UserError, match="too large.*3600000000 pixels"):
+    with pytest.raises(UserError, match=r"too large.*3600000000 pixels"):
         images.decode(bomb)
 
 
@@ -134,10 +135,8 @@ def test_damage_gives_a_picture_or_a_user_error(data: bytes, draw: st.DataObject
     end = draw.draw(st.integers(0, len(data)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Image, "MAX_IMAGE_PIXELS", 100_000)  # a damaged size must not take memory
-        try:
+        with contextlib.suppress(UserError):
             assert images.decode(bytes(damaged[:end])).mode == "RGB"
-        except UserError:
-            pass
 
 
 CASES = [name.removeprefix("image_") for name in np.load(DATA / "reference.npz") if name.startswith("image_")]

@@ -48,8 +48,9 @@ class CaptionsFile:
     """What a captions file holds.
 
     Attributes:
-      records: in the order of the file, one for each picture.
-      problems: what could not be read or was ambiguous, and was left out.
+      records: in the order of the file, one for each picture; white space in captions is tidied. Records whose captions
+        are all empty are still among them, without captions.
+      problems: what was left out, and why.
       in_order: whether the n-th picture of the file is the n-th of `records`.
       unused_fields: fields of the file that mean nothing here.
     """
@@ -102,8 +103,11 @@ def _collect(rows: Iterator[_Row]) -> CaptionsFile:
             file.problems.append(Problem(where, bad.reason, bad.detail))
             file.in_order = False
             continue
-        record.captions, empty = _non_empty(record.captions)
-        file.problems += [Problem(where, "empty caption", f"image_id {record.image_id}")] * empty
+        texts = [" ".join(caption.split()) for caption in record.captions]
+        record.captions = [text for text in texts if text]
+        if not texts:
+            file.problems.append(Problem(where, "no caption", f"image_id {record.image_id}"))
+        file.problems += [Problem(where, "empty caption", f"image_id {record.image_id}")] * texts.count("")
         first = by_id.setdefault(record.image_id, record)
         if first is record:
             file.records.append(record)
@@ -160,13 +164,6 @@ def _text(fields: Mapping[str, Any], key: str) -> str:
     return str(value).strip()
 
 
-def _non_empty(captions: list[str]) -> tuple[list[str], int]:
-    """The captions with their white space tidied, and how many of them held nothing else."""
-    tidy = [" ".join(caption.split()) for caption in captions]
-    kept = [caption for caption in tidy if caption]
-    return kept, len(tidy) - len(kept)
-
-
 def _difference(record: Record, first: Record) -> tuple[str, str] | None:
     """Reason and detail where two rows of one picture contradict each other."""
     if record.split != first.split:
@@ -195,13 +192,13 @@ def _read_jsonl(path: Path, text: str) -> Iterator[_Row]:
 def _read_csv(path: Path, text: str) -> Iterator[_Row]:
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    columns = reader.fieldnames or []
-    if "caption" not in columns or not {"image", "image_id"} & set(columns):
-        raise UserError(
-            f"{path}:1: the first row must name the columns, among them 'caption' and 'image' or 'image_id'. "
-            f"It has: {', '.join(columns) or 'nothing'}."
-        )
     try:
+        columns = reader.fieldnames or []
+        if "caption" not in columns or not {"image", "image_id"} & set(columns):
+            raise UserError(
+                f"{path}:1: the first row must name the columns, among them 'caption' and 'image' or 'image_id'. "
+                f"It has: {', '.join(columns) or 'nothing'}."
+            )
         for row in reader:
             fields: Mapping[str, Any] | _BadRecord
             if None in row:
@@ -212,7 +209,7 @@ def _read_csv(path: Path, text: str) -> Iterator[_Row]:
                 fields = {key: value for key, value in row.items() if value or key == "caption"}
             yield f"{path.name}:{reader.line_num}", fields
     except csv.Error as error:
-        raise UserError(f"{path}:{reader.line_num}: not CSV: {error}.") from None
+        raise UserError(f"{path} is not CSV near line {reader.line_num}: {error}.") from None
 
 
 def _read_coco(path: Path, text: str) -> Iterator[_Row]:
@@ -221,7 +218,7 @@ def _read_coco(path: Path, text: str) -> Iterator[_Row]:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON: {error}.") from None
     images, annotations = (_objects(content, key, path) for key in ("images", "annotations"))
-    captions: dict[str, list[Any]] = {str(image.get("id")): [] for image in images}
+    captions: dict[str, list[Any]] = {str(image["id"]): [] for image in images if "id" in image}
     for index, annotation in enumerate(annotations):
         if (image_id := str(annotation.get("image_id"))) in captions:
             captions[image_id].append(annotation.get("caption"))
@@ -232,7 +229,7 @@ def _read_coco(path: Path, text: str) -> Iterator[_Row]:
         fields = {
             "image": image.get("file_name"),
             "image_id": image.get("id"),
-            "captions": captions[str(image.get("id"))],
+            "captions": captions.get(str(image.get("id")), []),
         }
         fields |= {key: image.get(key) for key in ("split", "embedding_row", "domain")}
         yield f"{path.name}: images[{index}]", fields

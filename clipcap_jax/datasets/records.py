@@ -63,7 +63,7 @@ def prepare_records(source: RecordsSource, data_dir: str, max_skipped: float = 0
     Args:
       source: what to prepare.
       data_dir: the folder of prepared data sets.
-      max_skipped: how many problems to put up with, as a share of the number of pictures.
+      max_skipped: how many problems to put up with, as a share of the records.
 
     Returns:
       What was kept and what was skipped.
@@ -82,7 +82,7 @@ def prepare_records(source: RecordsSource, data_dir: str, max_skipped: float = 0
     notes = _assign_splits(file.records, source.split)
     if file.unused_fields:
         notes.append(f"fields of {source.captions} that were not used: {', '.join(file.unused_fields)}")
-    checks: list[Callable[[list[Record]], dict[str, Problem]]] = [_check_captions, _check_files_differ]
+    checks: list[Callable[[list[Record]], dict[str, Problem]]] = [_check_files_differ]
     if matrix is not None:
         notes += _assign_rows(file, len(matrix), source)
         checks.append(lambda records: _check_embeddings(records, matrix))
@@ -90,7 +90,7 @@ def prepare_records(source: RecordsSource, data_dir: str, max_skipped: float = 0
         folder = Path(source.images)
         checks.append(lambda records: _check_images(records, folder))
 
-    kept, problems = file.records, file.problems
+    kept, problems = [record for record in file.records if record.captions], file.problems
     for check in checks:
         found = check(kept)  # by image_id
         kept = [record for record in kept if record.image_id not in found]
@@ -248,14 +248,6 @@ def _assign_rows(file: CaptionsFile, rows: int, source: RecordsSource) -> list[s
             record.embedding_row = row
     unused = rows - len({record.embedding_row for record in file.records})
     return [f"rows of {source.embeddings} that no picture uses: {unused:,}"] if unused > 0 else []
-
-
-def _check_captions(records: list[Record]) -> dict[str, Problem]:
-    return {
-        record.image_id: Problem(record.where, "no caption", f"{record.image_id} has none that is not empty")
-        for record in records
-        if not record.captions
-    }
 
 
 def _check_files_differ(records: list[Record]) -> dict[str, Problem]:

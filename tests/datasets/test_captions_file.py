@@ -1,3 +1,4 @@
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,13 @@ def test_jsonl(tmp_path: Path) -> None:
         tmp_path,
         "c.jsonl",
         lines(
-            {"image": "a/1.jpg", "captions": ["A dog.", "  Ein\nHund. "], "split": "val", "embedding_row": 7, "domain": "in"},
+            {
+                "image": "a/1.jpg",
+                "captions": ["A dog.", "  Ein\nHund. "],
+                "split": "val",
+                "embedding_row": 7,
+                "domain": "in",
+            },
             {"image_id": 42, "caption": "A cat."},
         ),
     )
@@ -37,7 +44,9 @@ def test_jsonl(tmp_path: Path) -> None:
 
 
 def test_rows_of_one_picture_are_joined(tmp_path: Path) -> None:
-    text = 'image,caption,split\n1.jpg,"A dog, running.",train\n2.jpg,"It says ""stop"".",test\n\n1.jpg,Ein Hund,train\n'
+    text = (
+        'image,caption,split\n1.jpg,"A dog, running.",train\n2.jpg,"It says ""stop"".",test\n\n1.jpg,Ein Hund,train\n'
+    )
     expected = [
         Record("c.csv:2", "1.jpg", "1", ["A dog, running.", "Ein Hund"], "train", None, ""),
         Record("c.csv:3", "2.jpg", "2", ['It says "stop".'], "test", None, ""),
@@ -86,15 +95,28 @@ LIST = {"image": "1.jpg", "captions": ["A dog."]}
         ({"image": "2.jpg", "captions": "A cat."}, "wrong type", "'captions' a list"),
         ({"image": "2.jpg", "captions": ["A cat.", None]}, "wrong type", "'captions' a list"),
         ({"image": ["2.jpg"], "caption": "A cat."}, "wrong type", "'image' must be a text"),
-        ({"image": "2.jpg", "caption": "A cat.", "embedding_row": 1.5}, "wrong type", "'embedding_row' must be a whole"),
-        ({"image": "2.jpg", "caption": "A cat.", "embedding_row": True}, "wrong type", "'embedding_row' must be a whole"),
+        (
+            {"image": "2.jpg", "caption": "A cat.", "embedding_row": 1.5},
+            "wrong type",
+            "'embedding_row' must be a whole",
+        ),
+        (
+            {"image": "2.jpg", "caption": "A cat.", "embedding_row": True},
+            "wrong type",
+            "'embedding_row' must be a whole",
+        ),
         ({"image": "2.jpg", "caption": "A cat.", "split": "../up"}, "wrong split", "'../up' is not a word"),
         ({"image": "2.jpg", "caption": "\ud83d"}, "broken text", "cut in half"),
         ({"image": "2.jpg", "caption": " \n"}, "empty caption", "image_id 2"),
         ({"image": "2.jpg", "captions": ["A cat.", ""]}, "empty caption", "image_id 2"),
+        ({"image": "2.jpg", "captions": []}, "no caption", "image_id 2"),
         (LIST, "duplicate image_id", "1, as in c.jsonl:1"),
         (GOOD | {"split": "val"}, "image in two splits", "1 is in 'val', but in '' in c.jsonl:1"),
-        (GOOD | {"image": "b.jpg", "image_id": "1"}, "contradiction", "image of 1 is 'b.jpg', but '1.jpg' in c.jsonl:1"),
+        (
+            GOOD | {"image": "b.jpg", "image_id": "1"},
+            "contradiction",
+            "image of 1 is 'b.jpg', but '1.jpg' in c.jsonl:1",
+        ),
         (GOOD | {"embedding_row": 4}, "contradiction", "embedding_row of 1 is 4, but None in c.jsonl:1"),
     ],
 )
@@ -122,11 +144,17 @@ def test_problems_in_csv(tmp_path: Path, row: str, reason: str) -> None:
 
 def test_problems_in_coco(tmp_path: Path) -> None:
     images = [{"id": 1, "file_name": "1.jpg"}, {"id": 1, "file_name": "b.jpg"}, {"file_name": "c.jpg"}]
-    annotations = [{"image_id": 1, "caption": "A dog."}, {"image_id": 5, "id": 77, "caption": "A cat."}]
+    annotations = [
+        {"image_id": 1, "caption": "A dog."},
+        {"image_id": 5, "id": 77, "caption": "A cat."},
+        {"caption": "?"},
+    ]
     file = read(tmp_path, "c.json", json.dumps({"images": images, "annotations": annotations}))
     assert [str(problem) for problem in file.problems] == [
         "c.json: annotations[1]: caption of an unknown image: image_id 5, id 77",
+        "c.json: annotations[2]: caption of an unknown image: image_id None, id None",
         "c.json: images[1]: duplicate image_id: 1, as in c.json: images[0]",
+        "c.json: images[2]: no caption: image_id c",
     ]
     assert [record.image_id for record in file.records] == ["1", "c"]
 
@@ -145,8 +173,8 @@ def test_only_what_keeps_the_order_counts_as_in_order(tmp_path: Path) -> None:
         ("c.jsonl", b'{"image": "1.jpg"}\n\xff\n', "c.jsonl:2: not UTF-8"),
         ("c.csv", "file,text\n1.jpg,A dog.\n", "name the columns.*It has: file, text"),
         ("c.csv", "", "It has: nothing"),
-        ("c.csv", 'image,caption\n1.jpg,"A dog.\n', "c.csv:2: not CSV"),
-        ("c.json", '{"images": [\n}', "not JSON.*line 2"),
+        ("c.csv", 'image,caption\n1.jpg,"A dog.\n', "c.csv is not CSV near line 1"),
+        ("c.json", '{"images": [\n}', "is not JSON.*line 2"),
         ("c.json", "[]", "lacks the list of objects 'images'"),
         ("c.json", '{"images": [], "annotations": [1]}', "lacks the list of objects 'annotations'"),
     ],
@@ -180,8 +208,6 @@ def test_whatever_the_types_every_line_is_kept_or_named(tmp_path_factory: pytest
 @given(st.text(st.characters(codec=None) | st.sampled_from('",\n\r\t{}[]'), max_size=60))
 def test_whatever_the_text_it_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
     folder = tmp_path_factory.mktemp("fuzz")
-    for name, start in [("c.jsonl", ""), ("c.csv", "image,caption\n"), ("c.tsv", "image\tcaption\n"), ("c.json", "")]:
-        try:
+    for name, start in [("c.jsonl", ""), ("c.csv", "image,caption\n"), ("c.tsv", ""), ("c.json", "")]:
+        with contextlib.suppress(UserError):
             read(folder, name, (start + text).encode(errors="surrogatepass"))
-        except UserError:
-            pass

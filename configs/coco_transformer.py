@@ -1,0 +1,53 @@
+"""The paper's second variant on COCO: a transformer mapper, and GPT-2 frozen (arXiv 2111.09734, section 4).
+
+Reads stored CLIP embeddings, prepared as "records/coco".
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    config.data = dict(
+        name="records/coco",
+        data_dir="data",
+        input="embedding",
+        max_tokens=68,
+        pool_batches=50,
+        workers=4,
+    )
+    config.tokenizer = dict(source="gpt2")
+    config.model = dict(
+        clip=None,
+        mapper=dict(kind="transformer", prefix_length=10, clip_length=10, layers=8, heads=8),
+        gpt2=dict(vocab_size=50257, positions=1024, width=768, layers=12, heads=12, dropout=0.1),
+        normalize_embedding=False,
+        dtype="bfloat16",
+        matmul_precision="default",
+    )
+    config.optimizer = dict(
+        learning_rate=2e-5,
+        warmup_steps=5000,
+        weight_decay=0.0,
+        beta1=0.9,
+        beta2=0.999,
+        epsilon=1e-6,
+        clip_norm=0.0,
+    )
+    config.train = dict(
+        seed=0,
+        epochs=10.0,
+        batch_size=40,
+        trainable=("mapper",),
+        init_from="",
+        label_smoothing=0.0,
+        log_every=100,
+    )
+    config.evaluate = dict(
+        every=5000,
+        images=1000,
+        batch_size=64,
+        decode=dict(beam_size=5, max_tokens=67, length_penalty=1.0),
+    )
+    config.checkpoint = dict(every=5000, keep=1)
+    return config
