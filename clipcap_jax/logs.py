@@ -59,6 +59,7 @@ class Monitor:
     ):
         self._log, self._console, self._schedule = log, console, schedule
         self._every, self._batch_size = log_every, batch_size
+        self._losses: list[float] = []  # since the last line
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
         self._since, self._last = time.perf_counter(), start
         self._progress = Progress(
@@ -67,8 +68,10 @@ class Monitor:
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TextColumn("left"),
-            TimeRemainingColumn(), console=console, disable=not console.is_terminal,
-        )  # fmt: skip
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
         self._task = self._progress.add_task("training", total=total, completed=start)
         self._progress.start()
 
@@ -90,18 +93,25 @@ class Monitor:
                     "is from before that step. A lower config.optimizer.learning_rate, a longer warmup_steps or "
                     "clip_norm=1.0 usually helps; so does float32 instead of bfloat16."
                 )
-        self._progress.update(self._task, completed=step, description=f"loss {metrics['loss']:.3f}")
+        self._losses.append(float(metrics["loss"]))
         if step % self._every == 0:
             now = time.perf_counter()
             rate = (step - self._last) * self._batch_size / (now - self._since)
-            self._since, self._last = now, step
-            values = {name: float(value) for name, value in metrics.items()}
-            values |= {"learning_rate": float(self._schedule(step - 1)), "pairs_per_second": rate}
-            self._log.write(step, {f"train/{name}": value for name, value in values.items()})
-            line = f"step {step}  loss {values['loss']:.3f}  {rate:.0f} pairs/s"
-            self._progress.update(self._task, description=f"loss {values['loss']:.3f}  {rate:.0f} pairs/s")
+            loss = float(np.mean(self._losses))  # a batch of short captions has another loss than one of long ones
+            self._since, self._last, self._losses = now, step, []
+            self._log.write(
+                step,
+                {
+                    "train/loss": loss,
+                    "train/gradient_norm": float(metrics["gradient_norm"]),
+                    "train/learning_rate": float(self._schedule(step - 1)),
+                    "train/pairs_per_second": rate,
+                },
+            )
+            self._progress.update(self._task, description=f"loss {loss:.3f}  {rate:.0f} pairs/s")
             if not self._console.is_terminal:
-                self._console.print(line)
+                self._console.print(f"step {step}  loss {loss:.3f}  {rate:.0f} pairs/s", highlight=False)
+        self._progress.update(self._task, completed=step)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:

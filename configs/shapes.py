@@ -23,7 +23,7 @@ def get_config() -> ConfigDict:
         matmul_precision="default",
     )
     config.optimizer = dict(
-        learning_rate=1e-3,
+        learning_rate=1.5e-3,
         warmup_steps=100,
         weight_decay=0.01,
         beta1=0.9,
@@ -34,17 +34,17 @@ def get_config() -> ConfigDict:
     config.train = dict(
         seed=0,
         epochs=1.0,
-        batch_size=64,
+        batch_size=128,
         trainable=("clip", "mapper", "gpt2"),
         init_from="",
         label_smoothing=0.0,
         log_every=50,
     )
     config.evaluate = dict(
-        every=500,
+        every=200,
         images=100,
         batch_size=100,
         decode=dict(beam_size=1, max_tokens=40, length_penalty=1.0),
     )
-    config.checkpoint = dict(every=500, keep=1)
+    config.checkpoint = dict(every=200, keep=1)
     return config

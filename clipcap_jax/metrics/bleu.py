@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .ngrams import MAX_ORDER, Matches
+from clipcap_jax.metrics.ngrams import MAX_ORDER, Matches
 
 # pycocoevalcap keeps its fractions finite with these; they only show where nothing matches.
 _TINY = 1e-15

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .ngrams import Matches, ReferenceNGrams
+from clipcap_jax.metrics.ngrams import Matches, ReferenceNGrams
 
 _SIGMA = 6.0  # in words: how fast the score falls with the difference of the lengths
 

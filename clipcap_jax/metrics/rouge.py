@@ -2,14 +2,18 @@
 
 from collections.abc import Sequence
 
-_BETA = 1.2  # how much recall weighs against precision
+_BETA = 1.2  # recall weighs this much more than precision
 
 
-def rouge_l(caption: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """ROUGE-L of one image: the F-score of its best precision and its best recall over the references."""
-    common = [common_subsequence_length(caption, reference) for reference in references]
-    precision = max(common) / len(caption)
-    recall = max(length / len(reference) for length, reference in zip(common, references, strict=True))
+def rouge_l(caption: str, references: Sequence[str]) -> float:
+    """ROUGE-L of one image, from tokens joined by spaces: the F-score of the best precision and the best recall.
+
+    As in pycocoevalcap, a text without tokens is one empty word here, so nothing is divided by 0.
+    """
+    words, reference_words = caption.split(" "), [reference.split(" ") for reference in references]
+    common = [common_subsequence_length(words, reference) for reference in reference_words]
+    precision = max(common) / len(words)
+    recall = max(length / len(reference) for length, reference in zip(common, reference_words, strict=True))
     if precision == 0:
         return 0.0
     return (1 + _BETA**2) * precision * recall / (recall + _BETA**2 * precision)

@@ -1,0 +1,56 @@
+import importlib.util
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def pycocoevalcap() -> Path:
+    """The folder of the reference implementation."""
+    spec = importlib.util.find_spec("pycocoevalcap")
+    if spec is None or not spec.submodule_search_locations:
+        _skip("pycocoevalcap is not installed (pip install -e '.[java]')")
+    return Path(spec.submodule_search_locations[0])
+
+
+@pytest.fixture(scope="session")
+def java(pycocoevalcap: Path) -> str:
+    """The Java program, where pycocoevalcap is there for it to run."""
+    program = shutil.which("java")
+    if program is None:
+        _skip("there is no java on the PATH")
+    return program
+
+
+@pytest.fixture
+def java_tokenize(java: str, pycocoevalcap: Path, tmp_path: Path) -> Callable[[Sequence[str]], list[str]]:
+    """What pycocoevalcap's `PTBTokenizer` does, without writing into its package."""
+    from pycocoevalcap.tokenizer.ptbtokenizer import PUNCTUATIONS, STANFORD_CORENLP_3_4_1_JAR
+
+    def tokenize(captions: Sequence[str]) -> list[str]:
+        file = tmp_path / "captions.txt"
+        file.write_text("\n".join(caption.replace("\n", " ") for caption in captions), encoding="utf-8")
+        jar = pycocoevalcap / "tokenizer" / STANFORD_CORENLP_3_4_1_JAR
+        tokenizer = ["edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase", str(file)]
+        run = subprocess.run(
+            [java, "-Dfile.encoding=UTF-8", "-cp", str(jar), *tokenizer], capture_output=True, check=True
+        )
+        lines = run.stdout.decode().split("\n")
+        return [
+            " ".join(token for token in line.rstrip().split(" ") if token not in PUNCTUATIONS)
+            for line, _ in zip(lines, captions, strict=False)
+        ]
+
+    return tokenize
+
+
+def _skip(reason: str) -> NoReturn:
+    """Skips, but fails where the machine is meant to have everything."""
+    if os.environ.get("CLIPCAP_SHARED"):
+        pytest.fail(f"{reason}, but with CLIPCAP_SHARED set it must be there")
+    pytest.skip(reason)
