@@ -16,15 +16,15 @@ def get_config() -> ConfigDict:
     config.tokenizer = dict(source="captions")
     config.model = dict(
         clip=dict(image_size=48, patch_size=16, width=128, layers=4, heads=4, embedding_width=256),
-        mapper=dict(kind="transformer", prefix_length=4, clip_length=4, layers=1, heads=4),
+        mapper=dict(kind="mlp", prefix_length=4, clip_length=4, layers=1, heads=4),
         gpt2=dict(vocab_size=320, positions=64, width=128, layers=2, heads=4, dropout=0.0),
         normalize_embedding=False,
         dtype="float32",
         matmul_precision="default",
     )
     config.optimizer = dict(
-        learning_rate=1.5e-3,
-        warmup_steps=100,
+        learning_rate=4e-4,
+        warmup_steps=200,
         weight_decay=0.01,
         beta1=0.9,
         beta2=0.99,
@@ -34,7 +34,7 @@ def get_config() -> ConfigDict:
     config.train = dict(
         seed=0,
         epochs=1.0,
-        batch_size=128,
+        batch_size=64,
         trainable=("clip", "mapper", "gpt2"),
         init_from="",
         label_smoothing=0.0,
