@@ -17,13 +17,13 @@ def bleu(
     """BLEU of a set of captions, one an image.
 
     Args:
-        matches: n-grams shared with the references, for order 1 to 4.
-        lengths: words of each caption, (images,).
-        reference_lengths: words of each reference of each image.
+      matches: n-grams shared with the references, for order 1 to 4.
+      lengths: words of each caption, (images,).
+      reference_lengths: words of each reference of each image.
 
     Returns:
-        BLEU-1 to BLEU-4 of all captions together, float64 of shape (4,), and of each image, (images, 4). The first is
-        no mean of the second: BLEU adds up its counts over the set before it divides.
+      BLEU-1 to BLEU-4 of all captions together, float64 of shape (4,), and of each image, (images, 4). The first is
+      no mean of the second: BLEU adds up its counts over the set before it divides.
     """
     correct = np.stack([_correct(shared, len(lengths)) for shared in matches], axis=-1)
     guessed = np.maximum(lengths[:, None] - np.arange(MAX_ORDER), 0)

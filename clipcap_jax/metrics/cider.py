@@ -16,23 +16,23 @@ class Cider:
     those of two sets do not compare, and in a set of one image every weight, and the score, is 0.
     """
 
-    def __init__(self, ngrams: Sequence[ReferenceNGrams], reference_lengths: Sequence[Sequence[int]]) -> None:
-        """Takes the references' n-grams of order 1 to 4, and the words of each reference of each image."""
+    def __init__(self, ngrams: ReferenceNGrams, reference_lengths: Sequence[Sequence[int]]):
+        """Takes the references' n-grams, and how many words each reference of each image has."""
         self._image = np.repeat(np.arange(len(reference_lengths)), list(map(len, reference_lengths)))  # (references,)
         self._lengths = np.concatenate(reference_lengths)  # (references,)
         self._rarest = np.log(len(reference_lengths))
-        self._weights = [self._rarest - np.log(order.document_frequency()) for order in ngrams]  # (n-grams,) an order
+        self._weights = [self._rarest - np.log(images) for images in ngrams.document_frequency]  # (n-grams,) an order
         self._norms = [
-            _norm(order.counts.caption, order.counts.count * weights[order.counts.ngram], len(self._image))
-            for order, weights in zip(ngrams, self._weights, strict=True)
+            _norm(counts.caption, counts.count * weights[counts.ngram], len(self._image))
+            for counts, weights in zip(ngrams.counts, self._weights, strict=True)
         ]  # (references,) an order
 
     def score(self, matches: Sequence[Matches], lengths: np.ndarray) -> np.ndarray:
         """CIDEr-D of each image's caption: float64 of shape (images,), from 0 to 10.
 
         Args:
-            matches: n-grams shared with the references, for order 1 to 4.
-            lengths: words of each caption, (images,).
+          matches: n-grams shared with the references, for order 1 to 4.
+          lengths: words of each caption, (images,).
         """
         cosine = np.mean(list(map(self._cosine, matches, self._weights, self._norms)), axis=0)
         # pycocoevalcap takes the number of word pairs for the length: no word and one word are both 0 long.

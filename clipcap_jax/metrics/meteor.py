@@ -20,7 +20,7 @@ _JAVA_OPTIONS = (
     "-Duser.language=en",  # the program reads back its own numbers and trips over a decimal comma
 )
 _START_SECONDS = 120.0  # to load the table of paraphrases: seven seconds on two cores
-_IMAGE_SECONDS = 0.1  # two milliseconds on two cores
+_IMAGE_SECONDS = 0.1  # one millisecond on two cores
 
 
 class Unavailable(Exception):

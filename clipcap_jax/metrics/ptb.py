@@ -128,8 +128,8 @@ _SENTENCE_STARTS = "(?=[A-Z])" + _any_case(
     "One Other Our She Since So Some Such That The Their Then There These They This We What When While Yet You"
 )
 _FILE_TYPES = _any_case(
-    "bat bmp c cgi cpp dll docx? exe gif gz h html? jar java jpe?g mov mp3 pdf php pl png ppt ps py sql tar txt wav "
-    "x xml zip [37][0-9]"
+    "bat bmp c cgi cpp dll docx? exe gif gz h html? jar java jpe?g mov mp3 pdf php pl png ppt ps py sql tar txt wav x "
+    "xml zip"
 )
 
 # ---- Rules -----------------------------------------------------------------------------------------------------------
@@ -260,9 +260,9 @@ def tokenize(caption: str, following: str = "") -> str:
     Some tokens hold a no-break space ("1 1/2"), at which `str.split()` splits and `str.split(" ")` does not.
 
     Args:
-        caption: any text; line breaks count as spaces.
-        following: the caption after it. pycocoevalcap hands Java all captions as one text, in which the last word of
-            "the letter S." reads "s" before "A sign" and "s." before "Two signs". `tokenize_all` sees to it.
+      caption: any text; line breaks count as spaces.
+      following: the caption after it. pycocoevalcap hands Java all captions as one text, in which the last word of
+          "the letter S." reads "s" before "A sign" and "s." before "Two signs". `tokenize_all` sees to it.
     """
     return " ".join(_tokens(caption, following))
 

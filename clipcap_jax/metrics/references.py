@@ -57,7 +57,7 @@ class References:
         self._texts = {image: [next(tokenised) for _ in texts] for image, texts in references.items()}
         words = [[text.split() for text in texts] for texts in self._texts.values()]
         self._lengths = [list(map(len, texts)) for texts in words]
-        self._ngrams = [ReferenceNGrams(words, order) for order in range(1, MAX_ORDER + 1)]
+        self._ngrams = ReferenceNGrams(words)
         self._cider = Cider(self._ngrams, self._lengths)
 
     def __len__(self) -> int:
@@ -80,7 +80,7 @@ class References:
         references = list(self._texts.values())
         words = [text.split() for text in texts]
         lengths = np.array(list(map(len, words)))
-        matches = [ngrams.match(words) for ngrams in self._ngrams]
+        matches = self._ngrams.match(words)
         results: dict[str, tuple[float, Sequence[float] | np.ndarray]] = {}  # overall and of each image
         not_computed = {}
 
