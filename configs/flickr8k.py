@@ -48,4 +48,9 @@ def get_config(variant: str = "embeddings") -> ConfigDict:
         decode=dict(beam_size=1, max_tokens=40, length_penalty=1.0),
     )
     config.checkpoint = dict(every=469, keep=1)
+    if variant == "pixels":
+        config.data.name = "records/flickr8k_pixels"
+        config.data.input = "image"
+        config.model.clip = dict(image_size=128, patch_size=16, width=256, layers=6, heads=4, embedding_width=512)
+        config.train.trainable = ("clip", "mapper", "gpt2")
     return config
