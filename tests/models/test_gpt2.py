@@ -1,0 +1,129 @@
+import functools
+import warnings
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from original import gpt2_params
+from random_models import random_params, random_tokens
+
+from clipcap_jax.models.gpt2 import PRESETS, Gpt2, Gpt2Config
+
+PREFIX, STEPS, BEAMS = 3, 5, 4
+CONFIG = Gpt2Config(vocab_size=11, positions=16, width=16, layers=2, heads=2, dropout=0.5)
+MODEL = Gpt2(CONFIG, jnp.dtype("float32"))
+
+Variables = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def variables() -> Variables:
+    return {"params": random_params(MODEL, 0, np.zeros((1, 1, 16), np.float32))}
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [("gpt2", 124_439_808), ("gpt2-medium", 354_823_168), ("gpt2-large", 774_030_080), ("gpt2-xl", 1_557_611_200)],
+)
+def test_sizes(name: str, count: int) -> None:
+    """The counts of `GPT2LMHeadModel.num_parameters()` for OpenAI's four models."""
+    model = Gpt2(PRESETS[name], jnp.dtype("float32"))
+    embeddings = jax.ShapeDtypeStruct((2, 20, PRESETS[name].width), jnp.float32)
+    hidden, variables = jax.eval_shape(model.init_with_output, jax.random.key(0), embeddings)
+    assert hidden.shape == embeddings.shape
+    assert sum(leaf.size for leaf in jax.tree.leaves(variables)) == count
+
+
+def test_every_position_sees_itself_and_what_stands_before_it(variables: Variables) -> None:
+    embeddings = np.random.default_rng(0).normal(size=(2, 6, 16)).astype(np.float32)
+    jacobian = jax.jit(jax.jacrev(lambda x: MODEL.apply(variables, x).sum(axis=2)))(embeddings)  # 2 6 2 6 16
+    seen = np.abs(jacobian).max(axis=4) > 0  # image, position, image seen, position seen
+    causal = np.array(
+        [
+            [1, 0, 0, 0, 0, 0],
+            [1, 1, 0, 0, 0, 0],
+            [1, 1, 1, 0, 0, 0],
+            [1, 1, 1, 1, 0, 0],
+            [1, 1, 1, 1, 1, 0],
+            [1, 1, 1, 1, 1, 1],
+        ]
+    )
+    np.testing.assert_array_equal(seen[0, :, 0].astype(int), causal)
+    np.testing.assert_array_equal(seen[1, :, 1].astype(int), causal)
+    assert not seen[0, :, 1].any()
+    assert not seen[1, :, 0].any()
+
+
+def full_logits(model: Gpt2, prefix: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Logits after the prefix and after every token, without a cache."""
+    hidden = model(jnp.concatenate([prefix, model.embed(tokens)], axis=1))
+    return model.logits(hidden[:, prefix.shape[1] - 1 :])
+
+
+@pytest.mark.parametrize("beams", [1, BEAMS])
+def test_cached_equals_uncached(variables: Variables, beams: int) -> None:
+    """Hypotheses that branch at random: each continues one of the step before, in any order, some of them none."""
+    random, batch = np.random.default_rng(beams), 2
+    prefix = random.normal(size=(batch, PREFIX, CONFIG.width)).astype(np.float32)
+    slots = PREFIX + STEPS * beams
+    first, cache = MODEL.apply(variables, prefix, slots, method="prefill")
+    extend = jax.jit(functools.partial(MODEL.apply, method="extend"))
+    uncached = jax.jit(functools.partial(MODEL.apply, method=full_logits))
+
+    tokens = np.zeros((batch, beams, STEPS), np.int32)
+    held_in = np.zeros((batch, beams, STEPS), int)  # the slots of those tokens
+    for step in range(STEPS):
+        for image in range(batch):
+            parents = random.integers(0, beams, beams)
+            tokens[image], held_in[image] = tokens[image, parents], held_in[image, parents]
+        tokens[:, :, step] = random.integers(CONFIG.vocab_size, size=(batch, beams))
+        held_in[:, :, step] = PREFIX + step * beams + np.arange(beams)
+        mask = np.zeros((batch, beams, slots), bool)
+        mask[:, :, :PREFIX] = True
+        np.put_along_axis(mask, held_in[:, :, : step + 1], True, axis=2)
+        logits, cache = extend(variables, tokens[:, :, step], PREFIX + step, PREFIX + step * beams, mask, cache)
+
+        expected = uncached(variables, np.repeat(prefix, beams, axis=0), tokens.reshape(batch * beams, STEPS))
+        expected = expected.reshape(batch, beams, STEPS + 1, CONFIG.vocab_size)
+        np.testing.assert_allclose(first, expected[:, 0, 0], rtol=0, atol=1e-5)
+        np.testing.assert_allclose(logits, expected[:, :, step + 1], rtol=0, atol=1e-5)
+
+
+def test_dropout(variables: Variables) -> None:
+    embeddings = np.random.default_rng(0).normal(size=(2, 6, 16)).astype(np.float32)
+
+    @jax.jit
+    def drop(seed: int) -> jax.Array:
+        rngs = {"dropout": jax.random.key(seed)}
+        return MODEL.apply(variables, embeddings, deterministic=False, rngs=rngs)
+
+    without = MODEL.apply(variables, embeddings)
+    np.testing.assert_array_equal(drop(1), drop(1))
+    assert np.abs(drop(1) - drop(2)).max() > 0.1
+    assert np.abs(drop(1) - without).max() > 0.1
+
+
+def test_equals_transformers() -> None:
+    """The same logits from embeddings as `GPT2LMHeadModel`, for a model with random biases and norms."""
+    torch = pytest.importorskip("torch", reason="needs the torch extra")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of transformers and torch about each other
+        from transformers import GPT2Config, GPT2LMHeadModel
+
+        config = GPT2Config(vocab_size=11, n_positions=16, n_embd=16, n_layer=2, n_head=2)
+        theirs = GPT2LMHeadModel(config).eval()
+        generator = torch.Generator().manual_seed(0)
+        for parameter in theirs.parameters():
+            parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
+        prefix = torch.randn((2, PREFIX, 16), generator=generator)
+        tokens = random_tokens(0, 2, STEPS)
+        with torch.no_grad():
+            embedded = theirs.transformer.wte(torch.from_numpy(tokens))
+            expected = theirs(inputs_embeds=torch.cat([prefix, embedded], dim=1)).logits.numpy()
+
+    params = gpt2_params({name: value.numpy() for name, value in theirs.state_dict().items()})
+    ours = MODEL.apply({"params": params}, prefix.numpy(), tokens, method=full_logits)
+    expected = expected[:, PREFIX - 1 :]
+    assert np.abs(ours - expected).max() <= 1e-5 * np.abs(expected).max()

@@ -1,0 +1,112 @@
+"""The same numbers as the original ClipCap and as OpenAI's CLIP, from the same parameters."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from original import Original, Params, load_clip
+
+from clipcap_jax.decode import DecodeConfig, Hypotheses, beam_search
+from clipcap_jax.loss import caption_loss
+from clipcap_jax.models.clip_vit import ClipVit
+from clipcap_jax.models.clipcap import ClipCap
+
+TOLERANCE = 1e-5  # of the largest value
+
+
+def assert_close(actual: Any, expected: Any) -> None:
+    expected = np.asarray(expected)
+    assert actual.shape == expected.shape
+    assert np.abs(np.asarray(actual) - expected).max() <= TOLERANCE * np.abs(expected).max()
+
+
+@pytest.fixture(scope="module", params=["mlp", "transformer"])
+def original(request: pytest.FixtureRequest) -> Original:
+    return Original.load(request.param)
+
+
+@pytest.fixture(scope="module")
+def logits(original: Original) -> np.ndarray:
+    model, arrays = ClipCap(original.config), original.arrays
+    return jax.jit(model.apply)({"params": original.params}, arrays["clip_embedding"], arrays["tokens"])
+
+
+def test_every_parameter_is_used(original: Original) -> None:
+    model, arrays = ClipCap(original.config), original.arrays
+    ours = jax.eval_shape(model.init, jax.random.key(0), arrays["clip_embedding"], arrays["tokens"])["params"]
+    assert jax.tree.map(jnp.shape, original.params) == jax.tree.map(jnp.shape, ours)
+    np.testing.assert_array_equal(arrays["state/gpt.lm_head.weight"], arrays["state/gpt.transformer.wte.weight"])
+
+
+def test_prefix(original: Original) -> None:
+    prefix = ClipCap(original.config).apply(
+        {"params": original.params}, original.arrays["clip_embedding"], method="prefix"
+    )
+    assert_close(prefix, original.arrays["prefix_embeds"])
+
+
+def test_logits(original: Original, logits: np.ndarray) -> None:
+    real = original.arrays["token_mask"] > 0
+    expected = original.arrays["logits"][:, original.sizes["prefix_length"] - 1 : -1]
+    assert_close(logits[real], expected[real])
+
+
+def loss_of_original(params: Params, original: Original) -> jax.Array:
+    """`nnf.cross_entropy(..., ignore_index=0)`: a mean over the tokens that are not 0, wherever they are."""
+    arrays = original.arrays
+    logits = ClipCap(original.config).apply({"params": params}, arrays["clip_embedding"], arrays["tokens"])
+    log_probs = logits - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    rows, positions = np.nonzero(arrays["tokens"])
+    return -log_probs[rows, positions, arrays["tokens"][rows, positions]].mean()
+
+
+def test_loss_and_gradients(original: Original) -> None:
+    loss, gradients = jax.jit(jax.value_and_grad(functools.partial(loss_of_original, original=original)))(
+        original.params
+    )
+    assert_close(loss, original.arrays["loss"])
+    jax.tree.map(assert_close, gradients["mapper"], original.mapper_gradients)
+
+
+def test_our_loss_differs_by_the_real_token_0_alone(original: Original, logits: np.ndarray) -> None:
+    tokens, mask = original.arrays["tokens"], original.arrays["token_mask"]
+    loss, count = caption_loss(jnp.asarray(logits), jnp.asarray(tokens), jnp.asarray(mask.sum(axis=1).astype(int)))
+    forgotten = np.argwhere((tokens == 0) & (mask > 0))
+    assert forgotten.tolist() == [[0, 3]]
+    log_probs = np.asarray(logits, np.float64)[0, 3]
+    log_probs -= np.log(np.exp(log_probs).sum())
+    assert count == mask.sum()
+    assert_close((loss + log_probs[0]) / (count - 1), original.arrays["loss"])
+
+
+def search(original: Original, beam_size: int) -> Hypotheses:
+    config = DecodeConfig(beam_size=beam_size, max_tokens=original.sizes["entry_length"], length_penalty=1.0)
+    decode = functools.partial(
+        beam_search, ClipCap(original.config), config=config, end_token=original.sizes["stop_token"]
+    )
+    return jax.device_get(jax.jit(decode)(original.params, original.arrays["clip_embedding"]))
+
+
+def test_beams_are_the_same_in_the_same_order(original: Original) -> None:
+    found = search(original, original.sizes["beam_size"])
+    for tokens, lengths, expected in zip(found.tokens, found.lengths, original.sizes["generation"], strict=True):
+        assert [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)] == expected["beams"]
+
+
+def test_greedy_is_generate2(original: Original) -> None:
+    found = search(original, beam_size=1)
+    captions = [tokens[0, : length[0]].tolist() for tokens, length in zip(found.tokens, found.lengths, strict=True)]
+    assert captions == [expected["generate2"] for expected in original.sizes["generation"]]
+
+
+def test_clip_image_embeddings() -> None:
+    config, params, arrays = load_clip()
+    tower, pixels = ClipVit(config, jnp.dtype("float32")), arrays["pixel_values"].transpose(0, 2, 3, 1)
+    ours = jax.eval_shape(tower.init, jax.random.key(0), pixels)["params"]
+    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, ours)
+    with jax.default_matmul_precision("highest"):
+        embeddings = jax.jit(tower.apply)({"params": params}, pixels)
+    assert_close(embeddings, arrays["image_embeds"])

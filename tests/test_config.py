@@ -1,0 +1,177 @@
+import dataclasses
+import math
+import re
+import shlex
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from clipcap_jax.config import Config, from_dict
+from clipcap_jax.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = [*(f"configs/{path.name}" for path in sorted((ROOT / "configs").glob("*.py"))), "configs/flickr8k.py:pixels"]
+# A config for each input: the second has a vision tower, the first none.
+EMBEDDINGS, PIXELS = "configs/coco_transformer.py", "configs/flickr8k.py:pixels"
+
+
+def load(*arguments: str) -> ConfigDict:
+    """The config as `train.py` gets it from its command line."""
+    command = ["train.py", *(argument.replace("--config=", f"--config={ROOT}/") for argument in arguments)]
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=command)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"the load_module\(\) method is deprecated")  # ml_collections calls it
+        values(command)
+    return values.config
+
+
+def changed(name: str, changes: dict[str, Any]) -> Config:
+    values = load(f"--config={name}")
+    values.unlock()
+    with values.ignore_type():
+        values.update_from_flattened_dict(changes)
+    return from_dict(values.to_dict())
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_config_is_complete_and_consistent(name: str) -> None:
+    values = load(f"--config={name}").to_dict()
+    config = from_dict(values)
+    assert dataclasses.asdict(config) == values
+    assert from_dict(dataclasses.asdict(config)) == config
+    assert isinstance(config.train.trainable, tuple)
+
+
+@pytest.mark.parametrize(
+    ("name", "trainable", "input_"),
+    [
+        ("configs/coco_mlp.py", ("mapper", "gpt2"), "embedding"),
+        ("configs/coco_transformer.py", ("mapper",), "embedding"),
+        ("configs/flickr8k.py", ("mapper", "gpt2"), "embedding"),
+        ("configs/flickr8k.py:pixels", ("clip", "mapper", "gpt2"), "image"),
+    ],
+)
+def test_what_the_docs_say_of_the_configs(name: str, trainable: tuple[str, ...], input_: str) -> None:
+    config = from_dict(load(f"--config={name}").to_dict())
+    assert (config.train.trainable, config.data.input) == (trainable, input_)
+
+
+def documented() -> Iterator[Any]:
+    """Every piece of code in the documentation that sets the config, as its arguments."""
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        text = path.read_text().replace("\\\n", " ")
+        lines = [
+            line for block in re.findall(r"^```.*?^```", text, re.MULTILINE | re.DOTALL) for line in block.split("\n")
+        ]
+        spans = re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL))
+        for code in lines + spans:
+            if arguments := [word for word in shlex.split(code) if word.startswith("--config")]:
+                yield pytest.param(arguments, id=f"{path.name}: {' '.join(arguments)}")
+
+
+DOCUMENTED = list(documented())
+
+
+def test_the_documentation_has_commands() -> None:
+    """That they are found: a whole command, one with an override, and an override on its own."""
+    found = [tuple(param.values[0]) for param in DOCUMENTED]
+    assert ("--config=configs/shapes.py",) in found
+    assert ("--config=configs/flickr8k.py:pixels", "--config.data.name=records/mine") in found
+    assert ("--config.train.epochs=3",) in found
+
+
+@pytest.mark.parametrize("arguments", DOCUMENTED)
+def test_documented_commands_are_accepted(arguments: list[str]) -> None:
+    whole = any(argument.startswith("--config=") for argument in arguments)
+    for name in [None] if whole else CONFIGS:  # an override on its own has to suit every config
+        values = load(*([f"--config={name}"] if name else []), *arguments)
+        config = dataclasses.asdict(from_dict(values.to_dict()))
+        for path, value in re.findall(r"--config\.(\S+?)=(\S*)", " ".join(arguments)):
+            section, field = path.split(".")
+            assert str(config[section][field]) in (value, f"{value}.0")
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        (EMBEDDINGS, {"train.epoch": 3.0}, "config.train.epoch is not a setting: did you mean 'epochs'?"),
+        (EMBEDDINGS, {"optimiser": {}}, "config.optimiser is not a setting: did you mean 'optimizer'?"),
+        (EMBEDDINGS, {"checkpoint.colour": 1}, "config.checkpoint.colour is not a setting: there are every, keep"),
+        (EMBEDDINGS, {"train.batch_size": 4.0}, "config.train.batch_size is 4.0, a float; it has to be a int"),
+        (EMBEDDINGS, {"train.seed": True}, "config.train.seed is True, a bool; it has to be a int"),
+        (EMBEDDINGS, {"optimizer.learning_rate": "fast"}, "config.optimizer.learning_rate is 'fast', a str"),
+        (EMBEDDINGS, {"model.normalize_embedding": 1}, "config.model.normalize_embedding is 1, a int"),
+        (EMBEDDINGS, {"data.name": None}, "config.data.name is None, a NoneType; it has to be a str"),
+        (EMBEDDINGS, {"data.input": "pixels"}, "config.data.input is 'pixels'; it can be 'image', 'embedding'"),
+        (EMBEDDINGS, {"model.mapper.kind": "cnn"}, "config.model.mapper.kind is 'cnn'; it can be 'mlp', 'transformer'"),
+        (EMBEDDINGS, {"train.trainable": ("mapper", "gpt")}, "config.train.trainable[1] is 'gpt'; it can be 'clip'"),
+        (EMBEDDINGS, {"train.trainable": "mapper"}, "config.train.trainable is 'mapper', a str; it has to be a tuple"),
+        (EMBEDDINGS, {"model.gpt2": "large"}, "config.model.gpt2 is 'large'; it has to hold the fields of Gpt2Config"),
+        (EMBEDDINGS, {"model.clip": "ViT-B/32"}, "config.model.clip is 'ViT-B/32'; it has to hold the fields of"),
+        (EMBEDDINGS, {"data.input": "image"}, 'config.data.input is "image", but config.model.clip is None'),
+        (EMBEDDINGS, {"train.trainable": ("clip",)}, 'trainable names "clip", but the model reads stored embeddings'),
+        (EMBEDDINGS, {"train.trainable": ()}, "config.train.trainable is empty: name at least one of clip, mapper"),
+        (EMBEDDINGS, {"model.gpt2.positions": 77}, "positions is 77, but prefix and caption take up to 78"),
+        (EMBEDDINGS, {"evaluate.decode.max_tokens": 1015}, "positions is 1024, but prefix and caption take up to 1025"),
+        (PIXELS, {"evaluate.decode.beam_size": 3001}, "decode.beam_size is larger than config.model.gpt2.vocab_size"),
+        (EMBEDDINGS, {"model.gpt2.heads": 7}, "config.model.gpt2.heads is 7: it has to divide the width, 768"),
+        (EMBEDDINGS, {"model.mapper.heads": 7}, "config.model.mapper.heads is 7: it has to divide the width, 768"),
+        (PIXELS, {"model.clip.heads": 7}, "config.model.clip.heads is 7: it has to divide the width, 256"),
+        (PIXELS, {"model.clip.patch_size": 15}, "image_size is 128: it has to be a multiple of patch_size, 15"),
+        (EMBEDDINGS, {"evaluate.every": 0}, "config.evaluate.every is 0: it has to be greater"),
+        (EMBEDDINGS, {"train.epochs": 0}, "config.train.epochs is 0: it has to be greater"),
+        (
+            EMBEDDINGS,
+            {"data.max_tokens": -1},
+            "config.data.max_tokens is -1: it has to be a number that is not negative",
+        ),
+        (EMBEDDINGS, {"train.seed": -1}, "config.train.seed is -1: it has to be a number that is not negative"),
+        (EMBEDDINGS, {"optimizer.epsilon": math.nan}, "config.optimizer.epsilon is nan: it has to be a number"),
+        (EMBEDDINGS, {"train.epochs": math.inf}, "config.train.epochs is inf: it has to be a number"),
+        (EMBEDDINGS, {"optimizer.beta2": 1.0}, "config.optimizer.beta2 is 1.0: it has to be below 1"),
+        (EMBEDDINGS, {"train.label_smoothing": 1}, "config.train.label_smoothing is 1.0: it has to be below 1"),
+    ],
+)
+def test_mistakes(name: str, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        changed(name, changes)
+
+
+@pytest.mark.parametrize("section", [field.name for field in dataclasses.fields(Config)])
+def test_every_setting_has_to_be_there(section: str) -> None:
+    values = load(f"--config={PIXELS}").to_dict()
+    for field in values[section]:
+        without = values | {section: {name: value for name, value in values[section].items() if name != field}}
+        with pytest.raises(UserError, match=rf"^config\.{section} lacks {field}$"):
+            from_dict(without)
+    with pytest.raises(UserError, match=f"^config lacks {section}$"):
+        from_dict({name: value for name, value in values.items() if name != section})
+
+
+@pytest.mark.parametrize("values", [None, [], "configs/shapes.py"])
+def test_what_is_no_config(values: Any) -> None:
+    with pytest.raises(UserError, match=r"it has to hold the fields of Config"):
+        from_dict(values)
+
+
+def test_whole_numbers_serve_as_fractions() -> None:
+    config = changed(EMBEDDINGS, {"train.epochs": 3, "optimizer.clip_norm": 0})
+    assert (config.train.epochs, config.optimizer.clip_norm) == (3.0, 0.0)
+    assert type(config.train.epochs) is type(config.optimizer.clip_norm) is float
+
+
+def test_zeros_that_mean_something() -> None:
+    zeros = [
+        "data.workers",
+        "optimizer.warmup_steps",
+        "optimizer.weight_decay",
+        "evaluate.images",
+        "model.gpt2.dropout",
+    ]
+    changed(EMBEDDINGS, dict.fromkeys([*zeros, "evaluate.decode.length_penalty", "train.label_smoothing"], 0))

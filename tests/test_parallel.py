@@ -1,0 +1,115 @@
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from clipcap_jax import parallel
+from clipcap_jax.errors import UserError
+from clipcap_jax.loss import caption_loss
+
+DEVICES = 4
+BATCH = 8
+
+RANDOM = np.random.default_rng(0)
+WEIGHTS = RANDOM.normal(size=(5, 7)).astype(np.float32)
+CAPTIONS = {
+    "inputs": RANDOM.normal(size=(BATCH, 6, 5)).astype(np.float32),
+    "tokens": RANDOM.integers(0, 7, (BATCH, 6), dtype=np.int32),
+    # The devices have 12, 1, 2 and 0 tokens.
+    "lengths": np.array([6, 6, 1, 0, 1, 1, 0, 0], np.int32),
+}
+
+
+def loss(weights: jax.Array, batch: Any) -> tuple[jax.Array, jax.Array]:
+    """The loss of a linear model, as its sum and the count of tokens."""
+    return caption_loss(batch["inputs"] @ weights, batch["tokens"], batch["lengths"])
+
+
+def test_there_are_several_devices() -> None:
+    assert parallel.device_count() == jax.local_device_count() == DEVICES
+    assert parallel.describe_devices() == "4 cpu devices"
+    assert parallel.is_first_process()
+
+
+@pytest.mark.parametrize("batch_size", [4, 8, 400])
+def test_batch_sizes_that_divide(batch_size: int) -> None:
+    parallel.check_batch_size(batch_size, "config.train.batch_size")
+
+
+@pytest.mark.parametrize("batch_size", [-4, 0, 1, 6, 401])
+def test_batch_sizes_that_do_not(batch_size: int) -> None:
+    message = f"config.train.batch_size is {batch_size}: it has to be a multiple of the 4 devices"
+    with pytest.raises(UserError, match=re.escape(message)):
+        parallel.check_batch_size(batch_size, "config.train.batch_size")
+
+
+@given(st.integers(1, 10**6))
+def test_round_up(batch_size: int) -> None:
+    rounded = parallel.round_up(batch_size)
+    parallel.check_batch_size(rounded, "")
+    assert batch_size <= rounded < batch_size + DEVICES
+
+
+def test_replicate() -> None:
+    tree = {"a": WEIGHTS, "b": [np.int32(3), np.arange(4, dtype=np.uint32)]}
+    copies = parallel.replicate(tree)
+    jax.tree.map(np.testing.assert_array_equal, copies, tree)
+    for ours, theirs in zip(jax.tree.leaves(copies), jax.tree.leaves(tree), strict=True):
+        assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
+        assert ours.is_fully_replicated
+        assert ours.devices() == set(jax.devices())
+
+
+def test_map_rows_keeps_the_order() -> None:
+    def rows(offset: jax.Array, batch: Any) -> Any:
+        here = jnp.full(batch["x"].shape[0], parallel.device_index())
+        return {"x": 2 * batch["x"] + offset, "sums": batch["y"].sum(axis=(1, 2)), "device": here}
+
+    x, y = np.arange(BATCH), RANDOM.integers(0, 9, (BATCH, 2, 3))
+    found = parallel.map_rows(rows)(np.int32(5), {"x": x, "y": y})
+    np.testing.assert_array_equal(found["x"], 2 * x + 5)
+    np.testing.assert_array_equal(found["sums"], y.sum(axis=(1, 2)))
+    np.testing.assert_array_equal(found["device"], [0, 0, 1, 1, 2, 2, 3, 3])  # each has its own share
+    assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(found))
+
+
+def test_map_sum_equals_one_device() -> None:
+    total, count = parallel.map_sum(loss)(WEIGHTS, CAPTIONS)
+    expected, tokens = jax.jit(loss)(WEIGHTS, CAPTIONS)
+    assert count == tokens == 15
+    assert total.shape == count.shape == ()
+    np.testing.assert_allclose(total, expected, rtol=1e-6)
+
+    # What it must not be: the mean of the devices' means, over those that have any tokens.
+    shares = [jax.tree.map(lambda x, i=i: x[2 * i : 2 * i + 2], CAPTIONS) for i in range(3)]
+    means = [total / count for total, count in (jax.jit(loss)(WEIGHTS, share) for share in shares)]
+    assert abs(np.mean(means) - expected / tokens) > 0.1
+
+
+def test_map_step_equals_one_device() -> None:
+    """Three steps of gradient descent, on captions spread so unevenly that one device has none."""
+    rate = np.float32(0.5)
+
+    def step(state: Any, rate: jax.Array, batch: Any) -> Any:
+        (total, tokens), grads = jax.value_and_grad(loss, has_aux=True)(state["weights"], batch)
+        total, tokens, grads = parallel.sum_over_devices((total, tokens, grads))
+        new = {"weights": state["weights"] - rate * grads / tokens, "step": state["step"] + 1}
+        return new, {"loss": total / tokens}
+
+    take_step = parallel.map_step(step)
+    state = parallel.replicate({"weights": WEIGHTS, "step": np.int32(0)})
+    weights = jnp.asarray(WEIGHTS)
+    for _ in range(3):
+        state, metrics = take_step(state, rate, CAPTIONS)
+        (total, tokens), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(weights, CAPTIONS)
+        weights = weights - rate * grads / tokens
+        np.testing.assert_allclose(metrics["loss"], total / tokens, rtol=1e-5)
+    assert state["step"] == 3
+    np.testing.assert_allclose(state["weights"], weights, atol=1e-6)
+    assert np.abs(weights - WEIGHTS).max() > 0.1
+    assert state["weights"].is_fully_replicated

@@ -1,0 +1,232 @@
+"""The smallest captioner and data sets: what tests train, in seconds.
+
+As a config file it also serves the scripts: `train.py --config=tests/tiny.py` reads embeddings, `tests/tiny.py:pixels`
+pictures. As a pytest plugin (see conftest.py) it gives the fixtures below.
+"""
+
+import dataclasses
+import io
+import itertools
+import json
+import os
+import re
+import signal
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+from PIL import Image
+from rich.console import Console
+
+from clipcap_jax import checkpoint, config, trainer
+from clipcap_jax.config import Config
+from clipcap_jax.datasets import RecordsSource, prepare_records
+
+ENCODER = "mean colour"
+EMBEDDING_WIDTH = 5
+IMAGE_SIZE = 16
+SPLITS = {"train": 17, "val": 5, "test": 6}  # pictures; none a multiple of 4 devices
+TRAIN_PAIRS = 33  # so that of 5 batches of 8 the last holds 1, and 3 of 4 devices have nothing
+STEPS_PER_EPOCH = 5
+
+_COLOURS = {
+    "red": (200, 20, 20),
+    "green": (20, 200, 20),
+    "blue": (20, 20, 200),
+    "yellow": (200, 200, 20),
+    "pink": (230, 120, 180),
+    "grey": (128, 128, 128),
+    "white": (250, 250, 250),
+}
+_SHADES = {"plain": 1.0, "dim": 0.8, "dark": 0.6, "nearly black": 0.3}
+
+
+def get_config(variant: str = "embeddings") -> ConfigDict:
+    """A run of 3 epochs, 15 steps, that validates after 6 and 12 and at the end, and saves every 4 steps as well."""
+    pixels = variant == "pixels"
+    return ConfigDict(
+        {
+            "data": {
+                "name": "records/both",
+                "data_dir": "",
+                "input": "image" if pixels else "embedding",
+                "max_tokens": 16,
+                "pool_batches": 2,
+                "workers": 2,
+            },
+            "tokenizer": {"source": "captions"},
+            "model": {
+                "clip": {
+                    "image_size": IMAGE_SIZE,
+                    "patch_size": 8,
+                    "width": 32,
+                    "layers": 1,
+                    "heads": 2,
+                    "embedding_width": 8,
+                }
+                if pixels
+                else None,
+                "mapper": {"kind": "mlp", "prefix_length": 2, "clip_length": 2, "layers": 1, "heads": 2},
+                "gpt2": {"vocab_size": 320, "positions": 24, "width": 32, "layers": 2, "heads": 2, "dropout": 0.1},
+                "normalize_embedding": False,
+                "dtype": "float32",
+                "matmul_precision": "highest",
+            },
+            "optimizer": {
+                "learning_rate": 5e-3,
+                "warmup_steps": 2,
+                "weight_decay": 0.01,
+                "beta1": 0.9,
+                "beta2": 0.99,
+                "epsilon": 1e-8,
+                "clip_norm": 1.0,
+            },
+            "train": {
+                "seed": 0,
+                "epochs": 3.0,
+                "batch_size": 8,
+                "trainable": ("clip", "mapper", "gpt2") if pixels else ("mapper", "gpt2"),
+                "init_from": "",
+                "label_smoothing": 0.1,
+                "log_every": 1,
+            },
+            "evaluate": {
+                "every": 6,
+                "images": 4,
+                "batch_size": 4,
+                "decode": {"beam_size": 1, "max_tokens": 16, "length_penalty": 1.0},
+            },
+            "checkpoint": {"every": 4, "keep": 10},
+        }
+    )
+
+
+def make_config(data_dir: Path, changes: Mapping[str, Any] | None = None, variant: str = "embeddings") -> Config:
+    """The config as `train.py` builds it, with changes such as {"train.epochs": 1.0}."""
+    values = get_config(variant)
+    values.update_from_flattened_dict({"data.data_dir": str(data_dir), **(changes or {})})
+    return config.from_dict(values.to_dict())
+
+
+def draw(colour: str, shade: str) -> Image.Image:
+    """A picture of one colour."""
+    return Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), tuple(int(_SHADES[shade] * value) for value in _COLOURS[colour]))
+
+
+def captions(colour: str, shade: str, count: int) -> list[str]:
+    """One to three captions, of different lengths."""
+    texts = [f"{colour} {shade}", f"{colour} in a {shade} picture", f"{colour} and nothing but {shade} {colour}."]
+    return texts[:count]
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """What the tiny data sets are prepared from: `captions.jsonl`, `pictures/`, `embeddings.npy`."""
+
+    folder: Path
+
+    @property
+    def captions(self) -> Path:
+        return self.folder / "captions.jsonl"
+
+    @property
+    def pictures(self) -> Path:
+        return self.folder / "pictures"
+
+    @property
+    def embeddings(self) -> Path:
+        return self.folder / "embeddings.npy"
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
+    """28 pictures with their captions and embeddings."""
+    source = Source(tmp_path_factory.mktemp("source"))
+    source.pictures.mkdir()
+    splits = [split for split, count in SPLITS.items() for _ in range(count)]
+    kinds = list(itertools.product(_SHADES, _COLOURS))
+    embeddings, lines = [], []
+    for i, split in enumerate(splits):
+        shade, colour = kinds[11 * i % len(kinds)]  # so that every split has all shades and most colours
+        picture = draw(colour, shade)
+        picture.save(source.pictures / f"{i:02}.png")
+        red, green, blue = np.asarray(picture)[0, 0] / 255
+        embeddings.append([red, green, blue, red * green * blue, 1.0])
+        texts = captions(colour, shade, 1 + i % 3)
+        lines.append({"image": f"{i:02}.png", "image_id": f"{100 + i}", "captions": texts, "split": split})
+    np.save(source.embeddings, np.array(embeddings, np.float32))
+    source.captions.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return source
+
+
+@pytest.fixture(scope="session")
+def data_dir(source: Source, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prepared data sets of the tiny pictures: records/both, records/pictures and records/embeddings."""
+    data_dir = tmp_path_factory.mktemp("data")
+    captions, pictures, embeddings = map(str, (source.captions, source.pictures, source.embeddings))
+    for prepared in (
+        RecordsSource("both", captions, images=pictures, embeddings=embeddings, encoder=ENCODER, store_images=True),
+        RecordsSource("pictures", captions, images=pictures),
+        RecordsSource("embeddings", captions, embeddings=embeddings, encoder=ENCODER),
+    ):
+        prepare_records(prepared, str(data_dir))
+    return data_dir
+
+
+def train(run: Path, settings: Config) -> str:
+    """Train, and return what was printed."""
+    printed = Console(file=io.StringIO(), width=200)
+    trainer.train(settings, run, printed)
+    assert isinstance(printed.file, io.StringIO)
+    return printed.file.getvalue()
+
+
+class _SignalAfter(io.StringIO):
+    """A screen that sends a signal to its process when the line of a step is printed to it."""
+
+    def __init__(self, step: int, signum: signal.Signals):
+        super().__init__()
+        self._step, self._signum = step, signum
+
+    def write(self, text: str) -> int:
+        if re.search(rf"^step {self._step}  loss", text, re.MULTILINE):
+            os.kill(os.getpid(), self._signum)
+        return super().write(text)
+
+
+def train_until(run: Path, settings: Config, step: int, signum: signal.Signals = signal.SIGTERM) -> str:
+    """Train, and be stopped after the given step."""
+    # A step's line comes while the next one computes.
+    screen = _SignalAfter(step - 1, signum)
+    trainer.train(settings, run, Console(file=screen, width=200))
+    return screen.getvalue()
+
+
+def saved(run: Path, which: str = "latest") -> dict[str, np.ndarray]:
+    """Everything that training changes as of a checkpoint: arrays by name."""
+    with checkpoint.opened(run) as checkpoints:
+        step = checkpoints.find(which)
+        stored = checkpoints._restore(step, **{})
+    return stored
+
+
+@pytest.fixture(scope="session")
+def embeddings_run(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run that was trained on embeddings."""
+    run = tmp_path_factory.mktemp("embeddings_run")
+    train(run, make_config(data_dir))
+    return run
+
+
+@pytest.fixture(scope="session")
+def pixels_run(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run that was trained on pictures."""
+    run = tmp_path_factory.mktemp("pixels_run")
+    train(run, make_config(data_dir, variant="pixels"))
+    return run
