@@ -5,6 +5,7 @@ No field has a default: a config file shows every setting there is.
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -16,6 +17,13 @@ from clipcap_jax.models.clipcap import ClipCapConfig
 from clipcap_jax.optim import OptimizerConfig
 
 Part = Literal["clip", "mapper", "gpt2"]
+
+# Fields whose 0 has a meaning; every other number is greater.
+_MAY_BE_0 = {
+    *("workers", "learning_rate", "warmup_steps", "weight_decay", "beta1", "beta2", "clip_norm", "seed", "images"),
+    *("dropout", "label_smoothing", "length_penalty"),
+}
+_BELOW_1 = {"beta1", "beta2", "dropout", "label_smoothing"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +37,7 @@ class DataConfig:
       max_tokens: the longest caption, the end token included; what is longer is cut and counted.
       pool_batches: captions are sorted by length within random pools of this many batches, so that batches hold
         little padding; 1: not sorted.
-      workers: threads that read and decode.
+      workers: threads that read and decode; 0: none but the one that trains.
     """
 
     name: str
@@ -113,7 +121,8 @@ def from_dict(values: Mapping[str, Any]) -> Config:
     """Build a `Config` from nested mappings, such as `ConfigDict.to_dict()`.
 
     Raises:
-      UserError: for a missing, unknown or wrongly typed entry, or parts that contradict each other.
+      UserError: for a missing, unknown or wrongly typed entry, a number out of its range, or parts that contradict
+        each other.
     """
     config: Config = _build(Config, values, "config")
     if config.data.input == "image" and config.model.clip is None:
@@ -122,6 +131,7 @@ def from_dict(values: Mapping[str, Any]) -> Config:
         raise UserError('config.train.trainable names "clip", but the model reads stored embeddings, not pictures')
     if not config.train.trainable:
         raise UserError("config.train.trainable is empty: name at least one of clip, mapper, gpt2")
+    _check_sizes(config.model)
     longest = config.model.mapper.prefix_length + max(config.data.max_tokens, config.evaluate.decode.max_tokens)
     if longest > config.model.gpt2.positions:
         raise UserError(
@@ -130,6 +140,23 @@ def from_dict(values: Mapping[str, Any]) -> Config:
     if config.evaluate.decode.beam_size > config.model.gpt2.vocab_size:
         raise UserError("config.evaluate.decode.beam_size is larger than config.model.gpt2.vocab_size")
     return config
+
+
+def _check_sizes(model: ClipCapConfig) -> None:
+    clip, mapper, gpt2 = model.clip, model.mapper, model.gpt2
+    heads = {"gpt2": (gpt2.heads, gpt2.width)}
+    if mapper.kind == "transformer":
+        heads["mapper"] = (mapper.heads, gpt2.width)
+    if clip is not None:
+        heads["clip"] = (clip.heads, clip.width)
+        if clip.image_size % clip.patch_size:
+            raise UserError(
+                f"config.model.clip.image_size is {clip.image_size}: it has to be a multiple of patch_size, "
+                f"{clip.patch_size}"
+            )
+    for part, (count, width) in heads.items():
+        if width % count:
+            raise UserError(f"config.model.{part}.heads is {count}: it has to divide the width, {width}")
 
 
 def _build(kind: Any, value: Any, path: str) -> Any:
@@ -145,12 +172,24 @@ def _build(kind: Any, value: Any, path: str) -> Any:
     if origin is tuple and isinstance(value, list | tuple):
         return tuple(_build(arguments[0], item, f"{path}[{i}]") for i, item in enumerate(value))
     if kind is float and type(value) is int:
-        return float(value)
+        value = float(value)
     if type(value) is not kind:
         raise UserError(
             f"{path} is {value!r}, a {type(value).__name__}; it has to be a {getattr(kind, '__name__', kind)}"
         )
+    if kind in (int, float):
+        _check_range(value, path)
     return value
+
+
+def _check_range(value: float, path: str) -> None:
+    name = path.rpartition(".")[2]
+    if not math.isfinite(value) or value < 0:
+        raise UserError(f"{path} is {value}: it has to be a number that is not negative")
+    if value == 0 and name not in _MAY_BE_0:
+        raise UserError(f"{path} is 0: it has to be greater")
+    if value >= 1 and name in _BELOW_1:
+        raise UserError(f"{path} is {value}: it has to be below 1")
 
 
 def _build_dataclass(kind: Any, values: Any, path: str) -> Any:

@@ -17,8 +17,8 @@ from clipcap_jax.datasets.schema import Split
 from clipcap_jax.errors import UserError
 from clipcap_jax.tokenizer import Tokenizer
 
-# Caption lengths in a batch are rounded up to a multiple of this: each length is compiled once.
-LENGTH_STEP = 8
+# What the caption lengths of a batch are rounded up to, as every length is compiled once.
+LENGTHS = (8, 12, 16, 24, 32, 48, 64, 96)
 
 Batch = dict[str, np.ndarray]
 
@@ -62,7 +62,11 @@ class CaptionData:
         return len(self.image_ids)
 
     def inputs(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
-        """What the model reads: uint8 pictures `B H W 3`, or float16 embeddings `B E`."""
+        """What the model reads: uint8 pictures `B H W 3`, or float16 embeddings `B E`.
+
+        Raises:
+          UserError: a picture cannot be decoded; it is named.
+        """
         if self._embeddings is not None:
             return self._embeddings[np.asarray(indices)]
         return np.stack([self._pixels(i) for i in indices])
@@ -71,7 +75,10 @@ class CaptionData:
         image = self.image(index)
         assert image is not None
         assert self._image_size is not None
-        return images.preprocess(images.decode(image), self._image_size)
+        try:
+            return images.preprocess(images.decode(image), self._image_size)
+        except UserError as error:
+            raise UserError(f"{self.name}, picture {self.image_ids[index]!r}: {error}") from error
 
     def image(self, index: int) -> bytes | None:
         """The encoded picture, where the data set holds it."""
@@ -143,7 +150,8 @@ def make_batch(data: CaptionData, pairs: Pairs, rows: np.ndarray, examples: np.n
     """
     filled = np.maximum(rows, 0)
     lengths = np.where(rows < 0, 0, pairs.lengths[filled]).astype(np.int32)
-    longest = min(-(-max(int(np.max(lengths)), 1) // LENGTH_STEP) * LENGTH_STEP, pairs.tokens.shape[1])
+    max_tokens = pairs.tokens.shape[1]
+    longest = next((length for length in LENGTHS if np.max(lengths) <= length <= max_tokens), max_tokens)
     examples = pairs.examples[filled] if examples is None else examples
     return {"inputs": data.inputs(examples), "tokens": pairs.tokens[filled, :longest], "lengths": lengths}
 

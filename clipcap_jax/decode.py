@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from clipcap_jax.errors import UserError
 from clipcap_jax.models.clipcap import ClipCap
 from clipcap_jax.models.gpt2 import Cache
 
@@ -69,14 +70,21 @@ def beam_search(model: ClipCap, params: Any, inputs: jax.Array, config: DecodeCo
       inputs: uint8 images `B H W 3` or embeddings `B E`.
       config: beam size, length limit and ranking.
       end_token: the id that finishes a hypothesis.
+
+    Raises:
+      UserError: the beam is larger than the vocabulary.
     """
     beam_size, max_tokens = config.beam_size, config.max_tokens
     prefix_length = model.config.mapper.prefix_length
-    vocab_size = model.config.gpt2.vocab_size
+    if beam_size > model.config.gpt2.vocab_size:
+        raise UserError(
+            f"the beam size is {beam_size}, but the vocabulary has only {model.config.gpt2.vocab_size} pieces"
+        )
     variables = {"params": params}
 
-    # The last token is never fed back, so it needs no slot.
-    slots = prefix_length + (max_tokens - 1) * beam_size
+    # The last token is never fed back, so it needs no slot; but the loop is traced even where it takes no step.
+    fed_tokens = max(max_tokens - 1, 1)
+    slots = prefix_length + fed_tokens * beam_size
     logits, cache = model.apply(variables, inputs, slots, method="prefill")
     log_probs, tokens = jax.lax.top_k(jax.nn.log_softmax(logits), beam_size)  # B W
     batch = tokens.shape[0]
@@ -86,7 +94,7 @@ def beam_search(model: ClipCap, params: Any, inputs: jax.Array, config: DecodeCo
         log_probs=log_probs,
         lengths=jnp.ones((batch, beam_size), jnp.int32),
         finished=tokens == end_token,
-        ancestors=jnp.zeros((batch, beam_size, max_tokens - 1), jnp.int32),
+        ancestors=jnp.zeros((batch, beam_size, fed_tokens), jnp.int32),
         cache=cache,
     )
     own_beam = jnp.broadcast_to(jnp.arange(beam_size)[None, :, None], (batch, beam_size, 1))
@@ -103,7 +111,7 @@ def beam_search(model: ClipCap, params: Any, inputs: jax.Array, config: DecodeCo
     def advance(search: _Search) -> _Search:
         fed = search.step - 1
         ancestors = jax.lax.dynamic_update_slice(search.ancestors, own_beam, (0, 0, fed))
-        written = jnp.arange(max_tokens - 1) <= fed
+        written = jnp.arange(fed_tokens) <= fed
         seen = (ancestors[..., None] == all_beams) & written[None, None, :, None]  # B W T-1 W
         mask = jnp.concatenate(
             [jnp.ones((batch, beam_size, prefix_length), bool), seen.reshape(batch, beam_size, -1)], axis=-1
@@ -119,7 +127,7 @@ def beam_search(model: ClipCap, params: Any, inputs: jax.Array, config: DecodeCo
         )  # B W V
 
         # The W best of all W * V continuations are among the W best of each hypothesis.
-        top_logits, top_tokens = jax.lax.top_k(logits, min(beam_size, vocab_size))  # B W W
+        top_logits, top_tokens = jax.lax.top_k(logits, beam_size)  # B W W
         top_log_probs = top_logits - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
         finished = search.finished[..., None]
         totals = search.log_probs[..., None] + jnp.where(finished, only_itself, top_log_probs)

@@ -12,7 +12,8 @@ class OptimizerConfig:
     """AdamW's settings.
 
     Attributes:
-      learning_rate: the peak, reached after `warmup_steps`; from there it falls linearly to 0 at the last step.
+      learning_rate: the peak, reached after `warmup_steps`; from there it falls linearly to 0 at the end of the run.
+      warmup_steps: a shorter run warms up to its end.
       weight_decay: on the matrices; not on biases, norms and embeddings.
       beta1, beta2, epsilon: Adam's.
       clip_norm: gradients with a larger global norm are scaled down to it; 0: never.

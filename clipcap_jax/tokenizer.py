@@ -15,7 +15,7 @@ class Tokenizer:
     """Text to ids and back, with the id that ends a caption.
 
     Attributes:
-      size: how many ids there are; all are below it.
+      size: all ids are below it.
       end_id: the id of the end-of-text token.
     """
 
@@ -26,7 +26,8 @@ class Tokenizer:
         self._tokenizer = tokenizer
         self._end_token = end_token
         self.end_id: int = end_id
-        self.size: int = tokenizer.get_vocab_size()
+        # Not the number of pieces: where ids have gaps, that is less.
+        self.size: int = max(tokenizer.get_vocab().values()) + 1
 
     def encode(self, captions: Sequence[str]) -> list[list[int]]:
         """Ids of each caption, without surrounding white space and without the end token."""
@@ -74,19 +75,23 @@ class Tokenizer:
         `encoder.json` and `vocab.bpe` as OpenAI names them.
 
         Raises:
-          UserError: when the folder lacks its files, or the hub does not give the name.
+          UserError: when the folder lacks its files or they are broken, or the hub does not give the name.
         """
         folder = Path(source).expanduser()
         if not folder.is_dir():
             return cls._from_hub(source)
-        if (folder / "tokenizer.json").is_file():
-            return cls._from_pretrained(str(folder))
-        for vocabulary, merges in (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")):
-            if (folder / vocabulary).is_file() and (folder / merges).is_file():
-                bpe = models.BPE.from_file(str(folder / vocabulary), str(folder / merges))
-                tokenizer = _byte_level(bpe)
-                tokenizer.add_special_tokens([END_OF_TEXT])
-                return cls(tokenizer)
+        try:
+            if (folder / "tokenizer.json").is_file():
+                return cls._from_pretrained(str(folder))
+            for vocabulary, merges in (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")):
+                if (folder / vocabulary).is_file() and (folder / merges).is_file():
+                    tokenizer = _byte_level(models.BPE.from_file(str(folder / vocabulary), str(folder / merges)))
+                    tokenizer.add_special_tokens([END_OF_TEXT])
+                    return cls(tokenizer)
+        except UserError:
+            raise
+        except Exception as error:  # tokenizers raises nothing more specific
+            raise UserError(f"the tokenizer in {folder} cannot be read: {error}") from error
         found = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
         raise UserError(
             f"{folder} holds no tokenizer: it needs tokenizer.json, or vocab.json and merges.txt, "
@@ -110,9 +115,8 @@ class Tokenizer:
         pretrained = AutoTokenizer.from_pretrained(source, use_fast=True)
         if not pretrained.is_fast:
             raise UserError(f"{source} has only a slow tokenizer; a fast one (tokenizer.json) is needed")
-        end_token = pretrained.eos_token or pretrained.sep_token
-        if end_token is None:
-            raise UserError(f"the tokenizer {source} names no end-of-text token")
+        # `tokenizer_config.json` names it; a folder may hold `tokenizer.json` alone.
+        end_token = pretrained.eos_token or pretrained.sep_token or END_OF_TEXT
         return cls(pretrained.backend_tokenizer, end_token)
 
 

@@ -34,7 +34,7 @@ def bleu(
             for length, of_image in zip(lengths.tolist(), reference_lengths, strict=True)
         ]
     )
-    return _bleu(correct.sum(0), guessed.sum(0), closest.sum()), _bleu(correct, guessed, closest)
+    return _bleu(correct.sum(0), guessed.sum(0), np.sum(closest)), _bleu(correct, guessed, closest)
 
 
 def _correct(shared: Matches, images: int) -> np.ndarray:

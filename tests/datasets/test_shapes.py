@@ -230,9 +230,9 @@ def test_rendered_shapes(colour: str, shape: str, size: int) -> None:
     assert share.sum() / size**2 == pytest.approx(areas[shape], abs=0.06)  # of the box, by geometry
     assert (share[10 + size // 2, 40 + size // 2] > 0.9) == (shape not in ("ring", "crescent"))
     box = np.argwhere(share > 0.3)
-    assert (box.min(0) - [10, 40]).max() <= 2  # it reaches the edges of its box
+    assert np.max(box.min(0) - [10, 40]) <= 2  # it reaches the edges of its box
     if shape != "crescent":
-        assert (box.max(0) - [10, 40]).min() >= size - 4
+        assert np.min(box.max(0) - [10, 40]) >= size - 4
 
 
 def test_prepared(tmp_path: Path) -> None:
