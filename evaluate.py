@@ -7,10 +7,10 @@ import dataclasses
 import time
 from pathlib import Path
 
-from absl import app, flags, logging
+from absl import flags
 from rich.console import Console
 
-from clipcap_jax import checkpoint, cli, evaluation
+from clipcap_jax import checkpoint, cli, evaluation, parallel
 from clipcap_jax.captioner import Captioner
 from clipcap_jax.errors import UserError
 
@@ -46,7 +46,7 @@ def _evaluate(console: Console, workdir: Path, which: str) -> None:
 
 
 def main(_: list[str]) -> None:
-    logging.set_verbosity(logging.ERROR)  # Orbax tells every step of a restore
+    parallel.keep_compiled_programs()
     console, workdir = Console(), Path(_WORKDIR.value)
     if not _FOLLOW.value:
         _evaluate(console, workdir, _WHICH.value)
@@ -71,4 +71,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run_script(lambda: app.run(main))
+    cli.run_flags_script(main)

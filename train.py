@@ -5,20 +5,26 @@ Any setting can be changed on the command line: `--config.train.epochs=3`. The s
 
 from pathlib import Path
 
-from absl import app, flags, logging
+from absl import flags
 from ml_collections import config_flags
 from rich.console import Console
 
-from clipcap_jax import cli, config, datasets, trainer
+from clipcap_jax import cli, config, datasets, parallel, trainer
+from clipcap_jax.errors import UserError
 
-_CONFIG = config_flags.DEFINE_config_file("config", "configs/shapes.py", "what to train, and how")
+_DEFAULT = str(Path(__file__).parent / "configs" / "shapes.py")
+_CONFIG = config_flags.DEFINE_config_file("config", _DEFAULT, "what to train, and how")
 _WORKDIR = flags.DEFINE_string("workdir", None, "the run's folder [runs/<name of the config file>]")
 
 
 def main(_: list[str]) -> None:
-    logging.set_verbosity(logging.ERROR)  # Orbax tells every step of a save
+    parallel.keep_compiled_programs()
     console = Console()
-    settings = config.from_dict(_CONFIG.value.to_dict())
+    try:
+        values = _CONFIG.value.to_dict()
+    except OSError as error:  # ml_collections raises it only now
+        raise UserError(str(error)) from error
+    settings = config.from_dict(values)
     name = Path(config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]).stem
     if settings.data.name == "shapes":  # drawn rather than downloaded, so nobody needs to ask for it
         console.print(datasets.prepare_shapes(settings.data.data_dir))
@@ -26,4 +32,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run_script(lambda: app.run(main))
+    cli.run_flags_script(main)

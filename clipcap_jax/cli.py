@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-from absl import logging
+from absl import app, flags, logging
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import track
@@ -34,6 +34,19 @@ def run_script(main: Callable[[], Any]) -> None:
         sys.exit(130)
 
 
+def run_flags_script(main: Callable[[list[str]], None]) -> None:
+    """Run a program that has absl flags, `ml_collections` configs among them, as `run_script` does."""
+
+    def parse(arguments: list[str]) -> list[str]:
+        try:
+            return flags.FLAGS(arguments)
+        except (flags.Error, AttributeError, TypeError, ValueError) as error:  # how absl and ml_collections say no
+            raise UserError(str(error).replace("\\n", " ").replace("\\'", "")) from error
+
+    logging.set_verbosity(logging.ERROR)  # Orbax tells every step of a save and a restore
+    run_script(lambda: app.run(main, flags_parser=parse))
+
+
 def main() -> None:
     """The `clipcap` command."""
     logging.set_verbosity(logging.ERROR)  # Orbax tells every step of a restore
@@ -52,10 +65,10 @@ def _parser() -> argparse.ArgumentParser:
     caption.add_argument("--output", type=Path, help="write to this .jsonl or .csv file instead of the screen")
     caption.add_argument("--which", default="best", help='"best", "latest" or a step [best]')
     caption.add_argument(
-        "--beam-size", type=int, help="hypotheses per picture, 1 for greedy [as the run's config says]"
+        "--beam-size", type=_positive, help="hypotheses per picture, 1 for greedy [as the run's config says]"
     )
-    caption.add_argument("--batch-size", type=int, default=64, help="pictures per step, over all devices [64]")
-    caption.add_argument("--workers", type=int, default=4, help="threads that decode pictures [4]")
+    caption.add_argument("--batch-size", type=_positive, default=64, help="pictures per step, over all devices [64]")
+    caption.add_argument("--workers", type=_positive, default=4, help="threads that decode pictures [4]")
 
     prepare = commands.add_parser("prepare", help="prepare a data set for training")
     kinds = prepare.add_subparsers(required=True, metavar="DATASET")
@@ -75,6 +88,12 @@ def _parser() -> argparse.ArgumentParser:
     for command in (shapes, records):
         command.add_argument("--data-dir", default="data", help="where prepared data sets lie [data]")
     return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 on")
+    return int(text)
 
 
 def _prepare_shapes(arguments: argparse.Namespace) -> None:
@@ -122,8 +141,10 @@ def find_pictures(inputs: list[str]) -> list[Path]:
 
 
 def _caption(arguments: argparse.Namespace) -> None:
+    from clipcap_jax import parallel
     from clipcap_jax.captioner import Captioner
 
+    parallel.keep_compiled_programs()
     if arguments.output and arguments.output.suffix not in (".jsonl", ".csv"):
         raise UserError(f"--output {arguments.output}: the name has to end in .jsonl or .csv")
     matrices = [name for name in arguments.inputs if name.endswith(".npy")]
@@ -147,7 +168,7 @@ def _caption(arguments: argparse.Namespace) -> None:
         results = ((str(path), caption) for path, caption in captioned)
     results = iter(track(results, "Captioning", total=total, console=console, transient=True))
     if arguments.output:
-        with arguments.output.open("w", newline="") as file:
+        with _open_output(arguments.output) as file:
             skipped = _write(results, file, arguments.output.suffix)
     else:
         skipped = _show(results)
@@ -162,9 +183,17 @@ def _caption(arguments: argparse.Namespace) -> None:
 
 def _load_matrix(name: str) -> np.ndarray:
     try:
-        return np.load(name, mmap_mode="r")
+        return np.lib.format.open_memmap(name, mode="r")
     except (OSError, ValueError) as error:
         raise UserError(f"{name} is not a NumPy matrix: {error}") from error
+
+
+def _open_output(path: Path) -> IO[str]:
+    try:
+        # POSIX file names need not be UTF-8: what is not is written as it is.
+        return path.open("w", newline="", encoding="utf-8", errors="surrogateescape")
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from error
 
 
 Skipped = list[tuple[str, UserError]]

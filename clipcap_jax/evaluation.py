@@ -18,8 +18,10 @@ from clipcap_jax.datasets import shapes
 from clipcap_jax.datasets.schema import open_split
 from clipcap_jax.errors import UserError
 from clipcap_jax.metrics import References, Scores
-from clipcap_jax.report import Row, scores_table, write_page
+from clipcap_jax.report import Row, captions_table, scores_table, write_page
 from clipcap_jax.validation import LossMeter
+
+_PRINTED = 10  # captions shown on the screen
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +113,7 @@ def write(evaluation: Evaluation, captioner: Captioner, folder: Path, console: C
         ]
         overall["exact scenes"] = sum(right) / len(right)
     results = [
-        {"image_id": _coco_id(image_id), "caption": caption.text}
+        {"image_id": coco_id(image_id), "caption": caption.text}
         for image_id, caption in zip(data.image_ids, evaluation.captions, strict=True)
     ]
     (folder / "captions.json").write_text(json.dumps(results, ensure_ascii=False, indent=0))
@@ -128,22 +130,24 @@ def write(evaluation: Evaluation, captioner: Captioner, folder: Path, console: C
     numbers = {**overall, "loss": evaluation.loss, "loss_permuted": evaluation.loss_permuted}
     report = {"scores": numbers, "not_computed": scores.not_computed, "details": details}
     (folder / "scores.json").write_text(json.dumps(report, indent=2))
+    rows = list(_rows(evaluation))
     write_page(
         folder / "page.html",
         title=f"Captions of {data.name}",
-        rows=list(_rows(evaluation)),
+        rows=rows,
         scores=overall,
         not_computed=scores.not_computed,
         details=details,
     )
+    console.print(captions_table(rows[:: -(-len(rows) // _PRINTED)]))
     console.print(scores_table(overall, scores.not_computed))
     for name, detail in details.items():
         console.print(f"{name}: {detail}", highlight=False, markup=False)
     console.print(f"Captions, scores and a page with the pictures: {folder}", highlight=False, soft_wrap=True)
 
 
-def _coco_id(image_id: str) -> str | int:
-    """COCO's ids are numbers, and its evaluation server takes nothing else."""
+def coco_id(image_id: str) -> str | int:
+    """The id as a number where it is one: COCO's server takes nothing else."""
     return int(image_id) if image_id.isdecimal() and str(int(image_id)) == image_id else image_id
 
 

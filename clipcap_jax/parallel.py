@@ -4,7 +4,10 @@ Batches are split over devices along their first axis; parameters and optimiser 
 stay ordinary arrays, without a device axis (`in_axes=None`, `out_axes=None`).
 """
 
+import os
+import platform
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,6 +16,24 @@ import numpy as np
 from clipcap_jax.errors import UserError
 
 AXIS = "data"
+_MAX_CACHE_BYTES = 2**32
+
+
+def keep_compiled_programs() -> None:
+    """Let JAX keep compiled programs on disk, so that the next process starts without compiling them again.
+
+    They go to where JAX's own setting `JAX_COMPILATION_CACHE_DIR` says, otherwise to `~/.cache/clipcap_jax/<host>`: a
+    home folder may be shared by machines that cannot run each other's programs.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "clipcap_jax" / platform.node()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return  # no home folder that can be written to: it works without, only slower
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_compilation_cache_max_size", _MAX_CACHE_BYTES)
 
 
 def device_count() -> int:

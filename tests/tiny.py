@@ -9,24 +9,30 @@ import io
 import itertools
 import json
 import os
-import re
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
+from unittest import mock
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from ml_collections import ConfigDict
+from orbax.checkpoint import args
 from PIL import Image
 from rich.console import Console
 
-from clipcap_jax import checkpoint, config, trainer
+from clipcap_jax import config, trainer
 from clipcap_jax.config import Config
 from clipcap_jax.datasets import RecordsSource, prepare_records
+from clipcap_jax.logs import Monitor
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 ENCODER = "mean colour"
 EMBEDDING_WIDTH = 5
@@ -56,7 +62,7 @@ def get_config(variant: str = "embeddings") -> ConfigDict:
                 "name": "records/both",
                 "data_dir": "",
                 "input": "image" if pixels else "embedding",
-                "max_tokens": 16,
+                "max_tokens": 8,
                 "pool_batches": 2,
                 "workers": 2,
             },
@@ -120,8 +126,8 @@ def draw(colour: str, shade: str) -> Image.Image:
 
 
 def captions(colour: str, shade: str, count: int) -> list[str]:
-    """One to three captions, of different lengths."""
-    texts = [f"{colour} {shade}", f"{colour} in a {shade} picture", f"{colour} and nothing but {shade} {colour}."]
+    """One to three captions, of different lengths, all of at most 8 tokens."""
+    texts = [f"{colour} {shade}", f"{colour} in a {shade} picture", f"{colour} and only {shade} {colour}."]
     return texts[:count]
 
 
@@ -187,46 +193,63 @@ def train(run: Path, settings: Config) -> str:
     return printed.file.getvalue()
 
 
-class _SignalAfter(io.StringIO):
-    """A screen that sends a signal to its process when the line of a step is printed to it."""
-
-    def __init__(self, step: int, signum: signal.Signals):
-        super().__init__()
-        self._step, self._signum = step, signum
-
-    def write(self, text: str) -> int:
-        if re.search(rf"^step {self._step}  loss", text, re.MULTILINE):
-            os.kill(os.getpid(), self._signum)
-        return super().write(text)
-
-
 def train_until(run: Path, settings: Config, step: int, signum: signal.Signals = signal.SIGTERM) -> str:
-    """Train, and be stopped after the given step."""
-    # A step's line comes while the next one computes.
-    screen = _SignalAfter(step - 1, signum)
-    trainer.train(settings, run, Console(file=screen, width=200))
-    return screen.getvalue()
+    """Train, get a signal in the middle of the given step, and return what was printed."""
+    push = Monitor.push
+
+    def push_and_signal(self: Monitor, pushed: int, metrics: dict[str, jax.Array]) -> None:
+        push(self, pushed, metrics)
+        if pushed == step:
+            signal.raise_signal(signum)
+
+    with mock.patch.object(Monitor, "push", push_and_signal):
+        return train(run, settings)
 
 
-def saved(run: Path, which: str = "latest") -> dict[str, np.ndarray]:
-    """Everything that training changes as of a checkpoint: arrays by name."""
-    with checkpoint.opened(run) as checkpoints:
-        step = checkpoints.find(which)
-        stored = checkpoints._restore(step, **{})
-    return stored
+def in_process(function: Callable[P, T], *args: P.args, devices: int = 4) -> T:  # type: ignore[valid-type]
+    """Call a function of a module in a process of its own, with another number of devices perhaps."""
+    environment = mock.patch.dict(os.environ, JAX_NUM_CPU_DEVICES=str(devices))
+    with environment, ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
+
+
+def saved(run: Path, step: int) -> dict[str, Any]:
+    """Everything that training changes, as of a checkpoint, by name: arrays of `params` and `optimizer`, and numbers of
+    `position`; read by Orbax alone."""
+    items = {"params": args.StandardRestore(), "optimizer": args.StandardRestore(), "position": args.JsonRestore()}
+    with ocp.CheckpointManager(run / "checkpoints", item_names=tuple(items)) as manager:
+        stored = manager.restore(step, args=args.Composite(**items))
+    return named(dict(stored.items()))
+
+
+def named(tree: Any) -> dict[str, Any]:
+    """The leaves of nested dicts, lists and tuples, by names such as "params.mapper.Dense_0.kernel"."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
+def assert_same(actual: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    """The same names, and bit by bit the same arrays."""
+    assert actual.keys() == expected.keys()
+    for name in expected:
+        np.testing.assert_array_equal(actual[name], expected[name], err_msg=name, strict=True)
+
+
+# Enough to learn the colours of the training pictures.
+_WHOLE_RUN = {"train.epochs": 40.0, "evaluate.every": 100, "checkpoint.every": 100}
 
 
 @pytest.fixture(scope="session")
 def embeddings_run(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run that was trained on embeddings."""
+    """A finished run that was trained on embeddings, and captions pictures differently."""
     run = tmp_path_factory.mktemp("embeddings_run")
-    train(run, make_config(data_dir))
+    train(run, make_config(data_dir, _WHOLE_RUN))
     return run
 
 
 @pytest.fixture(scope="session")
 def pixels_run(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run that was trained on pictures."""
+    """A finished run that was trained on pictures, and captions them differently."""
     run = tmp_path_factory.mktemp("pixels_run")
-    train(run, make_config(data_dir, variant="pixels"))
+    train(run, make_config(data_dir, _WHOLE_RUN, "pixels"))
     return run

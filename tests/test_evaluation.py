@@ -1,0 +1,136 @@
+import io
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+from tiny import SPLITS, Source
+
+from clipcap_jax import evaluation
+from clipcap_jax.captioner import Caption, Captioner
+from clipcap_jax.data import CaptionData
+from clipcap_jax.datasets import RecordsSource, open_split, prepare_records, shapes
+from clipcap_jax.errors import UserError
+from clipcap_jax.evaluation import Evaluation
+from clipcap_jax.metrics import References
+
+
+@pytest.fixture(scope="module")
+def captioner(embeddings_run: Path) -> Captioner:
+    return Captioner.load(embeddings_run)
+
+
+@pytest.fixture(scope="module")
+def data(captioner: Captioner) -> CaptionData:
+    return evaluation.open_data(captioner, "", "test", "")
+
+
+def evaluate(captioner: Captioner, data: CaptionData, batch_size: int = 4) -> Evaluation:
+    return evaluation.evaluate(
+        captioner, data, batch_size=batch_size, meteor=False, console=Console(file=io.StringIO())
+    )
+
+
+@pytest.fixture(scope="module")
+def evaluated(captioner: Captioner, data: CaptionData) -> Evaluation:
+    return evaluate(captioner, data)
+
+
+def write(result: Evaluation, captioner: Captioner, folder: Path) -> str:
+    console = Console(file=io.StringIO(), width=200)
+    evaluation.write(result, captioner, folder, console)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def test_the_data_set_of_the_run_is_the_default(data: CaptionData) -> None:
+    assert data.name == "records/both/test"
+    assert len(data) == SPLITS["test"]
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 64])
+def test_the_batch_size_changes_nothing(
+    captioner: Captioner, data: CaptionData, evaluated: Evaluation, batch_size: int
+) -> None:
+    other = evaluate(captioner, data, batch_size)
+    assert [caption.text for caption in other.captions] == [caption.text for caption in evaluated.captions]
+    assert other.scores == evaluated.scores
+    np.testing.assert_allclose(other.loss, evaluated.loss, rtol=1e-5)
+    np.testing.assert_allclose(other.loss_permuted, evaluated.loss_permuted, rtol=1e-5)
+
+
+def test_files(captioner: Captioner, data: CaptionData, evaluated: Evaluation, tmp_path: Path) -> None:
+    printed = write(evaluated, captioner, tmp_path / "new" / "folder")
+    folder = tmp_path / "new" / "folder"
+
+    results = json.loads((folder / "captions.json").read_text())
+    assert [result["image_id"] for result in results] == [int(image_id) for image_id in data.image_ids]
+    assert [result["caption"] for result in results] == [caption.text for caption in evaluated.captions]
+
+    report = json.loads((folder / "scores.json").read_text())
+    references = References(dict(zip(data.image_ids, data.captions, strict=True)))
+    expected = references.score({str(result["image_id"]): result["caption"] for result in results}).overall
+    assert {name: report["scores"][name] for name in expected} == expected
+    assert report["scores"]["loss"] == evaluated.loss
+    assert report["not_computed"] == {"METEOR": "not asked for"}
+    assert report["details"]["data set"] == "records/both/test"
+
+    page = (folder / "page.html").read_text()
+    for image_id, texts in zip(data.image_ids, data.captions, strict=True):
+        assert page.count(f">{image_id}<") == 1
+        assert all(text in page for text in texts)
+    assert page.count("data:image/png") == len(data)
+
+    for name, score in expected.items():
+        assert re.search(rf"{name}\W+{score:.4f}", printed)
+    assert "not asked for" in printed
+    assert str(folder) in printed
+    assert data.captions[0][0] in printed
+
+
+def test_the_right_scenes_of_shapes_are_counted(captioner: Captioner, tmp_path: Path) -> None:
+    shapes.prepare_shapes(str(tmp_path), {"train": 3, "val": 3, "test": 6})
+    data = CaptionData(open_split("shapes", "test", str(tmp_path)), 32)
+    texts = [texts[0] for texts in data.captions]
+    texts[2] = texts[2].replace(" and ", " and a black ring and ")  # one shape too many
+    texts[4] = texts[3]  # the wrong picture's
+    captions = [Caption(text, True, 0.0) for text in texts]
+    scores = References(dict(zip(data.image_ids, data.captions, strict=True))).score(
+        dict(zip(data.image_ids, texts, strict=True))
+    )
+    printed = write(Evaluation(data, captions, scores, 1.0, 2.0), captioner, tmp_path / "results")
+    assert json.loads((tmp_path / "results" / "scores.json").read_text())["scores"]["exact scenes"] == 4 / 6
+    assert re.search(r"exact scenes\W+0.6667", printed)
+
+
+@pytest.mark.parametrize(("image_id", "stored"), [("12", 12), ("012", "012"), ("a1", "a1"), ("٣", "٣"), ("4.0", "4.0")])
+def test_only_numbers_become_numbers(image_id: str, stored: int | str) -> None:
+    assert evaluation.coco_id(image_id) == stored
+
+
+def test_embeddings_of_another_encoder(captioner: Captioner, source: Source, tmp_path: Path) -> None:
+    other = RecordsSource("other", str(source.captions), embeddings=str(source.embeddings), encoder="ViT-B/32")
+    prepare_records(other, str(tmp_path))
+    with pytest.raises(
+        UserError, match=r"from ViT-B/32, but the checkpoint was trained on\s+embeddings from mean colour"
+    ):
+        evaluation.open_data(captioner, "records/other", "test", str(tmp_path))
+
+
+def test_a_split_without_references(captioner: Captioner, data: CaptionData, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "captions", [*data.captions[:-1], ()])
+    with pytest.raises(UserError, match="examples without references"):
+        evaluate(captioner, data)
+
+
+def test_ids_that_occur_twice(captioner: Captioner, data: CaptionData, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "image_ids", [*data.image_ids[:-1], data.image_ids[0]])
+    with pytest.raises(UserError, match="occur twice"):
+        evaluate(captioner, data)
+
+
+def test_no_such_split(captioner: Captioner) -> None:
+    with pytest.raises(UserError, match="no split 'dev'"):
+        evaluation.open_data(captioner, "", "dev", "")

@@ -1,0 +1,70 @@
+"""`train.py` and `evaluate.py`, as the processes that a user starts."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny import SPLITS
+
+ROOT = Path(__file__).parents[1]
+ENVIRONMENT = {**os.environ, "COLUMNS": "200"}
+
+
+def start(script: str, *arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, script, *arguments]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+def finish(process: subprocess.Popen[str], status: int = 0) -> str:
+    """What the process printed, once it has ended with this status."""
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == status, out + err
+    assert "Traceback" not in out + err
+    return out + err
+
+
+def test_train_then_evaluate(data_dir: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    flags = ["--config=tests/tiny.py", f"--config.data.data_dir={data_dir}", f"--workdir={run}"]
+    # It trains while the second process scores each of its checkpoints as they come, the last one included.
+    training = start("train.py", *flags, "--config.checkpoint.every=5")
+    printed = finish(training)
+    assert "validation loss" in printed
+    assert "Trained 15 steps" in printed
+    following = finish(start("evaluate.py", f"--workdir={run}", "--follow", "--split=val", "--nometeor"))
+    assert "step 15" in following
+    assert (run / "evaluations" / "val-15" / "page.html").exists()
+
+    printed = finish(
+        start("evaluate.py", f"--workdir={run}", "--checkpoint=latest", "--beam_size=3", "--split=test[:4]")
+    )
+    results = run / "evaluations" / "test[:4]-15"
+    assert str(results) in printed
+    assert len(json.loads((results / "captions.json").read_text())) == 4
+    assert "beam_size=3" in json.loads((results / "scores.json").read_text())["details"]["decoding"]
+    assert "Trained 15 steps" in finish(start("train.py", *flags, "--config.checkpoint.every=5"))  # nothing left to do
+    assert SPLITS["test"] > 4
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "message"),
+    [
+        ("train.py", ["--config=tests/tiny.py", "--config.train.epoch=3"], "epoch"),
+        ("train.py", ["--config=tests/tiny.py", "--config.train.epochs=many"], "many"),
+        ("train.py", ["--config=configs/gone.py"], "configs/gone.py"),
+        ("train.py", ["--config=tests/tiny.py", "--config.data.data_dir=/nowhere"], "not prepared in /nowhere"),
+        ("train.py", ["--config=tests/tiny.py", "--config.train.batch_size=6"], "multiple of the 4 devices"),
+        ("evaluate.py", ["--workdir=/nowhere"], "/nowhere holds no checkpoints"),
+    ],
+)
+def test_mistakes(script: str, arguments: list[str], message: str, tmp_path: Path) -> None:
+    process = start(script, *arguments, *([f"--workdir={tmp_path}"] if script == "train.py" else []))
+    out, err = process.communicate(timeout=300)
+    assert process.returncode != 0
+    assert message in out + err
+    assert "Traceback" not in out + err
