@@ -46,10 +46,9 @@ class Gpt2(nn.Module):
 
     def setup(self) -> None:
         config = self.config
-        # OpenAI's 0.02 at GPT-2's own width, and the same gain at every other: with 0.02 throughout, products in a
-        # narrow model shrink what they are given, and it takes far longer to learn to look at its prefix.
-        std = 0.02 * (768 / config.width) ** 0.5
-        init = nn.initializers.normal(std)
+        # As CLIP's towers, not OpenAI's 0.02 for every width: in a narrow model trained from scratch that shrinks
+        # whatever passes through, and it takes far longer to learn to look at its prefix.
+        init = nn.initializers.normal(config.width**-0.5)
         self.token_embeddings = self.param("token_embeddings", init, (config.vocab_size, config.width))
         self.position_embeddings = self.param("position_embeddings", init, (config.positions, config.width))
         self.transformer = Transformer(
@@ -59,7 +58,7 @@ class Gpt2(nn.Module):
             mlp_width=4 * config.width,
             activation=jax.nn.gelu,  # the tanh approximation, GPT-2's `gelu_new`
             kernel_init=init,
-            residual_init=nn.initializers.normal(std * (2 * config.layers) ** -0.5),
+            residual_init=nn.initializers.normal((2 * config.width * config.layers) ** -0.5),
             dropout=config.dropout,
             dtype=self.dtype,
         )
