@@ -4,7 +4,8 @@
 
     params      the model's parameters, frozen parts included: nested dicts of float32 arrays
     optimizer   Optax's state, for the trained parts
-    position    JSON: the step and the run's total, the random key's data, Grain's position in the data
+    position    JSON: the step and the run's total, the random key's data, Grain's position in the data, the losses
+                since the last line of the log
     metadata    JSON: format_version, config, tokenizer, encoder, embedding_width, decoding end token
 
 `params` and `metadata` are all that captioning needs; plain Orbax restores them without this package.
@@ -12,6 +13,7 @@
 
 import contextlib
 import dataclasses
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -57,7 +59,7 @@ class Metadata:
 
     @classmethod
     def from_dict(cls, stored: dict[str, Any]) -> "Metadata":
-        version = stored["format_version"]
+        version = stored.get("format_version", "of another program")
         if version != FORMAT_VERSION:
             raise UserError(
                 f"the checkpoint has format {version}, and this clipcap_jax reads format {FORMAT_VERSION}: "
@@ -69,6 +71,10 @@ class Metadata:
             encoder=stored["encoder"],
             embedding_width=stored["embedding_width"],
         )
+
+
+def _best_metric(metrics: dict[str, float]) -> float:
+    return metrics[BEST_METRIC]
 
 
 def _item_handlers() -> dict[str, Any]:
@@ -94,19 +100,19 @@ class Checkpoints:
         self.folder = run.absolute() / FOLDER
         if not writing and not self.folder.is_dir():
             raise UserError(f"{run} holds no checkpoints: give the folder of a run, the one that train.py wrote to")
+        best = BestN(get_metric_fn=_best_metric, n=1, keep_checkpoints_without_metrics=False)
         options = ocp.CheckpointManagerOptions(
             create=writing,
             read_only=not writing,
             cleanup_tmp_directories=writing,
             enable_async_checkpointing=False,
-            best_fn=lambda metrics: metrics[BEST_METRIC],
-            preservation_policy=AnyPreservationPolicy(
-                [LatestN(keep), BestN(get_metric_fn=lambda metrics: metrics[BEST_METRIC], n=1)]
-            )
-            if writing
-            else None,
+            best_fn=_best_metric,
+            preservation_policy=AnyPreservationPolicy([LatestN(keep), best]) if writing else None,
         )
-        self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=_item_handlers())
+        try:
+            self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=_item_handlers())
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.folder} cannot be {'used' if writing else 'read'}: {error}") from error
 
     def save(
         self,
@@ -117,24 +123,35 @@ class Checkpoints:
         metadata: Metadata,
         metrics: dict[str, float],
     ) -> None:
-        """Write the checkpoint of `step`; a checkpoint is either whole or not there."""
+        """Write the checkpoint of `step`; a checkpoint is either whole or not there.
+
+        Raises:
+          UserError: the disk is full or cannot be written to.
+        """
         args = ocp.args.Composite(
             params=ocp.args.StandardSave(params),
             optimizer=ocp.args.StandardSave(optimizer),
             position=ocp.args.JsonSave(position),
             metadata=ocp.args.JsonSave(metadata.to_dict()),
         )
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves((params, optimizer)))
+        disk = shutil.disk_usage(self.folder)
+        if disk.free < size and disk.total:  # some file systems do not tell, and say 0
+            raise self._not_saved(step, f"it takes {size:,} bytes, and {disk.free:,} are free")
         try:
             self._manager.save(step, args=args, metrics=metrics or None, force=True)
         except (OSError, ValueError) as error:
-            if not _is_disk_error(error):
+            if not isinstance(error, OSError) and "os_error_code" not in str(error):  # as tensorstore wraps them
                 raise
-            steps = self.steps()
-            newest = steps[-1] if steps else "none"
-            raise UserError(
-                f"saving the checkpoint of step {step} to {self.folder} failed: {error}. "
-                f"The newest whole checkpoint is {newest}; make room and run the same command to go on from it."
-            ) from error
+            raise self._not_saved(step, str(error)) from error
+
+    def _not_saved(self, step: int, reason: str) -> UserError:
+        steps = self.steps()
+        newest = f"The newest whole checkpoint is {steps[-1]}" if steps else "There is no whole checkpoint yet"
+        return UserError(
+            f"saving the checkpoint of step {step} to {self.folder} failed: {reason}. {newest}. "
+            "Make room, then the same command goes on."
+        )
 
     def steps(self) -> list[int]:
         """The steps of the checkpoints there are, ascending."""
@@ -187,16 +204,14 @@ class Checkpoints:
     def _restore(self, step: int, **items: Any) -> Any:
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**items))
-        except FileNotFoundError as error:
-            raise UserError(f"the checkpoint {self.folder}/{step} is gone or not whole: {error}") from error
+        except (OSError, KeyError, ValueError) as error:
+            raise UserError(
+                f"the checkpoint {self.folder}/{step} is gone or not whole: {error}\n"
+                "Copy it again, or delete its folder and use the one before."
+            ) from error
 
     def close(self) -> None:
         self._manager.close()
-
-
-def _is_disk_error(error: Exception) -> bool:
-    """Whether saving failed for want of room or rights; tensorstore reports these as ValueErrors."""
-    return isinstance(error, OSError) or "space" in str(error).lower() or "permission" in str(error).lower()
 
 
 @contextlib.contextmanager

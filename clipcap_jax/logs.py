@@ -1,6 +1,7 @@
 """Training's numbers: on the screen, as lines of JSON, and in TensorBoard."""
 
 import contextlib
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -20,17 +21,29 @@ class MetricsLog:
     """Writes `<run>/metrics.jsonl` and TensorBoard's event files in `<run>/tensorboard`."""
 
     def __init__(self, run: Path, first_step: int):
-        """Open the logs of a run that starts, or goes on, after `first_step`; what was logged after it is dropped."""
-        run.mkdir(parents=True, exist_ok=True)
+        """Open the logs of a run that starts, or goes on, after `first_step`; what was logged after it is dropped.
+
+        Raises:
+          UserError: they cannot be written; `write` raises it as well.
+        """
+        self._run = run
         path = run / "metrics.jsonl"
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        path.write_text("".join(line for line in lines if json.loads(line)["step"] <= first_step))
-        self._file = path.open("a", buffering=1)
-        self._tensorboard = SummaryWriter(str(run / "tensorboard"), purge_step=first_step + 1)
+
+        def is_kept(line: bytes) -> bool:
+            # A line without its end is what a process was writing when it was killed.
+            return line.endswith(b"\n") and json.loads(line)["step"] <= first_step
+
+        with self._explained():
+            run.mkdir(parents=True, exist_ok=True)
+            self._tensorboard = SummaryWriter(str(run / "tensorboard"), purge_step=first_step + 1)
+            self._file = path.open("a", buffering=1)
+            lines = path.read_bytes().splitlines(keepends=True)
+            self._file.truncate(sum(map(len, itertools.takewhile(is_kept, lines))))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Log named numbers of a step; a slash in a name groups it in TensorBoard."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        with self._explained():
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items():
             self._tensorboard.add_scalar(name, value, step)
 
@@ -39,8 +52,19 @@ class MetricsLog:
         self._tensorboard.add_text(name, text, step)
 
     def close(self) -> None:
-        self._file.close()
-        self._tensorboard.close()
+        for log in (self._file, self._tensorboard):
+            with contextlib.suppress(OSError):  # it was told when it was written
+                log.close()
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"the logs of {self._run} cannot be written: {error.strerror}. Mend that, for instance make room; then "
+                "the same command goes on from the last checkpoint."
+            ) from error
 
 
 class Monitor:
@@ -56,10 +80,22 @@ class Monitor:
         log_every: int,
         start: int,
         total: int,
+        losses: list[float],
     ):
+        """Start to show the steps after `start`.
+
+        Args:
+          log: where lines go, every `log_every` steps.
+          console: where progress is shown.
+          schedule: the learning rate by step, counted from 0.
+          batch_size: pairs per step.
+          log_every: steps between lines.
+          start, total: the steps that are done, and those of the whole run.
+          losses: the losses of the steps since the last line; kept up to date, so that checkpoints can hold them.
+        """
         self._log, self._console, self._schedule = log, console, schedule
         self._every, self._batch_size = log_every, batch_size
-        self._losses: list[float] = []  # since the last line
+        self._losses = losses
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
         self._since, self._last = time.perf_counter(), start
         self._progress = Progress(
@@ -86,19 +122,20 @@ class Monitor:
             return
         step, metrics = self._pending[0], jax.device_get(self._pending[1])
         self._pending = None
-        for name, value in metrics.items():
-            if not np.isfinite(value):
+        for name in ("loss", "gradient_norm"):
+            if not np.isfinite(metrics[name]):
                 raise UserError(
-                    f"the {name.replace('_', ' ')} of step {step} is {value}. Training stopped; the last checkpoint "
-                    "is from before that step. A lower config.optimizer.learning_rate, a longer warmup_steps or "
-                    "clip_norm=1.0 usually helps; so does float32 instead of bfloat16."
+                    f"the {name.replace('_', ' ')} of step {step} is {metrics[name]}. Training stopped; the last "
+                    "checkpoint is from before that step. A lower config.optimizer.learning_rate, a longer "
+                    "warmup_steps or clip_norm=1.0 usually helps; so does float32 instead of bfloat16."
                 )
         self._losses.append(float(metrics["loss"]))
         if step % self._every == 0:
             now = time.perf_counter()
             rate = (step - self._last) * self._batch_size / (now - self._since)
             loss = float(np.mean(self._losses))  # a batch of short captions has another loss than one of long ones
-            self._since, self._last, self._losses = now, step, []
+            self._since, self._last = now, step
+            self._losses.clear()
             self._log.write(
                 step,
                 {

@@ -51,6 +51,8 @@ def make_step(
     def step(state: TrainState, frozen: Params, batch: dict[str, jax.Array]) -> tuple[TrainState, dict[str, jax.Array]]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         key = jax.random.fold_in(key, parallel.device_index())
+        # Dropout's bits come from XLA's own generator: JAX's default one takes longer to compile and to run.
+        key = jax.random.wrap_key_data(jnp.tile(jax.random.key_data(key), 2), impl="rbg")
 
         def loss_sum(params: Params) -> tuple[jax.Array, jax.Array]:
             logits = model.apply(
@@ -66,7 +68,7 @@ def make_step(
         loss, tokens, grads = parallel.sum_over_devices((loss, tokens, grads))
         grads = jax.tree.map(lambda grad: grad / tokens, grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        metrics = {"loss": loss / tokens, "gradient_norm": optax.global_norm(grads)}
+        metrics = {"loss": loss / tokens, "gradient_norm": optax.tree.norm(grads)}
         params = optax.apply_updates(state.params, updates)
         return state._replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
@@ -106,6 +108,7 @@ class _Run:
     def __init__(self, config: Config, folder: Path, checkpoints: Checkpoints, console: Console):
         self.config, self.folder, self.checkpoints, self.console = config, folder, checkpoints, console
         self.start = checkpoints.find("latest") if checkpoints.steps() else 0
+        self.losses: list[float] = []  # of the steps since the last line of the log
         base, base_params = self._base()
 
         self.data = self._open("train")
@@ -159,16 +162,18 @@ class _Run:
                 log_every=config.train.log_every,
                 start=self.start,
                 total=self.total,
+                losses=self.losses,
             )
             stack.enter_context(contextlib.closing(monitor))
             stop = stack.enter_context(_stop_signals())
-            step = self.start
-            while step < self.total and not stop.is_set():
+            step, stopping = self.start, False
+            while step < self.total and not stopping:
                 self.state, metrics = take_step(self.state, self.frozen, next(self.batches))
                 step += 1
                 monitor.push(step, metrics)
+                stopping = stop.is_set()  # asked once, so that no step is the last without being saved
                 validate = step % config.evaluate.every == 0 or step == self.total
-                if validate or stop.is_set() or step % config.checkpoint.every == 0:
+                if validate or stopping or step % config.checkpoint.every == 0:
                     with monitor.paused():  # which first waits for the step, and stops here if it was not finite
                         self._save(step, self._validate(step, log) if validate else {})
         if step < self.total:
@@ -188,6 +193,7 @@ class _Run:
                 "step": step,
                 "total": self.total,
                 "key": np.asarray(self.state.key).tolist(),
+                "losses": self.losses,
                 "data": self.batches.get_state(),
             },
             metadata=self.metadata,
@@ -273,7 +279,13 @@ class _Run:
         if not self.start:
             return state, frozen
         params, opt_state, position = self.checkpoints.training_state(self.start, params, state.opt_state)
+        if position["total"] != self.total:
+            raise UserError(
+                f"{self.data.name} is not what it was: the run was started with {position['total']} steps, and now "
+                f"there are {self.total}. Prepare it as it was, or give another --workdir."
+            )
         self.batches.set_state(position["data"])
+        self.losses = position["losses"]
         state = TrainState(
             step=jnp.int32(position["step"]),
             key=jnp.array(position["key"], jnp.uint32),
@@ -320,25 +332,32 @@ def choose_tokenizer(config: Config, base: Metadata | None, captions: list[tuple
 
 
 # What may change when a run goes on, because it does not change what is learnt.
-_FREE_TO_CHANGE = {"data.data_dir", "data.workers", "train.log_every"}
+_FREE_TO_CHANGE = ("data.data_dir", "data.workers", "train.log_every", "evaluate.", "checkpoint.")
 
 
 def check_same_run(config: Config, stored: Config) -> None:
     """Raise a UserError that names what differs between the settings of a run and those it was started with."""
-    now, then = dataclasses.asdict(config), dataclasses.asdict(stored)
+    now, then = _settings(dataclasses.asdict(config)), _settings(dataclasses.asdict(stored))
     changed = [
-        f"config.{section}.{name} was {then[section][name]!r}, is {now[section][name]!r}"
-        for section in ("data", "tokenizer", "model", "optimizer", "train")
-        for name in now[section]
-        if now[section][name] != then[section][name] and f"{section}.{name}" not in _FREE_TO_CHANGE
+        f"config.{name} was {then.get(name, 'not there')!r}, is {now.get(name, 'not there')!r}"
+        for name in {**now, **then}
+        if now.get(name) != then.get(name) and not name.startswith(_FREE_TO_CHANGE)
     ]
     if changed:
         raise UserError(
             "the run's folder holds a run with other settings:\n  "
             + "\n  ".join(changed)
-            + "\nGive another --workdir, "
-            "or set config.train.init_from to that folder to start a new run from its parameters."
+            + "\nGive another --workdir, or set config.train.init_from to that folder to start a new run from its "
+            "parameters."
         )
+
+
+def _settings(values: dict[str, Any], path: str = "") -> dict[str, Any]:
+    """Nested settings by names such as "model.gpt2.width"."""
+    named: dict[str, Any] = {}
+    for name, value in values.items():
+        named |= _settings(value, f"{path}{name}.") if isinstance(value, dict) else {f"{path}{name}": value}
+    return named
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, TypeVar
 from unittest import mock
 
 import jax
@@ -31,7 +31,6 @@ from clipcap_jax.config import Config
 from clipcap_jax.datasets import RecordsSource, prepare_records
 from clipcap_jax.logs import Monitor
 
-P = ParamSpec("P")
 T = TypeVar("T")
 
 ENCODER = "mean colour"
@@ -206,7 +205,7 @@ def train_until(run: Path, settings: Config, step: int, signum: signal.Signals =
         return train(run, settings)
 
 
-def in_process(function: Callable[P, T], *args: P.args, devices: int = 4) -> T:  # type: ignore[valid-type]
+def in_process(function: Callable[..., T], *args: Any, devices: int = 4) -> T:
     """Call a function of a module in a process of its own, with another number of devices perhaps."""
     environment = mock.patch.dict(os.environ, JAX_NUM_CPU_DEVICES=str(devices))
     with environment, ProcessPoolExecutor(1, get_context("spawn")) as pool:

@@ -1,0 +1,466 @@
+import json
+import os
+import re
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.extend.core import jaxprs_in_params
+from random_models import clipcap_config, random_embeddings, random_params, random_tokens
+from tiny import assert_same, in_process, make_config, named, saved, train, train_until
+
+from clipcap_jax import parallel, trainer
+from clipcap_jax.captioner import Captioner
+from clipcap_jax.checkpoint import Checkpoints, Metadata
+from clipcap_jax.config import Config
+from clipcap_jax.errors import UserError
+from clipcap_jax.logs import Monitor
+from clipcap_jax.models.clipcap import ClipCap
+from clipcap_jax.tokenizer import Tokenizer
+from clipcap_jax.trainer import TrainState, check_same_run, choose_tokenizer, make_step
+
+STEPS = 10  # of two epochs
+
+BATCH = {
+    "inputs": random_embeddings(0, 8),
+    "tokens": random_tokens(0, 8, 7),
+    "lengths": np.array([7, 7, 1, 0, 3, 1, 0, 0], np.int32),  # the devices have 14, 1, 4 and 0 tokens
+}
+
+
+def keep_gradients() -> optax.GradientTransformation:
+    """Gradient descent whose state is the last gradients."""
+    return optax.GradientTransformation(
+        lambda params: jax.tree.map(jnp.zeros_like, params),
+        lambda grads, state, params=None: (jax.tree.map(lambda grad: -0.1 * grad, grads), grads),
+    )
+
+
+def start(params: Any) -> TrainState:
+    key = jax.random.key_data(jax.random.key(0))
+    return parallel.replicate(TrainState(jnp.int32(0), key, params, keep_gradients().init(params)))
+
+
+def assert_close(actual: dict[str, Any], expected: dict[str, Any]) -> None:
+    """To 1e-5 of the largest value."""
+    assert actual.keys() == expected.keys()
+    for name in expected:
+        largest = np.max(np.abs(expected[name]), initial=0.0)
+        np.testing.assert_allclose(actual[name], expected[name], rtol=0, atol=1e-5 * largest, err_msg=name)
+
+
+def test_a_step_on_four_devices_equals_one_loss_on_one() -> None:
+    model = ClipCap(clipcap_config(dropout=0.0))
+    params = random_params(model, 0, BATCH["inputs"], BATCH["tokens"])
+
+    def loss(params: Any) -> jax.Array:
+        logits = model.apply({"params": params}, BATCH["inputs"], BATCH["tokens"])
+        real = np.arange(7)[None] < BATCH["lengths"][:, None]
+        targets = optax.smooth_labels(jax.nn.one_hot(BATCH["tokens"][real], 11), 0.1)
+        return optax.softmax_cross_entropy(logits[real], targets).mean()
+
+    expected, gradients = jax.jit(jax.value_and_grad(loss))(params)
+    step = make_step(model, keep_gradients(), dropout=True, label_smoothing=0.1)
+    state, metrics = parallel.map_step(step)(start(params), {}, BATCH)
+    np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-5)
+    assert_close(named(state.opt_state), named(gradients))
+    assert_close(named(state.params), named(jax.tree.map(lambda param, grad: param - 0.1 * grad, params, gradients)))
+    norm = np.sqrt(sum(np.sum(np.square(grad, dtype=np.float64)) for grad in jax.tree.leaves(gradients)))
+    np.testing.assert_allclose(metrics["gradient_norm"], norm, rtol=1e-5)
+    assert state.step == 1
+
+
+def test_the_old_state_is_donated() -> None:
+    model = ClipCap(clipcap_config())
+    params, optimizer = random_params(model, 0, BATCH["inputs"], BATCH["tokens"]), optax.adamw(0.1)
+    old = start(params)._replace(opt_state=parallel.replicate(optimizer.init(params)))
+    step = parallel.map_step(make_step(model, optimizer, dropout=True, label_smoothing=0.0))
+    new, _ = step(old, {}, BATCH)
+    assert [name for name, leaf in named(old).items() if not leaf.is_deleted()] == []
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(new))
+
+
+def test_dropout_differs_by_step_and_by_device() -> None:
+    model = ClipCap(clipcap_config(dropout=0.5))
+    params = random_params(model, 0, BATCH["inputs"], BATCH["tokens"])
+    alike = jax.tree.map(lambda x: np.repeat(x[:1], 8, axis=0), BATCH)
+
+    def losses(dropout: bool) -> list[float]:
+        """Of one caption on one device, on another one, a step later, and as at first."""
+        step = parallel.map_step(make_step(model, keep_gradients(), dropout=dropout, label_smoothing=0.0))
+        found = []
+        for device, at in ((0, 0), (1, 0), (0, 1), (0, 0)):
+            lengths = np.where(np.arange(8) == 2 * device, 7, 0)
+            state = start(params)._replace(step=jnp.int32(at))
+            found.append(float(step(state, {}, {**alike, "lengths": lengths})[1]["loss"]))
+        return found
+
+    one, another, later, again = losses(dropout=True)
+    assert len({one, another, later}) == 3
+    assert one == again
+    without = losses(dropout=False)
+    np.testing.assert_allclose(without, without[0], rtol=1e-6)
+
+
+def products(jaxpr: Any) -> list[tuple[int, ...]]:
+    """The shapes of all matrix products in a program."""
+    found = []
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            found.append(equation.outvars[0].aval.shape)
+        for inner in jaxprs_in_params(equation.params):
+            found += products(inner)
+    return found
+
+
+@pytest.mark.parametrize("trainable", [("mapper",), ("gpt2",), ("mapper", "gpt2")])
+def test_frozen_parts_get_no_gradients(trainable: tuple[str, ...]) -> None:
+    model = ClipCap(clipcap_config())
+    params = random_params(model, 0, BATCH["inputs"], BATCH["tokens"])
+    trained = {name: params[name] for name in trainable}
+    frozen = {name: params[name] for name in params if name not in trainable}
+    step = make_step(model, keep_gradients(), dropout=False, label_smoothing=0.0)
+    state = TrainState(jnp.int32(0), jax.random.key_data(jax.random.key(0)), trained, keep_gradients().init(trained))
+    one_device = jax.vmap(step, in_axes=(None, None, 0), axis_name=parallel.AXIS, out_axes=None)
+    batch = jax.tree.map(lambda x: x[None], BATCH)
+    jaxpr, (after, _) = jax.make_jaxpr(one_device, return_shape=True)(state, frozen, batch)
+    assert set(after.params) == set(after.opt_state) == set(trainable)
+    shapes = products(jaxpr.jaxpr)
+    for part in params:
+        kernels = {leaf.shape[-2:] for name, leaf in named(params[part]).items() if name.endswith("kernel")}
+        gradients = {kernel for kernel in kernels if (1, *kernel) in shapes or (1, *kernel[::-1]) in shapes}
+        assert gradients == (kernels if part in trainable else set())
+
+
+@pytest.fixture(scope="module")
+def unstopped(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny run, with a checkpoint after every step and a line after every fourth."""
+    run = tmp_path_factory.mktemp("unstopped")
+    train(run, settings(data_dir, {"checkpoint.every": 1, "checkpoint.keep": 100}))
+    return run
+
+
+def settings(data_dir: Path, changes: dict[str, Any] | None = None) -> Config:
+    """Two epochs, with checkpoints after 4, 6, 8 and 10 steps, the second and the last with a validation."""
+    return make_config(data_dir, {"train.epochs": 2.0, "train.log_every": 4, **(changes or {})})
+
+
+def logged(run: Path) -> list[dict[str, float]]:
+    """The lines of `metrics.jsonl`, without what the clock said."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "train/pairs_per_second"} for line in lines]
+
+
+def assert_ends_like(run: Path, unstopped: Path) -> None:
+    assert_same(saved(run, STEPS), saved(unstopped, STEPS))
+    assert logged(run) == logged(unstopped)
+    assert [line["step"] for line in logged(run)] == [4, 6, 8, 10]
+
+
+def steps(run: Path) -> list[int]:
+    """The steps of the finished checkpoints, by their folders."""
+    return sorted(int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdigit())
+
+
+def test_stopping_after_any_step_and_going_on_gives_the_same_bits(
+    unstopped: Path, data_dir: Path, tmp_path: Path
+) -> None:
+    handlers = [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)]
+    for step in range(1, STEPS):
+        signum = signal.SIGTERM if step % 2 else signal.SIGINT
+        workers = {"data.workers": step % 3}  # these may change
+        printed = train_until(tmp_path, settings(data_dir, workers), step, signum)
+        assert f"Stopped after step {step} of {STEPS}." in printed
+        assert ("Going on after step" in printed) == (step > 1)
+        assert_same(saved(tmp_path, step), saved(unstopped, step))
+    assert [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)] == handlers
+    train(tmp_path, settings(data_dir))
+    assert_ends_like(tmp_path, unstopped)
+
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint(unstopped: Path, data_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(BrokenProcessPool):
+        in_process(train_until, tmp_path, settings(data_dir), 9, signal.SIGKILL)
+    assert steps(tmp_path) == [4, 6, 8]
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 9, "val/lo')  # what is left of a line when the kill comes while it is written
+    assert "Going on after step 8" in train(tmp_path, settings(data_dir))
+    assert_ends_like(tmp_path, unstopped)
+
+
+def train_until_saving(run: Path, config: Config, step: int) -> None:
+    """Train, and be killed when all of a checkpoint is written, but before it gets its name."""
+
+    def kill(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "os.rename" and str(arguments[1]) == str(run / "checkpoints" / str(step)):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(kill)
+    train(run, config)
+
+
+def test_killed_while_saving(unstopped: Path, data_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(BrokenProcessPool):
+        in_process(train_until_saving, tmp_path, settings(data_dir), 8)
+    assert steps(tmp_path) == [4, 6]
+    assert any(path.name.startswith("8.") for path in (tmp_path / "checkpoints").iterdir())
+    assert "Going on after step 6" in train(tmp_path, settings(data_dir))
+    assert_ends_like(tmp_path, unstopped)
+    assert all(path.name.isdigit() for path in (tmp_path / "checkpoints").iterdir())
+
+
+def test_a_signal_while_saving_stops_after_the_next_step(data_dir: Path, tmp_path: Path) -> None:
+    save = Checkpoints.save
+
+    def save_and_stop(self: Checkpoints, step: int, **items: Any) -> None:
+        save(self, step, **items)
+        if step == 4:
+            signal.raise_signal(signal.SIGTERM)
+
+    with mock.patch.object(Checkpoints, "save", save_and_stop):
+        assert "Stopped after step 5" in train(tmp_path, settings(data_dir))
+    assert steps(tmp_path) == [4, 5]
+
+
+def test_a_second_interrupt_does_not_wait(unstopped: Path, data_dir: Path, tmp_path: Path) -> None:
+    push = Monitor.push
+
+    def push_and_interrupt(self: Monitor, step: int, metrics: Any) -> None:
+        push(self, step, metrics)
+        if step == 5:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+
+    with mock.patch.object(Monitor, "push", push_and_interrupt), pytest.raises(KeyboardInterrupt):
+        train(tmp_path, settings(data_dir))
+    assert steps(tmp_path) == [4]
+    train(tmp_path, settings(data_dir))
+    assert_ends_like(tmp_path, unstopped)
+
+
+@pytest.mark.slow
+def test_pictures_come_back_in_order_too(data_dir: Path, tmp_path: Path) -> None:
+    config = make_config(data_dir, {"checkpoint.every": 1, "checkpoint.keep": 100}, "pixels")
+    train(tmp_path / "unstopped", config)
+    for step in (1, 6, 11):
+        train_until(tmp_path / "stopped", config, step)
+    train(tmp_path / "stopped", config)
+    for step in range(1, 16):
+        assert_same(saved(tmp_path / "stopped", step), saved(tmp_path / "unstopped", step))
+    assert logged(tmp_path / "stopped") == logged(tmp_path / "unstopped")
+
+
+def captions(run: Path, config: Config, embeddings: np.ndarray) -> tuple[list[str], list[float]]:
+    """Train, then caption embeddings: texts and scores."""
+    train(run, config)
+    found = list(Captioner.load(run, "latest").caption(embeddings, batch_size=12))
+    return [caption.text for caption in found], [caption.score for caption in found]
+
+
+def test_one_device_learns_what_four_learn(data_dir: Path, tmp_path: Path) -> None:
+    # Without dropout, which differs by device; and with an epsilon that keeps Adam from blowing up the rounding errors
+    # of gradients that would be 0 without them, as those of the keys' biases.
+    config = settings(data_dir, {"model.gpt2.dropout": 0.0, "optimizer.epsilon": 1e-3, "evaluate.images": 0})
+    embeddings = np.random.default_rng(0).normal(scale=20, size=(30, 5))  # far apart, and so are their captions
+    texts, scores = captions(tmp_path / "four", config, embeddings)
+    other_texts, other_scores = in_process(captions, tmp_path / "one", config, embeddings, devices=1)
+    assert texts == other_texts
+    assert len(set(texts)) > 3
+    np.testing.assert_allclose(scores, other_scores, rtol=1e-5)
+    assert_close(saved(tmp_path / "one", STEPS), saved(tmp_path / "four", STEPS))
+    for one, four in zip(logged(tmp_path / "one"), logged(tmp_path / "four"), strict=True):
+        assert one == pytest.approx(four, rel=1e-5)
+
+
+def initial(config: Config, inputs: np.ndarray) -> dict[str, Any]:
+    """Fresh parameters."""
+    params = jax.jit(ClipCap(config.model).init)(jax.random.key(0), inputs, np.zeros((1, 1), np.int32))["params"]
+    return named({"params": jax.device_get(params)})
+
+
+def assert_only_learnt(part: str, last: dict[str, Any], first: dict[str, Any]) -> None:
+    """All arrays of the part have changed, no other has changed by a bit, and the optimiser knows of no other."""
+    for name in first:
+        changed = not np.array_equal(last[name], first[name])
+        assert changed == name.startswith(f"params.{part}."), name
+    assert {name.split(".mu.")[1].split(".")[0] for name in last if ".mu." in name} == {part}
+
+
+TWO_STEPS = {"train.epochs": 0.4, "evaluate.images": 0}  # the first of which has a learning rate of 0
+
+
+@pytest.mark.parametrize("part", ["mapper", "gpt2"])
+def test_only_what_is_trainable_changes(data_dir: Path, tmp_path: Path, part: str) -> None:
+    runs = {}
+    for dropout in (0.0, 0.5):
+        changes = {**TWO_STEPS, "train.trainable": (part,), "model.gpt2.dropout": dropout}
+        printed = train(tmp_path / str(dropout), settings(data_dir, changes))
+        assert re.search(rf"Model: {part} \S+M, \w+ \S+M \(frozen\)\.", printed)
+        runs[dropout] = saved(tmp_path / str(dropout), 2)
+        assert_only_learnt(part, runs[dropout], initial(settings(data_dir, changes), np.zeros((1, 5), np.float16)))
+    if part == "mapper":  # a frozen GPT-2 has no dropout
+        assert_same(runs[0.0], runs[0.5])
+    else:
+        with pytest.raises(AssertionError):
+            assert_same(runs[0.0], runs[0.5])
+
+
+@pytest.mark.parametrize("part", ["clip", "mapper"])
+def test_a_tower_changes_when_it_is_trainable(data_dir: Path, tmp_path: Path, part: str) -> None:
+    config = make_config(data_dir, {**TWO_STEPS, "train.trainable": (part,)}, "pixels")
+    train(tmp_path, config)
+    assert_only_learnt(part, saved(tmp_path, 2), initial(config, np.zeros((1, 16, 16, 3), np.uint8)))
+
+
+def test_clipping_comes_after_the_norm_is_logged(unstopped: Path, data_dir: Path) -> None:
+    assert settings(data_dir).optimizer.clip_norm == 1.0
+    moments = [array for name, array in saved(unstopped, 1).items() if name.startswith("optimizer.") and ".mu." in name]
+    norm = np.sqrt(sum(np.square(array).sum() for array in moments)) / (1 - 0.9)  # Adam's first mean of the gradients
+    np.testing.assert_allclose(norm, 1.0, rtol=1e-5)
+    assert all(line["train/gradient_norm"] > 1.05 for line in logged(unstopped)[:1])
+
+
+def test_learning_rate_is_logged_as_it_was(unstopped: Path) -> None:
+    rates = {line["step"]: line["train/learning_rate"] for line in logged(unstopped) if "train/learning_rate" in line}
+    # 2 steps up to 5e-3, then 8 down to 0; the first step has 0.
+    assert rates == pytest.approx({4: 5e-3 * 7 / 8, 8: 5e-3 * 3 / 8}, rel=1e-6)
+
+
+@pytest.mark.parametrize("bad", [7, 8])
+def test_what_is_not_finite_stops_the_run_and_is_not_saved(
+    unstopped: Path, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad: int
+) -> None:
+    map_step = parallel.map_step
+
+    def map_poisoned(step: Callable[..., Any]) -> Callable[..., Any]:
+        take_step = map_step(step)
+
+        def poisoned(state: TrainState, frozen: Any, batch: Any) -> Any:
+            if state.step == bad - 1:
+                batch = {**batch, "inputs": batch["inputs"] * np.float16(np.nan)}
+            return take_step(state, frozen, batch)
+
+        return poisoned
+
+    with monkeypatch.context() as patch:
+        patch.setattr(parallel, "map_step", map_poisoned)
+        with pytest.raises(UserError, match=rf"the loss of step {bad} is nan\. .*learning_rate"):
+            train(tmp_path, settings(data_dir))
+    assert steps(tmp_path) == [4, 6]
+    assert_same(saved(tmp_path, 6), saved(unstopped, 6))
+    train(tmp_path, settings(data_dir))
+    assert_ends_like(tmp_path, unstopped)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"optimizer.learning_rate": 1e-2}, "config.optimizer.learning_rate was 0.005, is 0.01"),
+        ({"model.gpt2.layers": 3}, "config.model.gpt2.layers was 2, is 3"),
+        ({"train.trainable": ("mapper",)}, r"config.train.trainable was \('mapper', 'gpt2'\), is \('mapper',\)"),
+        ({"data.name": "records/embeddings"}, "config.data.name was 'records/both', is 'records/embeddings'"),
+        ({"train.epochs": 4.0, "train.seed": 1}, r"config.train.seed was 0, is 1\n +config.train.epochs was 2.0, is 4"),
+    ],
+)
+def test_a_run_of_other_settings_is_told_apart(
+    unstopped: Path, data_dir: Path, changes: dict[str, Any], message: str
+) -> None:
+    before = saved(unstopped, STEPS)
+    with pytest.raises(UserError, match=message):
+        train(unstopped, settings(data_dir, changes))
+    assert_same(saved(unstopped, STEPS), before)
+
+
+def test_a_tower_more_is_another_setting(data_dir: Path) -> None:
+    pixels, embeddings = make_config(data_dir, variant="pixels"), make_config(data_dir)
+    for now, then in ((pixels, embeddings), (embeddings, pixels)):
+        with pytest.raises(UserError, match=r"config\.model\.clip(\.width)? was "):
+            check_same_run(now, then)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"data.workers": 0},
+        {"train.log_every": 7},
+        {"data.data_dir": "elsewhere"},
+        {"evaluate.every": 100, "evaluate.images": 0, "evaluate.decode.beam_size": 5},
+        {"checkpoint.every": 1, "checkpoint.keep": 1},
+    ],
+)
+def test_settings_that_change_nothing_that_is_learnt(data_dir: Path, changes: dict[str, Any]) -> None:
+    check_same_run(make_config(data_dir, changes), make_config(data_dir))
+
+
+def test_a_data_set_that_has_changed(unstopped: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer, "steps_per_epoch", lambda pairs, batch_size: 7)
+    with pytest.raises(UserError, match=r"records/both/train is not what it was: .* 10 steps, and now there are 14"):
+        train(unstopped, settings(data_dir))
+
+
+def test_another_run_to_start_from(unstopped: Path, data_dir: Path, tmp_path: Path) -> None:
+    base, run = tmp_path / "base", tmp_path / "run"
+    shutil.copytree(unstopped, base)
+    (base / "checkpoints" / "6" / "metrics" / "metrics").write_text('{"CIDEr": 9.0}')  # the best, but not the newest
+    config = settings(data_dir, {"train.init_from": str(base)})
+    train_until(run, config, 1)  # whose learning rate is 0
+    first, best = saved(run, 1), saved(unstopped, 6)
+    assert_same(
+        {name: first[name] for name in first if name.startswith("params.")},
+        {name: best[name] for name in best if name.startswith("params.")},
+    )
+    counts = {int(first[name]) for name in first if name.startswith("optimizer.") and name.endswith("count")}
+    assert counts == {1}
+    # A run that goes on does not start again.
+    assert "Going on after step 1" in train_until(run, config, 2)
+
+
+def metadata(config: Config, tokenizer: Tokenizer) -> Metadata:
+    return Metadata(config, tokenizer, encoder="", embedding_width=5)
+
+
+def test_a_base_brings_its_tokenizer(data_dir: Path, tmp_path: Path) -> None:
+    zebras = Tokenizer.train(["one zebra", "two zebras"], 270)
+    (tmp_path / "tokenizer.json").write_text(zebras.to_dict()["tokenizer_json"])
+    base = metadata(make_config(data_dir), Tokenizer.load(str(tmp_path)))
+    captions: list[tuple[str, ...]] = [("a picture of a house",)]
+    assert choose_tokenizer(make_config(data_dir), base, captions) is base.tokenizer
+    alone = choose_tokenizer(make_config(data_dir), None, captions)
+    assert alone.to_dict() == Tokenizer.train(["a picture of a house"], 320).to_dict()
+
+    from_folder = make_config(data_dir, {"tokenizer.source": str(tmp_path)})
+    assert choose_tokenizer(from_folder, base, captions).to_dict() == base.tokenizer.to_dict()
+    with pytest.raises(UserError, match="is not the one that the checkpoint was trained with"):
+        choose_tokenizer(from_folder, metadata(from_folder, alone), captions)
+    with pytest.raises(UserError, match=r"has \d+ pieces, more than config.model.gpt2.vocab_size=260"):
+        choose_tokenizer(
+            make_config(data_dir, {"tokenizer.source": str(tmp_path), "model.gpt2.vocab_size": 260}), None, []
+        )
+
+
+def test_a_base_of_another_architecture(unstopped: Path, data_dir: Path, tmp_path: Path) -> None:
+    config = settings(data_dir, {"train.init_from": str(unstopped), "model.mapper.prefix_length": 3})
+    message = (
+        r"is a checkpoint of another architecture. \d parameters differ, the first ones:\n"
+        r"  mapper.in.bias: \(32,\), where the config makes \(48,\)\n"
+    )
+    with pytest.raises(UserError, match=message):
+        train(tmp_path, config)
+    with pytest.raises(UserError, match="nowhere holds no checkpoints"):
+        train(tmp_path, settings(data_dir, {"train.init_from": "/nowhere"}))
+
+
+def test_a_batch_that_does_not_divide(data_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"config.train.batch_size is 6: it has to be a multiple of the 4 devices"):
+        train(tmp_path, settings(data_dir, {"train.batch_size": 6}))
+    assert not list(tmp_path.iterdir())
