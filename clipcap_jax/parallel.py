@@ -16,7 +16,6 @@ import numpy as np
 from clipcap_jax.errors import UserError
 
 AXIS = "data"
-_MAX_CACHE_BYTES = 2**32
 
 
 def keep_compiled_programs() -> None:
@@ -33,7 +32,6 @@ def keep_compiled_programs() -> None:
     except OSError:
         return  # no home folder that can be written to: it works without, only slower
     jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_compilation_cache_max_size", _MAX_CACHE_BYTES)
 
 
 def device_count() -> int:

@@ -17,7 +17,7 @@ def get_config(variant: str = "embeddings") -> ConfigDict:
     config.tokenizer = dict(source="captions")
     config.model = dict(
         clip=None,
-        mapper=dict(kind="transformer", prefix_length=6, clip_length=6, layers=4, heads=4),
+        mapper=dict(kind="transformer", prefix_length=6, clip_length=6, layers=2, heads=4),
         gpt2=dict(vocab_size=3000, positions=64, width=256, layers=4, heads=4, dropout=0.2),
         normalize_embedding=False,
         dtype="float32",
@@ -34,20 +34,20 @@ def get_config(variant: str = "embeddings") -> ConfigDict:
     )
     config.train = dict(
         seed=0,
-        epochs=10.0,
-        batch_size=64,
+        epochs=8.0,
+        batch_size=32,
         trainable=("mapper", "gpt2"),
         init_from="",
         label_smoothing=0.1,
         log_every=100,
     )
     config.evaluate = dict(
-        every=469,
-        images=1000,
+        every=938,
+        images=500,
         batch_size=100,
         decode=dict(beam_size=1, max_tokens=40, length_penalty=1.0),
     )
-    config.checkpoint = dict(every=469, keep=1)
+    config.checkpoint = dict(every=938, keep=1)
     if variant == "pixels":
         config.data.name = "records/flickr8k_pixels"
         config.data.input = "image"

@@ -9,7 +9,7 @@ def get_config() -> ConfigDict:
         name="shapes",
         data_dir="data",
         input="image",
-        max_tokens=40,
+        max_tokens=24,
         pool_batches=20,
         workers=2,
     )
@@ -17,13 +17,13 @@ def get_config() -> ConfigDict:
     config.model = dict(
         clip=dict(image_size=48, patch_size=16, width=128, layers=4, heads=4, embedding_width=256),
         mapper=dict(kind="mlp", prefix_length=4, clip_length=4, layers=1, heads=4),
-        gpt2=dict(vocab_size=320, positions=64, width=128, layers=2, heads=4, dropout=0.0),
+        gpt2=dict(vocab_size=384, positions=32, width=128, layers=2, heads=4, dropout=0.0),
         normalize_embedding=False,
         dtype="float32",
         matmul_precision="default",
     )
     config.optimizer = dict(
-        learning_rate=4e-4,
+        learning_rate=5e-4,
         warmup_steps=200,
         weight_decay=0.01,
         beta1=0.9,
@@ -33,7 +33,7 @@ def get_config() -> ConfigDict:
     )
     config.train = dict(
         seed=0,
-        epochs=1.0,
+        epochs=1.2,
         batch_size=64,
         trainable=("clip", "mapper", "gpt2"),
         init_from="",
@@ -41,10 +41,10 @@ def get_config() -> ConfigDict:
         log_every=50,
     )
     config.evaluate = dict(
-        every=200,
+        every=400,
         images=100,
         batch_size=100,
-        decode=dict(beam_size=1, max_tokens=40, length_penalty=1.0),
+        decode=dict(beam_size=5, max_tokens=24, length_penalty=1.0),
     )
-    config.checkpoint = dict(every=200, keep=1)
+    config.checkpoint = dict(every=400, keep=1)
     return config
