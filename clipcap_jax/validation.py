@@ -53,7 +53,8 @@ class Validation:
 
     @property
     def collapsed(self) -> bool:
-        return self.distinct < max(2, COLLAPSED * len(self.captions))
+        count = len(self.captions)
+        return self.distinct < max(min(2, count), COLLAPSED * count)
 
 
 class Validator:
