@@ -14,6 +14,8 @@ BIN = $(VENV)/bin
 .PHONY: demo test
 .DELETE_ON_ERROR:  # a virtual environment that was only half made is made again
 
+# On CPUs, XLA takes the memory of every step anew: huge pages save the kernel most of that work.
+demo: export GLIBC_TUNABLES = glibc.malloc.hugetlb=1
 demo: $(VENV)/installed
 	$(BIN)/python train.py
 	$(BIN)/python evaluate.py

@@ -20,6 +20,8 @@ from clipcap_jax.tokenizer import Tokenizer
 # What the caption lengths of a batch are rounded up to, as every length is compiled once.
 LENGTHS = (8, 12, 16, 24, 32, 48, 64, 96)
 
+_CACHED_BYTES = 2**28  # of decoded pictures
+
 Batch = dict[str, np.ndarray]
 
 
@@ -51,6 +53,9 @@ class CaptionData:
         self.encoder = split.encoder if image_size is None else None
         self._split = split
         self._image_size = image_size
+        # A picture comes up once for each of its captions, and in every epoch.
+        cached = _CACHED_BYTES // (3 * image_size**2) if image_size else 0
+        self._pixels = functools.lru_cache(cached)(self._decode)
         examples = list(_without_images(split))
         self.image_ids = [example.image_id for example in examples]
         self.image_paths = [example.image_path for example in examples]
@@ -69,9 +74,9 @@ class CaptionData:
         """
         if self._embeddings is not None:
             return self._embeddings[np.asarray(indices)]
-        return np.stack([self._pixels(i) for i in indices])
+        return np.stack([self._pixels(int(i)) for i in indices])
 
-    def _pixels(self, index: int) -> np.ndarray:
+    def _decode(self, index: int) -> np.ndarray:
         image = self.image(index)
         assert image is not None
         assert self._image_size is not None

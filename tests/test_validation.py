@@ -78,7 +78,7 @@ def captions(data_dir: Path, model: ClipCap, params: Any, data: CaptionData, tok
     """What the model says of each picture; no two are the same."""
     decode = make_config(data_dir).evaluate.decode
     found = beam_search(model, params, jnp.asarray(data.inputs(range(5))), decode, tokenizer.end_id)
-    captions = dict(enumerate(map(tokenizer.decode, found.tokens[:, 0])))
+    captions = {i: tokenizer.decode(tokens) for i, tokens in enumerate(np.asarray(found.tokens[:, 0]))}
     assert len(set(captions.values())) == 5
     return captions
 
