@@ -14,9 +14,9 @@
 import contextlib
 import dataclasses
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -30,6 +30,9 @@ from clipcap_jax.tokenizer import Tokenizer
 FORMAT_VERSION = 1
 BEST_METRIC = "CIDEr"
 FOLDER = "checkpoints"
+_LOOKS = 10
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +80,17 @@ def _best_metric(metrics: dict[str, float]) -> float:
     return metrics[BEST_METRIC]
 
 
+def _despite_deletions(look: Callable[[], T]) -> T:
+    """Look at a run's folder, again if a checkpoint went between its listing and the look at it.
+
+    Training deletes old ones, and evaluation works beside it.
+    """
+    for _ in range(_LOOKS - 1):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            return look()
+    return look()
+
+
 def _item_handlers() -> dict[str, Any]:
     return {
         "params": ocp.StandardCheckpointHandler(),
@@ -110,7 +124,9 @@ class Checkpoints:
             preservation_policy=AnyPreservationPolicy([LatestN(keep), best]) if writing else None,
         )
         try:
-            self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=_item_handlers())
+            self._manager = _despite_deletions(
+                lambda: ocp.CheckpointManager(self.folder, options=options, item_handlers=_item_handlers())
+            )
         except (OSError, ValueError) as error:
             raise UserError(f"{self.folder} cannot be {'used' if writing else 'read'}: {error}") from error
 
@@ -155,7 +171,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """The steps of the checkpoints there are, ascending."""
-        self._manager.reload()
+        _despite_deletions(self._manager.reload)
         return sorted(self._manager.all_steps())
 
     def find(self, which: str) -> int:

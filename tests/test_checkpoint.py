@@ -6,7 +6,9 @@ import resource
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -281,3 +283,23 @@ def test_training_goes_on_from_format_1() -> None:
     norm = np.sqrt(sum(np.square(array).sum() for name, array in named(optimizer).items() if ".nu." in name))
     assert norm == pytest.approx(expected["norm of nu"], rel=1e-5)
     assert position == expected["position"]
+
+
+def test_a_reader_does_not_mind_that_checkpoints_go(metadata: Metadata, tmp_path: Path) -> None:
+    save(tmp_path, metadata, {1: 0.1})
+    folder, stop = tmp_path / "checkpoints", threading.Event()
+
+    def come_and_go() -> None:
+        while not stop.is_set():
+            shutil.copytree(folder / "1", tmp_path / "copy")
+            (tmp_path / "copy").rename(folder / "2")
+            shutil.rmtree(folder / "2")
+
+    with ThreadPoolExecutor() as pool:
+        pool.submit(come_and_go)
+        try:
+            for _ in range(30):
+                with checkpoint.opened(tmp_path) as reader:
+                    assert all(1 in steps and {*steps} <= {1, 2} for steps in (reader.steps() for _ in range(10)))
+        finally:
+            stop.set()

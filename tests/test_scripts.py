@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny import SPLITS
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {**os.environ, "COLUMNS": "200"}
@@ -44,12 +43,13 @@ def test_train_then_evaluate(data_dir: Path, tmp_path: Path) -> None:
     assert len(json.loads((results / "captions.json").read_text())) == 4
     assert "beam_size=3" in json.loads((results / "scores.json").read_text())["details"]["decoding"]
     assert "Trained 15 steps" in finish(start("train.py", *flags))  # nothing left to do
-    assert SPLITS["test"] > 4
 
 
 def test_evaluation_follows_a_run_that_goes_on(data_dir: Path, tmp_path: Path) -> None:
     flags = ["--config=tests/tiny.py", f"--config.data.data_dir={data_dir}", f"--workdir={tmp_path}"]
-    training = start("train.py", *flags, "--config.train.epochs=40", "--config.evaluate.every=40")
+    # It keeps them all, so that none goes while it is read: of that, tensorstore tells with tracebacks of its own.
+    flags += ["--config.train.epochs=40", "--config.evaluate.every=40", "--config.checkpoint.keep=100"]
+    training = start("train.py", *flags)
     while not list(tmp_path.glob("checkpoints/*/_CHECKPOINT_METADATA")):
         assert training.poll() is None, training.communicate()
         time.sleep(0.1)
@@ -65,7 +65,11 @@ def test_evaluation_follows_a_run_that_goes_on(data_dir: Path, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("script", "arguments", "message"),
     [
-        ("train.py", ["--config=tests/tiny.py", "--config.train.epoch=3"], "epoch"),
+        (
+            "train.py",
+            ["--config=tests/tiny.py", "--config.train.epoch=3"],
+            "no setting 'epoch'\nDid you mean \"epochs\"",
+        ),
         ("train.py", ["--config=tests/tiny.py", "--config.train.epochs=many"], "many"),
         ("train.py", ["--config=configs/gone.py"], "configs/gone.py"),
         ("train.py", ["--config=tests/tiny.py", "--config.data.data_dir=/nowhere"], "not prepared in /nowhere"),
@@ -83,7 +87,7 @@ def test_mistakes(script: str, arguments: list[str], message: str, tmp_path: Pat
 
 @pytest.mark.slow
 def test_the_demo_learns_to_name_the_shapes(tmp_path: Path) -> None:
-    """What `make demo` runs, at its full size, on scenes whose combinations were never seen."""
+    """What `make demo` runs, at its full size: two thirds of its test scenes are combinations that were never seen."""
     environment = {name: value for name, value in ENVIRONMENT.items() if not name.startswith(("JAX_", "XLA_"))}
     flags = [f"--workdir={tmp_path}", f"--config.data.data_dir={tmp_path}"]
     finish(start("train.py", *flags, environment=environment), timeout=1200)
