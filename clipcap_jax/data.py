@@ -1,4 +1,4 @@
-"""From a prepared data set to batches: texts and embeddings in memory, pictures decoded as they are needed.
+"""From a prepared data set to batches: texts and embeddings in memory, pictures decoded when they are first needed.
 
 The order of training is a pure function of seed and epoch, and a batch one of its number, so that the position in the
 data is that number: Grain keeps it, and continuing from it gives the same batches as never having stopped.

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from tiny import Source
 
 from clipcap_jax import data as data_lib
+from clipcap_jax import images
 from clipcap_jax.data import Batch, CaptionData, Pairs, make_pairs, training_batches, training_order
 from clipcap_jax.datasets import open_split
 from clipcap_jax.errors import UserError
@@ -274,9 +276,10 @@ def test_a_data_set_without_what_the_model_reads(data_dir: Path) -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_truncated_picture_is_named(
-    pictures: CaptionData, pairs: Pairs, workers: int, monkeypatch: pytest.MonkeyPatch
+    data_dir: Path, pairs: Pairs, workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Preparing checks every picture, but files rot."""
+    pictures = CaptionData(open_split("records/both", "train", str(data_dir)), IMAGE_SIZE)
     whole = pictures.image
 
     def rotten(index: int) -> bytes | None:
@@ -290,3 +293,25 @@ def test_a_truncated_picture_is_named(
         pictures.inputs([1, 2])
     with pytest.raises(UserError, match=message):
         list(batches(pictures, pairs, workers))
+
+
+@pytest.mark.parametrize(("kept", "decoded_again"), [(17, 0), (16, 1)])
+def test_decoded_pictures_are_kept_while_there_is_room(
+    data_dir: Path, monkeypatch: pytest.MonkeyPatch, kept: int, decoded_again: int
+) -> None:
+    monkeypatch.setattr(data_lib, "_CACHED_BYTES", kept * IMAGE_SIZE * IMAGE_SIZE * 3)
+    data = CaptionData(open_split("records/both", "train", str(data_dir)), IMAGE_SIZE)
+    decoded: list[bytes] = []
+    decode = images.decode
+
+    def counted(encoded: bytes) -> Image.Image:
+        decoded.append(encoded)
+        return decode(encoded)
+
+    monkeypatch.setattr(images, "decode", counted)
+    first = data.inputs(range(17))
+    assert len(decoded) == 17
+    first[:] = 0  # a batch is a copy
+    again = data.inputs([*range(16, 0, -1), 0])  # the newest first, and last the one that there may be no room for
+    assert len(decoded) == 17 + decoded_again
+    np.testing.assert_array_equal(again[-1], images.preprocess(decode(decoded[0]), IMAGE_SIZE))

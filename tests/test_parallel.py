@@ -1,4 +1,9 @@
+import os
+import platform
 import re
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -113,3 +118,30 @@ def test_map_step_equals_one_device() -> None:
     np.testing.assert_allclose(state["weights"], weights, atol=1e-6)
     assert np.abs(weights - WEIGHTS).max() > 0.1
     assert state["weights"].is_fully_replicated
+
+
+COMPILE = """
+import jax
+from clipcap_jax import parallel
+parallel.keep_compiled_programs()
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.jit(lambda x: x + 1)(1.0)
+"""
+
+
+@pytest.mark.parametrize("home_can_be_written", [True, False])
+def test_compiled_programs_are_kept(tmp_path: Path, home_can_be_written: bool) -> None:
+    home = tmp_path / "home"
+    if not home_can_be_written:
+        home.write_text("a file, where no folder can be made")
+    environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
+    subprocess.run([sys.executable, "-c", COMPILE], env={**environment, "XDG_CACHE_HOME": str(home)}, check=True)
+    kept = list((home / "clipcap_jax" / platform.node()).iterdir()) if home_can_be_written else []
+    assert any("lambda" in path.name for path in kept) == home_can_be_written
+
+
+def test_jax_s_own_setting_comes_first(tmp_path: Path) -> None:
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "home"), "JAX_COMPILATION_CACHE_DIR": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", COMPILE], env=environment, check=True)
+    assert any("lambda" in path.name for path in tmp_path.iterdir())
+    assert not (tmp_path / "home").exists()
