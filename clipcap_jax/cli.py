@@ -40,8 +40,13 @@ def run_flags_script(main: Callable[[list[str]], None]) -> None:
     def parse(arguments: list[str]) -> list[str]:
         try:
             return flags.FLAGS(arguments)
-        except (flags.Error, AttributeError, TypeError, ValueError) as error:  # how absl and ml_collections say no
-            raise UserError(str(error).replace("\\n", " ").replace("\\'", "")) from error
+        except flags.Error as error:
+            raise UserError(str(error)) from error
+        except AttributeError as error:
+            # A setting that does not exist; ml_collections' own message is in the KeyError that it wraps.
+            if not (error.args and isinstance(error.args[0], KeyError)):
+                raise  # from the user's config file, whose line the traceback shows
+            raise UserError(f"the config has no setting {error.args[0].args[0]}") from error
 
     logging.set_verbosity(logging.ERROR)  # Orbax tells every step of a save and a restore
     run_script(lambda: app.run(main, flags_parser=parse))

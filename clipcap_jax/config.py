@@ -20,8 +20,18 @@ Part = Literal["clip", "mapper", "gpt2"]
 
 # Fields whose 0 has a meaning; every other number is greater.
 _MAY_BE_0 = {
-    *("workers", "learning_rate", "warmup_steps", "weight_decay", "beta1", "beta2", "clip_norm", "seed", "images"),
-    *("dropout", "label_smoothing", "length_penalty"),
+    "beta1",
+    "beta2",
+    "clip_norm",
+    "dropout",
+    "images",
+    "label_smoothing",
+    "learning_rate",
+    "length_penalty",
+    "seed",
+    "warmup_steps",
+    "weight_decay",
+    "workers",
 }
 _BELOW_1 = {"beta1", "beta2", "dropout", "label_smoothing"}
 

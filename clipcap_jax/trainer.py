@@ -332,16 +332,21 @@ def choose_tokenizer(config: Config, base: Metadata | None, captions: list[tuple
 
 
 # What may change when a run goes on, because it does not change what is learnt.
-_FREE_TO_CHANGE = ("data.data_dir", "data.workers", "train.log_every", "evaluate.", "checkpoint.")
+_FREE_TO_CHANGE = (
+    "config.data.data_dir",
+    "config.data.workers",
+    "config.train.log_every",
+    "config.evaluate.",
+    "config.checkpoint.",
+)
 
 
 def check_same_run(config: Config, stored: Config) -> None:
     """Raise a UserError that names what differs between the settings of a run and those it was started with."""
-    now, then = _settings(dataclasses.asdict(config)), _settings(dataclasses.asdict(stored))
     changed = [
-        f"config.{name} was {then.get(name, 'not there')!r}, is {now.get(name, 'not there')!r}"
-        for name in {**now, **then}
-        if now.get(name) != then.get(name) and not name.startswith(_FREE_TO_CHANGE)
+        f"{name} was {then!r}, is {now!r}"
+        for name, then, now in _changes("config", dataclasses.asdict(stored), dataclasses.asdict(config))
+        if not name.startswith(_FREE_TO_CHANGE)
     ]
     if changed:
         raise UserError(
@@ -352,12 +357,13 @@ def check_same_run(config: Config, stored: Config) -> None:
         )
 
 
-def _settings(values: dict[str, Any], path: str = "") -> dict[str, Any]:
-    """Nested settings by names such as "model.gpt2.width"."""
-    named: dict[str, Any] = {}
-    for name, value in values.items():
-        named |= _settings(value, f"{path}{name}.") if isinstance(value, dict) else {f"{path}{name}": value}
-    return named
+def _changes(name: str, then: Any, now: Any) -> Iterator[tuple[str, Any, Any]]:
+    """The settings that differ: name, value then, value now."""
+    if isinstance(then, dict) and isinstance(now, dict):  # of the same dataclass, so they have the same fields
+        for field in then:
+            yield from _changes(f"{name}.{field}", then[field], now[field])
+    elif then != now:
+        yield name, then, now
 
 
 @contextlib.contextmanager
