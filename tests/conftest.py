@@ -14,7 +14,6 @@ os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
 _CACHE = Path(__file__).parents[1] / ".pytest_cache" / "jax" / os.environ.get("PYTEST_XDIST_WORKER", "main")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")  # twice as fast to compile
 
 pytest_plugins = ["tiny"]
 
