@@ -33,7 +33,7 @@ def get_config() -> ConfigDict:
     )
     config.train = dict(
         seed=0,
-        epochs=1.2,
+        epochs=1.4,
         batch_size=64,
         trainable=("clip", "mapper", "gpt2"),
         init_from="",
@@ -41,10 +41,10 @@ def get_config() -> ConfigDict:
         log_every=50,
     )
     config.evaluate = dict(
-        every=400,
-        images=100,
+        every=750,
+        images=500,
         batch_size=100,
         decode=dict(beam_size=5, max_tokens=24, length_penalty=1.0),
     )
-    config.checkpoint = dict(every=400, keep=1)
+    config.checkpoint = dict(every=750, keep=1)
     return config
