@@ -24,7 +24,7 @@ def clipcap_config(
     """Embeddings of width 6, a prefix of 3, a GPT-2 of 2 layers and width 16."""
     return ClipCapConfig(
         clip=None,
-        mapper=MapperConfig(mapper, prefix_length=3, clip_length=2, layers=2, heads=2),
+        mapper=MapperConfig(mapper, prefix_length=3, clip_length=2, layers=2, heads=2, dropout=dropout),
         gpt2=Gpt2Config(vocab_size, positions=32, width=16, layers=2, heads=2, dropout=dropout),
         normalize_embedding=False,
         dtype=dtype,

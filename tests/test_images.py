@@ -174,3 +174,29 @@ def test_preprocess_treats_both_directions_alike(width: int, height: int, size: 
     turned = image.transpose(Image.Transpose.TRANSPOSE)
     difference = images.preprocess(image, size).astype(int) - images.preprocess(turned, size).swapaxes(0, 1)
     assert abs(difference).max() <= 2  # Pillow rounds to whole numbers between its two passes
+
+
+def test_preprocess_equals_transformers_on_photos(shared: Path) -> None:
+    """transformers' Pillow-based processor, to one 8-bit level, wherever it crops where OpenAI's code does.
+
+    It crops at `(side - size) // 2`, torchvision at `round((side - size) / 2)`: of odd differences, those differ that
+    round up.
+    """
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    processor = CLIPImageProcessorPil(size={"shortest_edge": 224}, crop_size=224, do_normalize=False, do_rescale=False)
+    compared = 0
+    paths = sorted((shared / "data" / "coco_photos").rglob("*.jpg"))
+    assert len(paths) == 100
+    for path in paths:
+        image = images.decode(path.read_bytes())
+        short, long = sorted(image.size)
+        difference = int(224 * long / short) - 224
+        if round(difference / 2) != difference // 2:
+            continue
+        expected = np.asarray(processor(image, return_tensors="np")["pixel_values"][0]).transpose(1, 2, 0)
+        ours = images.preprocess(image, 224)
+        assert expected.shape == ours.shape
+        assert np.abs(expected.astype(int) - ours).max() <= 1, path.name
+        compared += 1
+    assert compared >= 60

@@ -2,16 +2,19 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from clipcap_jax.models.clip_resnet import ClipResnet, ClipResnetConfig
 from clipcap_jax.models.clip_vit import ClipVit, ClipVitConfig, normalize_pixels
 from clipcap_jax.models.gpt2 import Cache, Gpt2, Gpt2Config
 from clipcap_jax.models.mapper import MAPPERS, MapperConfig
+
+ClipConfig = ClipVitConfig | ClipResnetConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,12 +30,19 @@ class ClipCapConfig:
         unless this is "highest".
     """
 
-    clip: ClipVitConfig | None
+    clip: ClipConfig | None
     mapper: MapperConfig
     gpt2: Gpt2Config
     normalize_embedding: bool
     dtype: Literal["float32", "bfloat16"]
     matmul_precision: Literal["default", "high", "highest"]
+
+
+def tower(config: ClipConfig, dtype: jnp.dtype) -> ClipVit | ClipResnet:
+    """The vision tower of these sizes."""
+    if isinstance(config, ClipResnetConfig):
+        return ClipResnet(config, dtype)
+    return ClipVit(config, dtype)
 
 
 def _in_precision(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -57,7 +67,7 @@ class ClipCap(nn.Module):
 
     def setup(self) -> None:
         config, dtype = self.config, jnp.dtype(self.config.dtype)
-        self.clip = None if config.clip is None else ClipVit(config.clip, dtype)
+        self.clip = None if config.clip is None else tower(config.clip, dtype)
         self.mapper = MAPPERS[config.mapper.kind](config.mapper, config.gpt2.width, dtype)
         self.gpt2 = Gpt2(config.gpt2, dtype)
 
@@ -69,28 +79,28 @@ class ClipCap(nn.Module):
         return self.clip(normalize_pixels(images))
 
     @_in_precision
-    def prefix(self, inputs: jax.Array) -> jax.Array:
-        """`inputs` to the vectors that GPT-2 reads first, `B P D`."""
+    def prefix(self, inputs: jax.Array, *, deterministic: bool = True) -> jax.Array:
+        """`inputs` to the vectors that GPT-2 reads first, `B P D`; unless `deterministic`, with dropout."""
         embedding = self.embed(inputs) if inputs.ndim == 4 else inputs.astype(jnp.float32)  # B E
         if self.config.normalize_embedding:
             embedding = embedding / jnp.linalg.norm(embedding, axis=-1, keepdims=True)
-        return self.mapper(embedding)
+        return self.mapper(embedding, deterministic=deterministic)
 
     @_in_precision
-    def __call__(self, inputs: jax.Array, tokens: jax.Array, *, deterministic: bool = True) -> jax.Array:
+    def __call__(self, inputs: jax.Array, tokens: jax.Array, *, dropout: Collection[str] = ()) -> jax.Array:
         """Teacher-forced logits at the caption positions only.
 
         Args:
           inputs: images or embeddings.
           tokens: int `B T`, padded on the right with any valid id.
-          deterministic: no dropout in GPT-2; otherwise the "dropout" rng is needed.
+          dropout: the parts ("mapper", "gpt2") that drop out, for which the "dropout" rng is needed.
 
         Returns:
           float32 `B T V`; those at t predict `tokens[:, t]`.
         """
-        prefix = self.prefix(inputs)
+        prefix = self.prefix(inputs, deterministic="mapper" not in dropout)
         embeddings = jnp.concatenate([prefix, self.gpt2.embed(tokens[:, :-1])], axis=1)  # B L-1 D
-        hidden = self.gpt2(embeddings, deterministic=deterministic)
+        hidden = self.gpt2(embeddings, deterministic="gpt2" not in dropout)
         return self.gpt2.logits(hidden[:, prefix.shape[1] - 1 :])  # B T V
 
     @_in_precision

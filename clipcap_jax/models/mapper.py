@@ -18,8 +18,9 @@ TORCH_LINEAR = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 class MapperConfig:
     """Which mapper, and its sizes.
 
-    `prefix_length` is P. The rest is read by the transformer alone: `clip_length` is C, the tokens made from the
-    embedding; the paper has 8 layers of 8 heads and an MLP twice as wide as the language model.
+    `prefix_length` is P; `dropout` is the rate, on the embedding's entries, while the mapper trains, which the paper
+    does not have. The rest is read by the transformer alone: `clip_length` is C, the tokens made from the embedding;
+    the paper has 8 layers of 8 heads and an MLP twice as wide as the language model.
     """
 
     kind: Literal["mlp", "transformer"]
@@ -27,6 +28,7 @@ class MapperConfig:
     clip_length: int
     layers: int
     heads: int
+    dropout: float
 
 
 class MlpMapper(nn.Module):
@@ -37,8 +39,9 @@ class MlpMapper(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, embedding: jax.Array) -> jax.Array:
-        """`B E` to the prefix, `B P D`."""
+    def __call__(self, embedding: jax.Array, *, deterministic: bool = True) -> jax.Array:
+        """`B E` to the prefix, `B P D`; unless `deterministic`, with dropout."""
+        embedding = nn.Dropout(self.config.dropout, deterministic=deterministic)(embedding)
         prefix_width = self.config.prefix_length * self.width
         x = nn.Dense(prefix_width // 2, dtype=self.dtype, kernel_init=TORCH_LINEAR, name="in")(embedding)
         x = nn.Dense(prefix_width, dtype=self.dtype, kernel_init=TORCH_LINEAR, name="out")(jnp.tanh(x))
@@ -53,9 +56,10 @@ class TransformerMapper(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, embedding: jax.Array) -> jax.Array:
-        """`B E` to the prefix, `B P D`."""
+    def __call__(self, embedding: jax.Array, *, deterministic: bool = True) -> jax.Array:
+        """`B E` to the prefix, `B P D`; unless `deterministic`, with dropout."""
         config, batch = self.config, embedding.shape[0]
+        embedding = nn.Dropout(config.dropout, deterministic=deterministic)(embedding)
         x = nn.Dense(config.clip_length * self.width, dtype=self.dtype, kernel_init=TORCH_LINEAR, name="in")(embedding)
         x = x.reshape(batch, config.clip_length, self.width)  # B C D
         constants = self.param("constants", nn.initializers.normal(1.0), (config.prefix_length, self.width))

@@ -12,7 +12,7 @@ from flax.errors import InvalidRngError
 from random_models import clipcap_config, random_embeddings, random_params, random_tokens
 
 from clipcap_jax.loss import caption_loss
-from clipcap_jax.models import clip_vit, gpt2
+from clipcap_jax.models import clip_resnet, clip_vit, gpt2
 from clipcap_jax.models.clipcap import ClipCap, ClipCapConfig
 from clipcap_jax.models.mapper import MapperConfig
 
@@ -29,7 +29,7 @@ TOWER = clip_vit.ClipVitConfig(image_size=8, patch_size=4, width=8, layers=1, he
 @pytest.mark.parametrize(("tower", "language_model"), list(zip(clip_vit.PRESETS, gpt2.PRESETS, strict=True)))
 def test_shapes_of_the_presets(tower: str, language_model: str, mapper: Literal["mlp", "transformer"]) -> None:
     clip, language = clip_vit.PRESETS[tower], gpt2.PRESETS[language_model]
-    config = ClipCapConfig(clip, MapperConfig(mapper, 10, 10, 8, 8), language, True, "bfloat16", "default")
+    config = ClipCapConfig(clip, MapperConfig(mapper, 10, 10, 8, 8, 0.0), language, True, "bfloat16", "default")
     model = ClipCap(config)
     images = jax.ShapeDtypeStruct((2, clip.image_size, clip.image_size, 3), jnp.uint8)
     tokens = jax.ShapeDtypeStruct((2, 7), jnp.int32)
@@ -140,22 +140,23 @@ def test_images_need_a_tower(model: ClipCap, params: Any) -> None:
         model.apply({"params": params}, IMAGES, CAPTIONS)
 
 
-def test_dropout_is_in_gpt2_alone_and_only_when_asked_for(model: ClipCap, params: Any) -> None:
-    def logits(seed: int) -> jax.Array:
-        rngs = {"dropout": jax.random.key(seed)}
-        return model.apply({"params": params}, EMBEDDINGS, CAPTIONS, deterministic=False, rngs=rngs)
+@pytest.mark.parametrize("dropout", [("mapper",), ("gpt2",), ("mapper", "gpt2")])
+def test_dropout_is_where_it_is_asked_for(model: ClipCap, params: Any, dropout: tuple[str, ...]) -> None:
+    def with_rate(rate: float) -> ClipCap:
+        parts = {part: dataclasses.replace(getattr(model.config, part), dropout=rate) for part in dropout}
+        return ClipCap(dataclasses.replace(model.config, **parts))
 
-    np.testing.assert_array_equal(logits(1), logits(1))
-    assert np.abs(logits(1) - logits(2)).max() > 0.1
+    def logits(rate: float, seed: int) -> jax.Array:
+        rngs = {"dropout": jax.random.key(seed)}
+        return with_rate(rate).apply({"params": params}, EMBEDDINGS, CAPTIONS, dropout=dropout, rngs=rngs)
+
+    np.testing.assert_array_equal(logits(0.5, 1), logits(0.5, 1))
+    assert np.abs(logits(0.5, 1) - logits(0.5, 2)).max() > 0.1
     with pytest.raises(InvalidRngError):
-        model.apply({"params": params}, EMBEDDINGS, CAPTIONS, deterministic=False)
-    without = ClipCap(dataclasses.replace(model.config, gpt2=dataclasses.replace(model.config.gpt2, dropout=0.0)))
-    rngs = {"dropout": jax.random.key(1)}
-    np.testing.assert_allclose(
-        without.apply({"params": params}, EMBEDDINGS, CAPTIONS, deterministic=False, rngs=rngs),
-        model.apply({"params": params}, EMBEDDINGS, CAPTIONS),
-        atol=1e-5,
-    )
+        with_rate(0.5).apply({"params": params}, EMBEDDINGS, CAPTIONS, dropout=dropout)
+    # The other parts have a rate too, and none is left where those that are named have one of 0.
+    without = model.apply({"params": params}, EMBEDDINGS, CAPTIONS)
+    np.testing.assert_allclose(logits(0.0, 1), without, atol=1e-5)
 
 
 def test_bfloat16_stays_close_and_keeps_float32_where_it_matters(model: ClipCap, params: Any) -> None:
@@ -202,3 +203,24 @@ def test_matmul_precision_reaches_every_product(precision: Precision) -> None:
         name = precision.upper()
         assert len(products) > 20
         assert precisions == [f"(Precision.{name}, Precision.{name})"] * len(products)
+
+
+@pytest.mark.parametrize(
+    ("mapper", "trained", "millions"),
+    [
+        ("mlp", ("mapper",), 31.96),
+        ("mlp", ("mapper", "gpt2"), 156.40),
+        ("transformer", ("mapper",), 42.73),
+        ("transformer", ("mapper", "gpt2"), 167.17),
+    ],
+)
+def test_the_papers_parameter_counts(
+    mapper: Literal["mlp", "transformer"], trained: tuple[str, ...], millions: float
+) -> None:
+    """The four variants of the paper's table 1, which counts 32, 156, 43 and 167 million, with RN50x4 and P=C=10."""
+    config = MapperConfig(mapper, prefix_length=10, clip_length=10, layers=8, heads=8, dropout=0.0)
+    model = ClipCap(ClipCapConfig(None, config, gpt2.PRESETS["gpt2"], False, "float32", "default"))
+    embeddings = jnp.zeros((1, clip_resnet.PRESETS["RN50x4"].embedding_width))
+    params = jax.eval_shape(model.init, jax.random.key(0), embeddings, jnp.zeros((1, 2), jnp.int32))["params"]
+    count = sum(leaf.size for part in trained for leaf in jax.tree.leaves(params[part]))
+    assert round(count / 1e6, 2) == millions

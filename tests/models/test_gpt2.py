@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from original import gpt2_params
 from random_models import random_params, random_tokens
 
+from clipcap_jax.convert import gpt2
 from clipcap_jax.models.gpt2 import PRESETS, Gpt2, Gpt2Config
 
 PREFIX, STEPS, BEAMS = 3, 5, 4
@@ -123,7 +123,7 @@ def test_equals_transformers() -> None:
             embedded = theirs.transformer.wte(torch.from_numpy(tokens))
             expected = theirs(inputs_embeds=torch.cat([prefix, embedded], dim=1)).logits.numpy()
 
-    params = gpt2_params({name: value.numpy() for name, value in theirs.state_dict().items()})
+    _, params = gpt2.from_arrays({name: value.numpy() for name, value in theirs.state_dict().items()}, "a test", 2)
     ours = MODEL.apply({"params": params}, prefix.numpy(), tokens, method=full_logits)
     expected = expected[:, PREFIX - 1 :]
     assert np.abs(ours - expected).max() <= 1e-5 * np.abs(expected).max()

@@ -8,7 +8,7 @@ import pytest
 
 from clipcap_jax.models.mapper import MapperConfig, MlpMapper, TransformerMapper
 
-PAPER = MapperConfig("transformer", prefix_length=10, clip_length=10, layers=8, heads=8)
+PAPER = MapperConfig("transformer", prefix_length=10, clip_length=10, layers=8, heads=8, dropout=0.0)
 FLOAT32 = jnp.dtype("float32")
 
 

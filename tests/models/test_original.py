@@ -1,18 +1,20 @@
 """The same numbers as the original ClipCap and as OpenAI's CLIP, from the same parameters."""
 
 import functools
+import json
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from original import Original, Params, load_clip
+from original import DATA, Original, Params, load_clip
 
 from clipcap_jax.decode import DecodeConfig, Hypotheses, beam_search
 from clipcap_jax.loss import caption_loss
-from clipcap_jax.models.clip_vit import ClipVit
-from clipcap_jax.models.clipcap import ClipCap
+from clipcap_jax.models.clip_resnet import ClipResnetConfig
+from clipcap_jax.models.clip_vit import ClipVitConfig
+from clipcap_jax.models.clipcap import ClipCap, tower
 
 TOLERANCE = 1e-5  # of the largest value
 
@@ -54,24 +56,21 @@ def test_logits(original: Original, logits: np.ndarray) -> None:
     assert_close(logits[real], expected[real])
 
 
-def loss_of_original(params: Params, original: Original) -> jax.Array:
-    """`nnf.cross_entropy(..., ignore_index=0)`: a mean over the tokens that are not 0, wherever they are."""
-    arrays = original.arrays
-    logits = ClipCap(original.config).apply({"params": params}, arrays["clip_embedding"], arrays["tokens"])
-    log_probs = logits - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-    rows, positions = np.nonzero(arrays["tokens"])
-    return -log_probs[rows, positions, arrays["tokens"][rows, positions]].mean()
-
-
 def test_loss_and_gradients(original: Original) -> None:
-    loss, gradients = jax.jit(jax.value_and_grad(functools.partial(loss_of_original, original=original)))(
-        original.params
-    )
-    assert_close(loss, original.arrays["loss"])
+    arrays = original.arrays
+
+    def loss(params: Params) -> jax.Array:
+        logits = ClipCap(original.config).apply({"params": params}, arrays["clip_embedding"], arrays["tokens"])
+        every_position = jnp.full(len(logits), arrays["tokens"].shape[1])
+        total, count = caption_loss(logits, jnp.asarray(arrays["tokens"]), every_position, targets="original")
+        return total / count
+
+    loss_value, gradients = jax.jit(jax.value_and_grad(loss))(original.params)
+    assert_close(loss_value, arrays["loss"])
     jax.tree.map(assert_close, gradients["mapper"], original.mapper_gradients)
 
 
-def test_our_loss_differs_by_the_real_token_0_alone(original: Original, logits: np.ndarray) -> None:
+def test_all_targets_differ_by_the_real_token_0_alone(original: Original, logits: np.ndarray) -> None:
     tokens, mask = original.arrays["tokens"], original.arrays["token_mask"]
     loss, count = caption_loss(jnp.asarray(logits), jnp.asarray(tokens), jnp.asarray(mask.sum(axis=1).astype(int)))
     forgotten = np.argwhere((tokens == 0) & (mask > 0))
@@ -83,7 +82,7 @@ def test_our_loss_differs_by_the_real_token_0_alone(original: Original, logits: 
 
 
 def search(original: Original, beam_size: int) -> Hypotheses:
-    config = DecodeConfig(beam_size=beam_size, max_tokens=original.sizes["entry_length"], length_penalty=1.0)
+    config = DecodeConfig(beam_size=beam_size, max_tokens=original.sizes["entry_length"], length_penalty=1.0, stop="")
     decode = functools.partial(
         beam_search, ClipCap(original.config), config=config, end_token=original.sizes["stop_token"]
     )
@@ -102,11 +101,31 @@ def test_greedy_is_generate2(original: Original) -> None:
     assert captions == [expected["generate2"] for expected in original.sizes["generation"]]
 
 
-def test_clip_image_embeddings() -> None:
-    config, params, arrays = load_clip()
-    tower, pixels = ClipVit(config, jnp.dtype("float32")), arrays["pixel_values"].transpose(0, 2, 3, 1)
-    ours = jax.eval_shape(tower.init, jax.random.key(0), pixels)["params"]
-    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, ours)
+@pytest.mark.parametrize("kind", ["vit", "resnet"])
+def test_clip_image_embeddings(kind: str) -> None:
+    config, params, arrays = load_clip(kind)
+    pixels = arrays["pixel_values"].transpose(0, 2, 3, 1)
     with jax.default_matmul_precision("highest"):
-        embeddings = jax.jit(tower.apply)({"params": params}, pixels)
+        embeddings = jax.jit(tower(config, jnp.dtype("float32")).apply)({"params": params}, pixels)
     assert_close(embeddings, arrays["image_embeds"])
+
+
+@pytest.mark.parametrize("kind", ["vit", "resnet"])
+def test_clip_sizes_are_read_from_the_shapes(kind: str) -> None:
+    config, _, _ = load_clip(kind)
+    sizes = json.loads((DATA / f"openai_clip_{kind}.json").read_text())
+    layers = sizes["vision_layers"]
+    assert config == (
+        ClipVitConfig(
+            sizes["image_resolution"],
+            sizes["vision_patch_size"],
+            sizes["vision_width"],
+            layers,
+            sizes["heads"],
+            sizes["embed_dim"],
+        )
+        if kind == "vit"
+        else ClipResnetConfig(
+            sizes["image_resolution"], sizes["vision_width"], tuple(layers), sizes["heads"], sizes["embed_dim"]
+        )
+    )

@@ -1,0 +1,223 @@
+"""Tensors from weight files, without running anything that such a file may hold."""
+
+import contextlib
+import hashlib
+import io
+import json
+import pickle
+import re
+import warnings
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from clipcap_jax.convert.mapping import Arrays
+from clipcap_jax.errors import UserError
+
+# OpenAI's files, from the addresses in openai/CLIP, clip/clip.py. They are TorchScript archives: programs, which are
+# loaded only if they are the ones that OpenAI published.
+OPENAI_SHA256 = {
+    "RN50": "afeb0e10f9e5a86da6080e35cf09123aca3b358a0c3e3b6c78a7b63bc04b6762",
+    "RN101": "8fa8567bab74a42d41c5915025a8e4538c3bdbe8804a470a72f30b0d94fab599",
+    "RN50x4": "7e526bd135e493cef0776de27d5f42653e6b4c8bf9e0f653bb11773263205fdd",
+    "RN50x16": "52378b407f34354e150460fe41077663dd5b39c54cd0bfd2b27167a4a06ec9aa",
+    "RN50x64": "be1cfb55d75a9666199fb2206c106743da0f6468c9d327f3e0d0a543a9919d9c",
+    "ViT-B/32": "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af",
+    "ViT-B/16": "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f",
+    "ViT-L/14": "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836",
+    "ViT-L/14@336px": "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02",
+}
+
+CONFIG_FILES = ("config.json", "open_clip_config.json")
+
+
+def read(path: Path) -> Arrays:
+    """The tensors of a `.safetensors`, `.bin` or `.pt` file, or of a sharded one's `.index.json`.
+
+    Raises:
+      UserError: the file is not there, is truncated or broken, holds code or anything but tensors, or needs torch,
+        which is not installed.
+    """
+    if not path.is_file():
+        raise UserError(f"there is no file {path}")
+    if path.suffix == ".json":
+        return _read_shards(path)
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    return _read_torch(path)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """What a `.json` file beside the weights says; nothing where there is none."""
+    if not path.is_file():
+        return {}
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}") from error
+    if not isinstance(stored, dict):
+        raise UserError(f"{path} does not hold settings by name")
+    return stored
+
+
+def _read_shards(index: Path) -> Arrays:
+    names = read_config(index).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(shard, str) for shard in names.values()):
+        raise UserError(f"{index} is not the index of a sharded model: it has no weight_map from tensors to files")
+    arrays: Arrays = {}
+    for shard in sorted(set(names.values())):
+        if not re.fullmatch(r"[^/\\]+\.(safetensors|bin)", shard):  # an index may not lead out of its folder
+            raise UserError(f"{index} names the file {shard!r}, which is none of weights that lie beside it")
+        for name, array in read(index.with_name(shard)).items():
+            if names.get(name) != shard:
+                raise UserError(f"{index.with_name(shard)} holds {name}, which {index.name} does not place there")
+            arrays[name] = array
+    return arrays
+
+
+def _read_safetensors(path: Path) -> Arrays:
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        return dict(load_file(path))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path} is not a whole safetensors file: {error}. Copy or download it again.") from error
+
+
+def _read_torch(path: Path) -> Arrays:
+    try:
+        import torch
+    except ImportError as error:
+        raise UserError(f'{path} is a file of PyTorch: pip install "clipcap_jax[torch]" to read it') from error
+
+    data = path.read_bytes()
+    if not data.startswith((b"PK\x03\x04", b"\x80")):
+        raise UserError(f"{path} is not a file of PyTorch: it starts with {data[:16]!r}. Download it again.")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickles unlike torch's own, which then turn out broken or refused
+            if _is_torchscript(data):
+                _check_published(path, data)
+                state = torch.jit.load(io.BytesIO(data), map_location="cpu").state_dict()
+            else:
+                state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except UserError:
+        raise
+    except pickle.UnpicklingError as error:
+        # Not torch's own words, which tell how to run it all the same.
+        if asked := re.search(r"GLOBAL (\S+)", str(error)):
+            raise UserError(
+                f"{path} holds more than tensors, {asked[1]}, and was not loaded: it could run any program"
+            ) from error
+        raise UserError(f"{path} is not a whole file of PyTorch. Copy or download it again.") from error
+    except Exception as error:  # on broken files torch raises nearly anything
+        raise UserError(f"{path} is not a whole file of PyTorch: {error!r}. Copy or download it again.") from error
+    if not isinstance(state, dict) or not all(_is_plain(name, value) for name, value in state.items()):
+        raise UserError(f"{path} does not hold a state dict, which is names and dense tensors and nothing else")
+    return {name: _to_numpy(value) for name, value in state.items()}
+
+
+def _is_plain(name: Any, value: Any) -> bool:
+    import torch
+
+    if not isinstance(name, str) or not isinstance(value, torch.Tensor):
+        return False
+    dense = value.layout == torch.strided and value.device.type == "cpu"
+    # A small file may stand for a tensor that no memory holds, all of whose elements are one.
+    return dense and value.numel() * value.element_size() <= value.untyped_storage().nbytes()
+
+
+def _to_numpy(value: Any) -> np.ndarray:
+    value = value.detach()
+    return value.float().numpy() if value.is_floating_point() else value.numpy()
+
+
+def _is_torchscript(data: bytes) -> bool:
+    if not data.startswith(b"PK"):
+        return False
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        return any(name.endswith("/constants.pkl") for name in archive.namelist())
+
+
+def _check_published(path: Path, data: bytes) -> None:
+    found = hashlib.sha256(data).hexdigest()
+    if found not in OPENAI_SHA256.values():
+        raise UserError(
+            f"{path} is a TorchScript archive, which is a program, and none of those that OpenAI published: its "
+            f"SHA-256 is {found}. Download it again, or take the weights from the Hugging Face hub, such as "
+            "timm/vit_base_patch32_clip_224.openai."
+        )
+
+
+def locate(source: str, files: tuple[str, ...]) -> Path:
+    """The weights that a path or a hub name stands for, on this machine.
+
+    Args:
+      source: a file; a folder with one of `files`; or a repository of the Hugging Face hub, such as "gpt2", which is
+        downloaded to the hub's cache unless it is there. "gpt2@REVISION" asks for a branch, a tag or a commit (in its
+        40 digits).
+      files: the weights' possible names; the first that is there is taken. `CONFIG_FILES` come with it.
+
+    Raises:
+      UserError: there is nothing of that name, or the hub cannot be reached.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        return path
+    if path.is_dir():
+        for name in files:
+            if (path / name).is_file():
+                return path / name
+        raise UserError(f"{path} holds no weights: it needs one of {', '.join(files)}")
+    return _download(source, files)
+
+
+def _download(source: str, files: tuple[str, ...]) -> Path:
+    from huggingface_hub.errors import HFValidationError, RemoteEntryNotFoundError
+
+    try:
+        return _download_first(source, files)
+    except HFValidationError as error:
+        raise UserError(f"there is no file or folder {source!r}, and it is no name on the Hugging Face hub") from error
+    except RemoteEntryNotFoundError as error:
+        raise UserError(f"{source} on the Hugging Face hub holds none of {', '.join(files)}") from error
+    except Exception as error:  # of the network, in as many types as there are layers
+        raise UserError(
+            f"there is no file or folder {source!r}, and the Hugging Face hub did not give it: "
+            f"{str(error).partition(chr(10))[0]}\nOffline, name a file or a folder."
+        ) from error
+
+
+def _download_first(source: str, files: tuple[str, ...]) -> Path:
+    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub.errors import EntryNotFoundError, RemoteEntryNotFoundError
+
+    name, _, revision = source.partition("@")
+    for file in files:
+        try:
+            path = Path(hf_hub_download(name, file, revision=revision or None))
+        except EntryNotFoundError:  # in the repository or, offline, in the cache
+            if file == files[-1]:
+                raise
+            continue
+        break
+    for file in CONFIG_FILES:
+        with contextlib.suppress(RemoteEntryNotFoundError):  # but one that cannot be had is an error
+            hf_hub_download(name, file, revision=commit(path))
+    if path.name.endswith(".index.json"):
+        shards = path.name.removesuffix(".index.json").replace(".", "-*.")
+        snapshot_download(name, revision=commit(path), allow_patterns=[shards])
+    return path
+
+
+def commit(path: Path) -> str:
+    """The revision of a file in the hub's cache, `.../snapshots/<commit>/<file>`; "" for any other file."""
+    return path.parent.name if path.parent.parent.name == "snapshots" else ""
+
+
+def pinned(source: str, path: Path) -> str:
+    """A source with the revision that was found for it, so that the same weights can be had again."""
+    return f"{source.partition('@')[0]}@{found}" if (found := commit(path)) else source
