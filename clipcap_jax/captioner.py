@@ -34,7 +34,7 @@ class Generator:
         self._tokenizer = tokenizer
 
         def best(params: Any, inputs: jax.Array) -> Hypotheses:
-            found = beam_search(model, params, inputs, decode, tokenizer.end_id)
+            found = beam_search(model, params, inputs, decode, tokenizer.stop_id(decode.stop))
             return jax.tree.map(lambda x: x[:, 0], found)
 
         self._best = parallel.map_rows(best)
@@ -43,8 +43,8 @@ class Generator:
         """Caption one batch, whose size is a multiple of the number of devices."""
         found = self._best(params, inputs)
         return [
-            Caption(self._tokenizer.decode(tokens), bool(finished), float(score))
-            for tokens, finished, score in zip(found.tokens, found.finished, found.scores, strict=True)
+            Caption(self._tokenizer.decode(tokens[:length]), bool(finished), float(score))
+            for tokens, length, score, finished in zip(*found, strict=True)
         ]
 
     def all(self, params: Any, data: CaptionData, indices: np.ndarray, batch_size: int) -> Iterator[Caption]:

@@ -27,7 +27,7 @@ from clipcap_jax import config as config_lib
 from clipcap_jax.errors import UserError
 from clipcap_jax.tokenizer import Tokenizer
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 BEST_METRIC = "CIDEr"
 FOLDER = "checkpoints"
 _LOOKS = 10
@@ -62,6 +62,7 @@ class Metadata:
 
     @classmethod
     def from_dict(cls, stored: dict[str, Any]) -> "Metadata":
+        stored = _upgraded(stored)
         version = stored.get("format_version", "of another program")
         if version != FORMAT_VERSION:
             raise UserError(
@@ -74,6 +75,17 @@ class Metadata:
             encoder=stored["encoder"],
             embedding_width=stored["embedding_width"],
         )
+
+
+def _upgraded(stored: dict[str, Any]) -> dict[str, Any]:
+    """Metadata of an older format, with what was the only way then for each setting that has come since."""
+    if stored.get("format_version") != 1:
+        return stored
+    config = stored["config"]
+    model = {**config["model"], "mapper": {**config["model"]["mapper"], "dropout": 0.0}}
+    train = {**config["train"], "pretrained": {"clip": "", "gpt2": ""}, "targets": "all"}
+    evaluate = {**config["evaluate"], "decode": {**config["evaluate"]["decode"], "stop": ""}}
+    return {**stored, "format_version": 2, "config": {**config, "model": model, "train": train, "evaluate": evaluate}}
 
 
 def _best_metric(metrics: dict[str, float]) -> float:
@@ -144,18 +156,30 @@ class Checkpoints:
         Raises:
           UserError: the disk is full or cannot be written to.
         """
-        args = ocp.args.Composite(
-            params=ocp.args.StandardSave(params),
-            optimizer=ocp.args.StandardSave(optimizer),
-            position=ocp.args.JsonSave(position),
-            metadata=ocp.args.JsonSave(metadata.to_dict()),
-        )
-        size = sum(leaf.nbytes for leaf in jax.tree.leaves((params, optimizer)))
+        items = {
+            "params": ocp.args.StandardSave(params),
+            "optimizer": ocp.args.StandardSave(optimizer),
+            "position": ocp.args.JsonSave(position),
+            "metadata": ocp.args.JsonSave(metadata.to_dict()),
+        }
+        self._save(step, items, (params, optimizer), metrics)
+
+    def save_weights(self, params: Any, metadata: Metadata) -> None:
+        """Write weights that no training made, as step 0: captioning and `train.init_from` read them.
+
+        Raises:
+          UserError: as `save`.
+        """
+        items = {"params": ocp.args.StandardSave(params), "metadata": ocp.args.JsonSave(metadata.to_dict())}
+        self._save(0, items, params, {})
+
+    def _save(self, step: int, items: dict[str, Any], arrays: Any, metrics: dict[str, float]) -> None:
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(arrays))
         disk = shutil.disk_usage(self.folder)
         if disk.free < size and disk.total:  # some file systems do not tell, and say 0
             raise self._not_saved(step, f"it takes {size:,} bytes, and {disk.free:,} are free")
         try:
-            self._manager.save(step, args=args, metrics=metrics or None, force=True)
+            self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics or None, force=True)
         except (OSError, ValueError) as error:
             if not isinstance(error, OSError) and "os_error_code" not in str(error):  # as tensorstore wraps them
                 raise
@@ -200,6 +224,8 @@ class Checkpoints:
 
     def is_last(self, step: int) -> bool:
         """Whether training ended with `step`."""
+        if step == 0:
+            return True  # converted weights
         position = self._restore(step, position=ocp.args.JsonRestore())["position"]
         return bool(position["step"] == position["total"])
 

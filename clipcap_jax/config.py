@@ -8,15 +8,21 @@ import difflib
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from clipcap_jax.decode import DecodeConfig
 from clipcap_jax.errors import UserError
+from clipcap_jax.loss import Targets
+from clipcap_jax.models import clip_resnet, clip_vit, gpt2
+from clipcap_jax.models.clip_vit import ClipVitConfig
 from clipcap_jax.models.clipcap import ClipCapConfig
 from clipcap_jax.optim import OptimizerConfig
 
 Part = Literal["clip", "mapper", "gpt2"]
+
+# Names that may stand for sizes: `model.clip="RN50x4"`, `model.gpt2="gpt2"`.
+PRESETS: dict[str, Any] = {**clip_vit.PRESETS, **clip_resnet.PRESETS, **gpt2.PRESETS}
 
 # Fields whose 0 has a meaning; every other number is greater.
 _MAY_BE_0 = {
@@ -67,6 +73,15 @@ class TokenizerConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class PretrainedConfig:
+    """Weights that a new run's `clip` and `gpt2` start from, as `clipcap_jax.convert` reads them: a file, a folder or a
+    name on the Hugging Face hub ("timm/resnet50x4_clip.openai", "gpt2", "gpt2@REVISION"); "": none."""
+
+    clip: str
+    gpt2: str
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """The run.
 
@@ -75,7 +90,10 @@ class TrainConfig:
       epochs: passes over all (picture, caption) pairs; may be a fraction.
       batch_size: pairs per step, over all devices.
       trainable: the parts that learn; the others get no gradients and no optimiser state.
-      init_from: a checkpoint whose parameters to start from, with a fresh optimiser; "": none.
+      pretrained: weights to start from; the rest starts at random.
+      init_from: a run whose parameters to start from, with a fresh optimiser; "": none.
+      targets: "all": a caption's tokens and the end token are learnt; "original": as in the original's code there is no
+        end token, and token 0 is not learnt, wherever it stands.
       label_smoothing: see `loss.caption_loss`.
       log_every: steps between log lines.
     """
@@ -84,7 +102,9 @@ class TrainConfig:
     epochs: float
     batch_size: int
     trainable: tuple[Part, ...]
+    pretrained: PretrainedConfig
     init_from: str
+    targets: Targets
     label_smoothing: float
     log_every: int
 
@@ -137,6 +157,11 @@ def from_dict(values: Mapping[str, Any]) -> Config:
     config: Config = _build(Config, values, "config")
     if config.data.input == "image" and config.model.clip is None:
         raise UserError('config.data.input is "image", but config.model.clip is None: a vision tower is needed')
+    if config.train.pretrained.gpt2 and config.tokenizer.source == "captions":
+        raise UserError(
+            "config.train.pretrained.gpt2 needs the tokenizer that it was trained with: set config.tokenizer.source to "
+            'its folder or its name on the Hugging Face hub, such as "gpt2"'
+        )
     if "clip" in config.train.trainable and config.data.input == "embedding":
         raise UserError('config.train.trainable names "clip", but the model reads stored embeddings, not pictures')
     if not config.train.trainable:
@@ -158,11 +183,11 @@ def _check_sizes(model: ClipCapConfig) -> None:
     if mapper.kind == "transformer":
         heads["mapper"] = (mapper.heads, gpt2.width)
     if clip is not None:
-        heads["clip"] = (clip.heads, clip.width)
-        if clip.image_size % clip.patch_size:
+        heads["clip"] = (clip.heads, clip.width if isinstance(clip, ClipVitConfig) else 32 * clip.width)
+        multiple, of = (clip.patch_size, "patch_size, ") if isinstance(clip, ClipVitConfig) else (32, "")
+        if clip.image_size % multiple:
             raise UserError(
-                f"config.model.clip.image_size is {clip.image_size}: it has to be a multiple of patch_size, "
-                f"{clip.patch_size}"
+                f"config.model.clip.image_size is {clip.image_size}: it has to be a multiple of {of}{multiple}"
             )
     for part, (count, width) in heads.items():
         if width % count:
@@ -172,9 +197,14 @@ def _check_sizes(model: ClipCapConfig) -> None:
 def _build(kind: Any, value: Any, path: str) -> Any:
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if dataclasses.is_dataclass(kind):
-        return _build_dataclass(kind, value, path)
-    if origin is types.UnionType:  # `X | None`
-        return None if value is None else _build(arguments[0], value, path)
+        return _build_dataclass([kind], value, path)
+    if origin is types.UnionType:  # of dataclasses and perhaps None: the one whose fields are most like those given
+        if value is None and types.NoneType in arguments:
+            return None
+        kinds = [argument for argument in arguments if argument is not types.NoneType]
+        if isinstance(value, Mapping):
+            kinds = [max(kinds, key=lambda kind: len(set(value) & set(typing.get_type_hints(kind))))]
+        return _build_dataclass(kinds, value, path)
     if origin is Literal:
         if value not in arguments:
             raise UserError(f"{path} is {value!r}; it can be {', '.join(map(repr, arguments))}")
@@ -202,9 +232,16 @@ def _check_range(value: float, path: str) -> None:
         raise UserError(f"{path} is {value}: it has to be below 1")
 
 
-def _build_dataclass(kind: Any, values: Any, path: str) -> Any:
+def _build_dataclass(kinds: Sequence[Any], values: Any, path: str) -> Any:
+    if isinstance(values, str) and isinstance(preset := PRESETS.get(values), tuple(kinds)):
+        return preset
     if not isinstance(values, Mapping):
-        raise UserError(f"{path} is {values!r}; it has to hold the fields of {kind.__name__}")
+        presets = [name for name, preset in PRESETS.items() if isinstance(preset, tuple(kinds))]
+        raise UserError(
+            f"{path} is {values!r}; it has to hold the fields of {' or '.join(kind.__name__ for kind in kinds)}"
+            + (f", or be one of {', '.join(presets)}" if presets else "")
+        )
+    (kind,) = kinds
     types_of = typing.get_type_hints(kind)
     for name in values:
         if name not in types_of:

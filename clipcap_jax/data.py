@@ -15,6 +15,7 @@ import numpy as np
 from clipcap_jax import images
 from clipcap_jax.datasets.schema import Split
 from clipcap_jax.errors import UserError
+from clipcap_jax.loss import Targets
 from clipcap_jax.tokenizer import Tokenizer
 
 # What the caption lengths of a batch are rounded up to, as every length is compiled once.
@@ -113,10 +114,14 @@ class Pairs:
         return len(self.examples)
 
 
-def make_pairs(captions: Sequence[tuple[str, ...]], tokenizer: Tokenizer, max_tokens: int) -> Pairs:
-    """Tokenise the captions of every picture."""
+def make_pairs(
+    captions: Sequence[tuple[str, ...]], tokenizer: Tokenizer, max_tokens: int, targets: Targets = "all"
+) -> Pairs:
+    """Tokenise the captions of every picture; the original's `targets` have no end token, but white space around."""
     examples = np.repeat(np.arange(len(captions), dtype=np.int32), [len(texts) for texts in captions])
-    ids = [[*ids, tokenizer.end_id] for ids in tokenizer.encode([text for texts in captions for text in texts])]
+    end = [tokenizer.end_id] if targets == "all" else []
+    flat = [text for texts in captions for text in texts]
+    ids = [ids + end for ids in tokenizer.encode(flat, strip=targets == "all")]
     tokens = np.full((len(ids), max_tokens), tokenizer.end_id, np.int32)
     for row, caption in zip(tokens, ids, strict=True):
         row[: len(caption)] = caption[:max_tokens]

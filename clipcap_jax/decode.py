@@ -24,11 +24,14 @@ class DecodeConfig:
       beam_size: W; 1 is greedy decoding.
       max_tokens: the longest caption, the end token included.
       length_penalty: hypotheses are ranked by log-probability / length ** length_penalty; 1 is the original's mean.
+      stop: the text of the token that ends a caption and belongs to it, "." for models that the original trained; "":
+        the end-of-text token.
     """
 
     beam_size: int
     max_tokens: int
     length_penalty: float
+    stop: str
 
 
 class Hypotheses(NamedTuple):

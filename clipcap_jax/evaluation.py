@@ -78,8 +78,8 @@ def evaluate(captioner: Captioner, data: CaptionData, *, batch_size: int, meteor
     )
     references = References(dict(zip(data.image_ids, data.captions, strict=True)))
     by_id = {image_id: caption.text for image_id, caption in zip(data.image_ids, captions, strict=True)}
-    pairs = data_lib.make_pairs(data.captions, metadata.tokenizer, config.data.max_tokens)
-    loss = LossMeter(captioner.model)
+    pairs = data_lib.make_pairs(data.captions, metadata.tokenizer, config.data.max_tokens, config.train.targets)
+    loss = LossMeter(captioner.model, config.train.targets)
     return Evaluation(
         data=data,
         captions=captions,

@@ -1,11 +1,19 @@
 """The captioning loss as a sum and a count, so that devices can be added up before dividing."""
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 
+Targets = Literal["all", "original"]
+
 
 def caption_loss(
-    logits: jax.Array, tokens: jax.Array, lengths: jax.Array, label_smoothing: float = 0.0
+    logits: jax.Array,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    label_smoothing: float = 0.0,
+    targets: Targets = "all",
 ) -> tuple[jax.Array, jax.Array]:
     """Cross-entropy over the real tokens of a batch.
 
@@ -17,6 +25,8 @@ def caption_loss(
       tokens: int `B T`; what stands at and after a row's length is ignored.
       lengths: int `B`, real tokens per row, the end token included; 0 for a row that only fills the batch.
       label_smoothing: the share of the target spread evenly over the vocabulary.
+      targets: "all" tokens are learnt, or, as in the original, those that are not 0: its `train.py` pads with 0 and
+        calls `nnf.cross_entropy(..., ignore_index=0)`, which leaves out GPT-2's "!" too.
 
     Returns:
       The sum of the tokens' losses, float32, in nats, and the number of tokens, float32.
@@ -26,4 +36,6 @@ def caption_loss(
     if label_smoothing:
         loss = (1 - label_smoothing) * loss - label_smoothing * log_probs.mean(axis=-1)
     mask = jnp.arange(tokens.shape[1])[None, :] < lengths[:, None]  # B T
+    if targets == "original":
+        mask &= tokens != 0
     return jnp.where(mask, loss, 0.0).sum(), mask.sum().astype(jnp.float32)

@@ -29,10 +29,10 @@ class Tokenizer:
         # Not the number of pieces: where ids have gaps, that is less.
         self.size: int = max(tokenizer.get_vocab().values()) + 1
 
-    def encode(self, captions: Sequence[str]) -> list[list[int]]:
-        """Ids of each caption, without surrounding white space and without the end token."""
-        stripped = [caption.strip() for caption in captions]
-        return [encoding.ids for encoding in self._tokenizer.encode_batch(stripped, add_special_tokens=False)]
+    def encode(self, captions: Sequence[str], *, strip: bool = True) -> list[list[int]]:
+        """Ids of each caption, without the end token and, unless told otherwise, without surrounding white space."""
+        texts = [caption.strip() if strip else caption for caption in captions]
+        return [encoding.ids for encoding in self._tokenizer.encode_batch(texts, add_special_tokens=False)]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text up to the first end token, without surrounding white space; ids beyond `size` are left out."""
@@ -42,6 +42,10 @@ class Tokenizer:
                 break
             text.append(token)
         return self._tokenizer.decode(text).strip()
+
+    def stop_id(self, stop: str) -> int:
+        """The id that ends a caption: the end of text, or the first of `stop`, as the original takes it for "."."""
+        return self.encode([stop])[0][0] if stop.strip() else self.end_id
 
     def to_dict(self) -> dict[str, str]:
         """What `from_dict` needs, as checkpoints store it: the `tokenizer.json` text and the end token."""
@@ -69,7 +73,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, source: str) -> "Tokenizer":
-        """A tokenizer from a folder or, by name, from the Hugging Face hub.
+        """A tokenizer from a folder or, by name ("gpt2", "gpt2@REVISION"), from the Hugging Face hub.
 
         A folder holds `tokenizer.json`, or GPT-2's vocabulary and merges: `vocab.json` and `merges.txt` as on the hub,
         `encoder.json` and `vocab.bpe` as OpenAI names them.
@@ -100,8 +104,9 @@ class Tokenizer:
 
     @classmethod
     def _from_hub(cls, name: str) -> "Tokenizer":
+        repository, _, revision = name.partition("@")
         try:
-            return cls._from_pretrained(name)
+            return cls._from_pretrained(repository, revision or "main")
         except (OSError, ValueError) as error:
             raise UserError(
                 f"there is no folder {name!r}, and the Hugging Face hub gave no tokenizer of that name. "
@@ -109,10 +114,10 @@ class Tokenizer:
             ) from error
 
     @classmethod
-    def _from_pretrained(cls, source: str) -> "Tokenizer":
+    def _from_pretrained(cls, source: str, revision: str = "main") -> "Tokenizer":
         from transformers import AutoTokenizer  # takes seconds to import, and most runs do not need it
 
-        pretrained = AutoTokenizer.from_pretrained(source, use_fast=True)
+        pretrained = AutoTokenizer.from_pretrained(source, revision=revision, use_fast=True)
         if not pretrained.is_fast:
             raise UserError(f"{source} has only a slow tokenizer; a fast one (tokenizer.json) is needed")
         # `tokenizer_config.json` names it; a folder may hold `tokenizer.json` alone.

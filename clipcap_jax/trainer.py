@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,11 +17,12 @@ from rich.console import Console
 from clipcap_jax import checkpoint, optim, parallel
 from clipcap_jax.checkpoint import Checkpoints, Metadata
 from clipcap_jax.config import Config
+from clipcap_jax.convert import clip, files, gpt2
 from clipcap_jax.data import CaptionData, Pairs, make_pairs, steps_per_epoch, training_batches
 from clipcap_jax.datasets.schema import open_split
 from clipcap_jax.errors import UserError
 from clipcap_jax.logs import MetricsLog, Monitor
-from clipcap_jax.loss import caption_loss
+from clipcap_jax.loss import Targets, caption_loss
 from clipcap_jax.models.clipcap import ClipCap
 from clipcap_jax.tokenizer import Tokenizer
 from clipcap_jax.validation import Validator
@@ -40,12 +41,18 @@ class TrainState(NamedTuple):
 
 
 def make_step(
-    model: ClipCap, optimizer: optax.GradientTransformation, *, dropout: bool, label_smoothing: float
+    model: ClipCap,
+    optimizer: optax.GradientTransformation,
+    *,
+    dropout: Collection[str],
+    label_smoothing: float,
+    targets: Targets,
 ) -> Callable[[TrainState, Params, dict[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]:
     """One step of training on one device's share of a batch, for `parallel.map_step`.
 
-    The step takes the state, the frozen parts' parameters and a batch as `data.make_batch` makes it. Losses, token
-    counts and gradients are summed over devices and divided once, so that every token weighs the same wherever it is.
+    `dropout` names the parts that drop out. The step takes the state, the frozen parts' parameters and a batch as
+    `data.make_batch` makes it. Losses, token counts and gradients are summed over devices and divided once, so that
+    every token weighs the same wherever it is.
     """
 
     def step(state: TrainState, frozen: Params, batch: dict[str, jax.Array]) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -59,10 +66,10 @@ def make_step(
                 {"params": {**frozen, **params}},
                 batch["inputs"],
                 batch["tokens"],
-                deterministic=not dropout,
+                dropout=dropout,
                 rngs={"dropout": key},
             )
-            return caption_loss(logits, batch["tokens"], batch["lengths"], label_smoothing)
+            return caption_loss(logits, batch["tokens"], batch["lengths"], label_smoothing, targets)
 
         (loss, tokens), grads = jax.value_and_grad(loss_sum, has_aux=True)(state.params)
         loss, tokens, grads = parallel.sum_over_devices((loss, tokens, grads))
@@ -108,6 +115,11 @@ class _Run:
     def __init__(self, config: Config, folder: Path, checkpoints: Checkpoints, console: Console):
         self.config, self.folder, self.checkpoints, self.console = config, folder, checkpoints, console
         self.start = checkpoints.find("latest") if checkpoints.steps() else 0
+        if checkpoints.steps() and not self.start:
+            raise UserError(
+                f"{folder} holds converted weights, not a run: give another --workdir, and set "
+                f"config.train.init_from={folder} to start from them."
+            )
         self.losses: list[float] = []  # of the steps since the last line of the log
         base, base_params = self._base()
 
@@ -148,8 +160,9 @@ class _Run:
             make_step(
                 self.model,
                 self.optimizer,
-                dropout="gpt2" in config.train.trainable,  # a frozen GPT-2 is used as it is
+                dropout=config.train.trainable,  # what is frozen is used as it is
                 label_smoothing=config.train.label_smoothing,
+                targets=config.train.targets,
             )
         )
         with contextlib.ExitStack() as stack:
@@ -230,7 +243,7 @@ class _Run:
         return CaptionData(open_split(config.data.name, split, config.data.data_dir), clip.image_size if clip else None)
 
     def _pairs(self, data: CaptionData, tokenizer: Tokenizer) -> Pairs:
-        pairs = make_pairs(data.captions, tokenizer, self.config.data.max_tokens)
+        pairs = make_pairs(data.captions, tokenizer, self.config.data.max_tokens, self.config.train.targets)
         if pairs.cut:
             self.console.print(
                 f"{pairs.cut} of the {len(pairs)} captions of {data.name} are longer than config.data.max_tokens="
@@ -241,7 +254,7 @@ class _Run:
 
     def _validator(self, tokenizer: Tokenizer) -> Validator:
         data = self._open("val")
-        return Validator(self.model, tokenizer, data, self._pairs(data, tokenizer), self.config.evaluate)
+        return Validator(self.model, tokenizer, data, self._pairs(data, tokenizer), self.config)
 
     def _base(self) -> tuple[Metadata | None, Params | None]:
         """The checkpoint to start from: the run's own latest, or another run's best."""
@@ -265,6 +278,8 @@ class _Run:
                     f"{len(changed)} parameters differ, the first ones:\n  " + "\n  ".join(changed[:5])
                 )
             params = base_params
+        if not self.start:
+            params |= load_pretrained(config, self.console)
         missing = set(config.train.trainable) - set(params)
         if missing:
             raise UserError(f"config.train.trainable names {', '.join(missing)}, which this model does not have")
@@ -307,6 +322,33 @@ class _Run:
         )
         if self.start:
             self.console.print(f"Going on after step {self.start} of {self.total}.")
+
+
+def load_pretrained(config: Config, console: Console) -> Params:
+    """The parts that `config.train.pretrained` names.
+
+    Raises:
+      UserError: there are no such weights, they have other sizes than the model, or `init_from` is set too.
+    """
+    pretrained = config.train.pretrained
+    parts: Params = {}
+    for part, source, files_of, load in (
+        ("clip", pretrained.clip, clip.FILES, clip.load_clip),
+        ("gpt2", pretrained.gpt2, gpt2.FILES, gpt2.load_gpt2),
+    ):
+        if not source:
+            continue
+        if config.train.init_from:
+            raise UserError(f"config.train.init_from and config.train.pretrained.{part} are both set: choose one")
+        path = files.locate(source, files_of)
+        console.print(f"{part} from {files.pinned(source, path)}", highlight=False, soft_wrap=True)
+        sizes: Any = getattr(config.model, part)
+        found, parts[part] = load(str(path), sizes.heads if sizes else None)
+        if part == "gpt2":  # whose dropout is a setting of the training
+            found = dataclasses.replace(found, dropout=sizes.dropout)
+        if found != sizes:
+            raise UserError(f"{source} is {found}, but config.model.{part} is {sizes}")
+    return parts
 
 
 def choose_tokenizer(config: Config, base: Metadata | None, captions: list[tuple[str, ...]]) -> Tokenizer:

@@ -8,10 +8,10 @@ import numpy as np
 
 from clipcap_jax import parallel
 from clipcap_jax.captioner import Generator
-from clipcap_jax.config import EvaluateConfig
+from clipcap_jax.config import Config
 from clipcap_jax.data import CaptionData, Pairs, validation_batches
 from clipcap_jax.errors import UserError
-from clipcap_jax.loss import caption_loss
+from clipcap_jax.loss import Targets, caption_loss
 from clipcap_jax.metrics import References
 from clipcap_jax.models.clipcap import ClipCap
 from clipcap_jax.tokenizer import Tokenizer
@@ -23,10 +23,10 @@ COLLAPSED = 0.05
 class LossMeter:
     """The mean loss per token over a split, on all devices."""
 
-    def __init__(self, model: ClipCap):
+    def __init__(self, model: ClipCap, targets: Targets = "all"):
         def loss(params: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
             logits = model.apply({"params": params}, batch["inputs"], batch["tokens"])
-            return caption_loss(logits, batch["tokens"], batch["lengths"])
+            return caption_loss(logits, batch["tokens"], batch["lengths"], targets=targets)
 
         self._loss = parallel.map_sum(loss)
 
@@ -58,21 +58,21 @@ class Validation:
 
 
 class Validator:
-    """Validates on a fixed subset of a split: `config.images` pictures, evenly spaced."""
+    """Validates on a fixed subset of a split: `config.evaluate.images` pictures, evenly spaced."""
 
-    def __init__(self, model: ClipCap, tokenizer: Tokenizer, data: CaptionData, pairs: Pairs, config: EvaluateConfig):
+    def __init__(self, model: ClipCap, tokenizer: Tokenizer, data: CaptionData, pairs: Pairs, config: Config):
         if not len(pairs):
             raise UserError(f"{data.name} holds no captions to validate on")
-        self._data, self._batch_size = data, config.batch_size
-        count = min(config.images, len(data))
+        self._data, self._batch_size = data, config.evaluate.batch_size
+        count = min(config.evaluate.images, len(data))
         self._indices = np.linspace(0, len(data) - 1, count).round().astype(int)
         chosen = np.isin(pairs.examples, self._indices)
         self._pairs = dataclasses.replace(
             pairs, examples=pairs.examples[chosen], tokens=pairs.tokens[chosen], lengths=pairs.lengths[chosen]
         )
         self._references = References({data.image_ids[i]: data.captions[i] for i in self._indices})
-        self._loss = LossMeter(model)
-        self._generate = Generator(model, tokenizer, config.decode)
+        self._loss = LossMeter(model, config.train.targets)
+        self._generate = Generator(model, tokenizer, config.evaluate.decode)
 
     def __call__(self, params: Any) -> Validation:
         """Loss, scores and captions with these parameters."""

@@ -4,6 +4,10 @@ Reads stored CLIP embeddings, prepared as "records/coco".
 """
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+# OpenAI's weights and tokenizer, at the hub's commit of February 2024.
+GPT2 = "openai-community/gpt2@607a30d783dfa663caf39e06633721c8d4cfcd7e"
 
 
 def get_config() -> ConfigDict:
@@ -16,10 +20,10 @@ def get_config() -> ConfigDict:
         pool_batches=50,
         workers=4,
     )
-    config.tokenizer = dict(source="gpt2")
+    config.tokenizer = dict(source=GPT2)
     config.model = dict(
-        clip=None,
-        mapper=dict(kind="transformer", prefix_length=10, clip_length=10, layers=8, heads=8),
+        clip=placeholder(str),  # or the name of a tower, for data.input="image"
+        mapper=dict(kind="transformer", prefix_length=10, clip_length=10, layers=8, heads=8, dropout=0.0),
         gpt2=dict(vocab_size=50257, positions=1024, width=768, layers=12, heads=12, dropout=0.1),
         normalize_embedding=False,
         dtype="bfloat16",
@@ -39,7 +43,9 @@ def get_config() -> ConfigDict:
         epochs=10.0,
         batch_size=40,
         trainable=("mapper",),
+        pretrained=dict(clip="", gpt2=GPT2),
         init_from="",
+        targets="all",
         label_smoothing=0.0,
         log_every=100,
     )
@@ -47,7 +53,7 @@ def get_config() -> ConfigDict:
         every=5000,
         images=1000,
         batch_size=64,
-        decode=dict(beam_size=5, max_tokens=67, length_penalty=1.0),
+        decode=dict(beam_size=5, max_tokens=67, length_penalty=1.0, stop=""),
     )
     config.checkpoint = dict(every=5000, keep=1)
     return config

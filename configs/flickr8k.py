@@ -17,7 +17,7 @@ def get_config(variant: str = "embeddings") -> ConfigDict:
     config.tokenizer = dict(source="captions")
     config.model = dict(
         clip=None,
-        mapper=dict(kind="transformer", prefix_length=6, clip_length=6, layers=2, heads=4),
+        mapper=dict(kind="transformer", prefix_length=6, clip_length=6, layers=2, heads=4, dropout=0.4),
         gpt2=dict(vocab_size=3000, positions=64, width=256, layers=4, heads=4, dropout=0.2),
         normalize_embedding=False,
         dtype="float32",
@@ -26,7 +26,7 @@ def get_config(variant: str = "embeddings") -> ConfigDict:
     config.optimizer = dict(
         learning_rate=6e-4,
         warmup_steps=500,
-        weight_decay=0.05,
+        weight_decay=0.1,
         beta1=0.9,
         beta2=0.98,
         epsilon=1e-8,
@@ -34,10 +34,12 @@ def get_config(variant: str = "embeddings") -> ConfigDict:
     )
     config.train = dict(
         seed=0,
-        epochs=8.0,
+        epochs=14.0,
         batch_size=32,
         trainable=("mapper", "gpt2"),
+        pretrained=dict(clip="", gpt2=""),
         init_from="",
+        targets="all",
         label_smoothing=0.1,
         log_every=100,
     )
@@ -45,7 +47,7 @@ def get_config(variant: str = "embeddings") -> ConfigDict:
         every=938,
         images=500,
         batch_size=100,
-        decode=dict(beam_size=1, max_tokens=40, length_penalty=1.0),
+        decode=dict(beam_size=1, max_tokens=40, length_penalty=1.0, stop=""),
     )
     config.checkpoint = dict(every=938, keep=1)
     if variant == "pixels":

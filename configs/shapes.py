@@ -16,7 +16,7 @@ def get_config() -> ConfigDict:
     config.tokenizer = dict(source="captions")
     config.model = dict(
         clip=dict(image_size=48, patch_size=16, width=128, layers=4, heads=4, embedding_width=256),
-        mapper=dict(kind="mlp", prefix_length=4, clip_length=4, layers=1, heads=4),
+        mapper=dict(kind="mlp", prefix_length=4, clip_length=4, layers=1, heads=4, dropout=0.0),
         gpt2=dict(vocab_size=384, positions=32, width=128, layers=2, heads=4, dropout=0.0),
         normalize_embedding=False,
         dtype="float32",
@@ -36,7 +36,9 @@ def get_config() -> ConfigDict:
         epochs=1.4,
         batch_size=64,
         trainable=("clip", "mapper", "gpt2"),
+        pretrained=dict(clip="", gpt2=""),
         init_from="",
+        targets="all",
         label_smoothing=0.0,
         log_every=50,
     )
@@ -44,7 +46,7 @@ def get_config() -> ConfigDict:
         every=750,
         images=500,
         batch_size=100,
-        decode=dict(beam_size=5, max_tokens=24, length_penalty=1.0),
+        decode=dict(beam_size=5, max_tokens=24, length_penalty=1.0, stop=""),
     )
     config.checkpoint = dict(every=750, keep=1)
     return config

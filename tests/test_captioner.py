@@ -87,7 +87,7 @@ def test_embeddings(reads_embeddings: Captioner, source: Source, batch_size: int
 
 def test_another_search_than_the_configs(reads_embeddings: Captioner, embeddings_run: Path, source: Source) -> None:
     embeddings = np.load(source.embeddings)
-    decode = DecodeConfig(beam_size=3, max_tokens=4, length_penalty=0.5)
+    decode = DecodeConfig(beam_size=3, max_tokens=4, length_penalty=0.5, stop="")
     captioner = reads_embeddings.with_decode(decode)
     captions = list(captioner.caption(embeddings))
     assert [caption.text for caption in captions] == searched(captioner, embeddings)

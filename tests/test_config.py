@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import math
 import re
 import shlex
@@ -11,12 +12,16 @@ import pytest
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from clipcap_jax.config import Config, from_dict
+from clipcap_jax.config import PRESETS, Config, from_dict
 from clipcap_jax.errors import UserError
+from clipcap_jax.models import clip_resnet, clip_vit, gpt2
+from clipcap_jax.models.clip_resnet import ClipResnetConfig
+from clipcap_jax.models.clip_vit import ClipVitConfig
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = [*(f"configs/{path.name}" for path in sorted((ROOT / "configs").glob("*.py"))), "configs/flickr8k.py:pixels"]
 # A config for each input: the second has a vision tower, the first none.
+RESNET = {"image_size": 64, "width": 8, "blocks": (1, 1, 1, 1), "heads": 4, "embedding_width": 16}
 EMBEDDINGS, PIXELS = "configs/coco_transformer.py", "configs/flickr8k.py:pixels"
 
 
@@ -91,10 +96,10 @@ def test_documented_commands_are_accepted(arguments: list[str]) -> None:
     whole = any(argument.startswith("--config=") for argument in arguments)
     for name in [None] if whole else CONFIGS:  # an override on its own has to suit every config
         values = load(*([f"--config={name}"] if name else []), *arguments)
-        config = dataclasses.asdict(from_dict(values.to_dict()))
+        config = from_dict(values.to_dict())
         for path, value in re.findall(r"--config\.(\S+?)=(\S*)", " ".join(arguments)):
-            section, field = path.split(".")
-            assert str(config[section][field]) in (value, f"{value}.0")
+            found = functools.reduce(getattr, path.split("."), config)
+            assert str(found) in (value, f"{value}.0") or found == PRESETS[value]
 
 
 @pytest.mark.parametrize(
@@ -113,7 +118,18 @@ def test_documented_commands_are_accepted(arguments: list[str]) -> None:
         (EMBEDDINGS, {"train.trainable": ("mapper", "gpt")}, "config.train.trainable[1] is 'gpt'; it can be 'clip'"),
         (EMBEDDINGS, {"train.trainable": "mapper"}, "config.train.trainable is 'mapper', a str; it has to be a tuple"),
         (EMBEDDINGS, {"model.gpt2": "large"}, "config.model.gpt2 is 'large'; it has to hold the fields of Gpt2Config"),
-        (EMBEDDINGS, {"model.clip": "ViT-B/32"}, "config.model.clip is 'ViT-B/32'; it has to hold the fields of"),
+        (
+            EMBEDDINGS,
+            {"model.clip": "ViT-B/33"},
+            "config.model.clip is 'ViT-B/33'; it has to hold the fields of ClipVitConfig or ClipResnetConfig, or be "
+            "one of ViT-B/32, ViT-B/16, ViT-L/14, ViT-L/14@336px, RN50, RN101, RN50x4, RN50x16, RN50x64",
+        ),
+        (EMBEDDINGS, {"model.clip": "gpt2"}, "config.model.clip is 'gpt2'; it has to hold the fields of"),
+        (EMBEDDINGS, {"model.gpt2": "RN50"}, "config.model.gpt2 is 'RN50'; it has to hold the fields of Gpt2Config"),
+        (PIXELS, {"train.pretrained.gpt2": "gpt2"}, "pretrained.gpt2 needs the tokenizer that it was trained with"),
+        (PIXELS, {"model.clip": {"blocks": (3, 4, 6, 3)}}, "config.model.clip lacks image_size, width, heads, embed"),
+        (PIXELS, {"model.clip": RESNET | {"image_size": 100}}, "clip.image_size is 100: it has to be a multiple of 32"),
+        (PIXELS, {"model.clip": RESNET | {"heads": 7}}, "config.model.clip.heads is 7: it has to divide the width, 25"),
         (EMBEDDINGS, {"data.input": "image"}, 'config.data.input is "image", but config.model.clip is None'),
         (EMBEDDINGS, {"train.trainable": ("clip",)}, 'trainable names "clip", but the model reads stored embeddings'),
         (EMBEDDINGS, {"train.trainable": ()}, "config.train.trainable is empty: name at least one of clip, mapper"),
@@ -175,3 +191,15 @@ def test_zeros_that_mean_something() -> None:
         "model.gpt2.dropout",
     ]
     changed(EMBEDDINGS, dict.fromkeys([*zeros, "evaluate.decode.length_penalty", "train.label_smoothing"], 0))
+
+
+def test_presets_by_name() -> None:
+    config = changed(EMBEDDINGS, {"model.clip": "RN50x4", "model.gpt2": "gpt2-medium"})
+    assert config.model.clip == clip_resnet.PRESETS["RN50x4"]
+    assert config.model.gpt2 == gpt2.PRESETS["gpt2-medium"]
+    assert changed(EMBEDDINGS, {"model.clip": "ViT-L/14"}).model.clip == clip_vit.PRESETS["ViT-L/14"]
+
+
+def test_a_tower_is_the_one_whose_fields_are_given() -> None:
+    assert changed(PIXELS, {"model.clip": RESNET}).model.clip == ClipResnetConfig(64, 8, (1, 1, 1, 1), 4, 16)
+    assert isinstance(changed(PIXELS, {}).model.clip, ClipVitConfig)

@@ -82,6 +82,19 @@ def test_pairs_teach_an_end_unless_they_are_cut() -> None:
     assert (len(pairs), pairs.cut) == (3, 1)
 
 
+def test_the_originals_pairs_have_no_end() -> None:
+    short, long = TOKENIZER.encode(["red", "a picture of dark blue"])
+    limit = len(long)
+    pairs = make_pairs([("red",), ("a picture of dark blue",)], TOKENIZER, limit, "original")
+    assert pairs.lengths.tolist() == [len(short), len(long)]
+    assert [row[:length].tolist() for row, length in zip(pairs.tokens, pairs.lengths, strict=True)] == [short, long]
+    assert pairs.cut == 0
+    # The original's `tokenizer.encode(caption)` keeps white space around, which tokens hold.
+    (around,) = TOKENIZER.encode([" red "], strip=False)
+    assert around not in (short, TOKENIZER.encode([" red"])[0])
+    assert make_pairs([(" red ",)], TOKENIZER, limit, "original").tokens[0, : len(around)].tolist() == around
+
+
 @pytest.mark.parametrize("captions", [[], [()], [(), ()]])
 def test_pairs_of_nothing(captions: Any) -> None:
     pairs = make_pairs(captions, TOKENIZER, 5)

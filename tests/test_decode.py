@@ -35,7 +35,9 @@ def search(beam_size: int, max_tokens: int = MAX_TOKENS) -> Callable[..., Hypoth
 
     @jax.jit
     def search(params: Any, embeddings: jax.Array, length_penalty: Any, end_token: Any) -> Hypotheses:
-        return beam_search(MODEL, params, embeddings, DecodeConfig(beam_size, max_tokens, length_penalty), end_token)
+        return beam_search(
+            MODEL, params, embeddings, DecodeConfig(beam_size, max_tokens, length_penalty, ""), end_token
+        )
 
     return lambda *args: jax.device_get(search(*args))
 
@@ -177,7 +179,7 @@ _read: list[Any] = []
 
 
 def test_the_search_stops_when_all_captions_are_finished(params: Any) -> None:
-    model, embedding, config = Counting(MODEL.config), jnp.asarray(EMBEDDINGS[:1]), DecodeConfig(1, MAX_TOKENS, 1.0)
+    model, embedding, config = Counting(MODEL.config), jnp.asarray(EMBEDDINGS[:1]), DecodeConfig(1, MAX_TOKENS, 1.0, "")
     decode = jax.jit(lambda end: beam_search(model, params, embedding, config, end))
     caption = decode(NO_END).tokens[0, 0].tolist()
     for end_token in caption:

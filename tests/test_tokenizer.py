@@ -219,3 +219,10 @@ def test_a_hub_name_offline(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     with pytest.raises(UserError, match=rf"no folder '{name}', .* Offline, name a folder with the tokenizer's files"):
         Tokenizer.load(name)
+
+
+def test_the_token_that_stops() -> None:
+    tokenizer = Tokenizer.train(["a dog runs.", "a cat sleeps."], 270)
+    assert tokenizer.stop_id("") == tokenizer.end_id
+    assert tokenizer.encode(["."]) == [[tokenizer.stop_id(".")]]
+    assert tokenizer.stop_id(".") != tokenizer.end_id

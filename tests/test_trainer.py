@@ -16,20 +16,28 @@ import numpy as np
 import optax
 import pytest
 from jax.extend.core import jaxprs_in_params
+from original import load_clip
 from random_models import clipcap_config, random_embeddings, random_params, random_tokens
+from rich.console import Console
+from safetensors.numpy import save_file
 from tiny import assert_same, in_process, make_config, named, saved, train, train_until
 
 from clipcap_jax import parallel, trainer
 from clipcap_jax.captioner import Captioner
 from clipcap_jax.checkpoint import Checkpoints, Metadata
 from clipcap_jax.config import Config
+from clipcap_jax.convert.gpt2 import load_gpt2, save_gpt2
+from clipcap_jax.data import CaptionData
+from clipcap_jax.datasets.schema import open_split
 from clipcap_jax.errors import UserError
 from clipcap_jax.logs import Monitor
 from clipcap_jax.models.clipcap import ClipCap
+from clipcap_jax.models.gpt2 import Gpt2
 from clipcap_jax.tokenizer import Tokenizer
 from clipcap_jax.trainer import TrainState, check_same_run, choose_tokenizer, make_step
 
 STEPS = 10  # of two epochs
+QUIET = Console(quiet=True)
 
 BATCH = {
     "inputs": random_embeddings(0, 8),
@@ -70,7 +78,7 @@ def test_a_step_on_four_devices_equals_one_loss_on_one() -> None:
         return optax.softmax_cross_entropy(logits[real], targets).mean()
 
     expected, gradients = jax.jit(jax.value_and_grad(loss))(params)
-    step = make_step(model, keep_gradients(), dropout=True, label_smoothing=0.1)
+    step = make_step(model, keep_gradients(), dropout=("mapper", "gpt2"), label_smoothing=0.1, targets="all")
     state, metrics = parallel.map_step(step)(start(params), {}, BATCH)
     np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-5)
     assert_close(named(state.opt_state), named(gradients))
@@ -84,7 +92,9 @@ def test_the_old_state_is_donated() -> None:
     model = ClipCap(clipcap_config())
     params, optimizer = random_params(model, 0, BATCH["inputs"], BATCH["tokens"]), optax.adamw(0.1)
     old = start(params)._replace(opt_state=parallel.replicate(optimizer.init(params)))
-    step = parallel.map_step(make_step(model, optimizer, dropout=True, label_smoothing=0.0))
+    step = parallel.map_step(
+        make_step(model, optimizer, dropout=("mapper", "gpt2"), label_smoothing=0.0, targets="all")
+    )
     new, _ = step(old, {}, BATCH)
     assert [name for name, leaf in named(old).items() if not leaf.is_deleted()] == []
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(new))
@@ -95,9 +105,11 @@ def test_dropout_differs_by_step_and_by_device() -> None:
     params = random_params(model, 0, BATCH["inputs"], BATCH["tokens"])
     alike = jax.tree.map(lambda x: np.repeat(x[:1], 8, axis=0), BATCH)
 
-    def losses(dropout: bool) -> list[float]:
+    def losses(dropout: tuple[str, ...]) -> list[float]:
         """Of one caption on one device, on another one, a step later, and as at first."""
-        step = parallel.map_step(make_step(model, keep_gradients(), dropout=dropout, label_smoothing=0.0))
+        step = parallel.map_step(
+            make_step(model, keep_gradients(), dropout=dropout, label_smoothing=0.0, targets="all")
+        )
         found = []
         for device, at in ((0, 0), (1, 0), (0, 1), (0, 0)):
             lengths = np.where(np.arange(8) == 2 * device, 7, 0)
@@ -105,10 +117,10 @@ def test_dropout_differs_by_step_and_by_device() -> None:
             found.append(float(step(state, {}, {**alike, "lengths": lengths})[1]["loss"]))
         return found
 
-    one, another, later, again = losses(dropout=True)
+    one, another, later, again = losses(dropout=("gpt2",))
     assert len({one, another, later}) == 3
     assert one == again
-    without = losses(dropout=False)
+    without = losses(dropout=())
     np.testing.assert_allclose(without, without[0], rtol=1e-6)
 
 
@@ -129,7 +141,7 @@ def test_frozen_parts_get_no_gradients(trainable: tuple[str, ...]) -> None:
     params = random_params(model, 0, BATCH["inputs"], BATCH["tokens"])
     trained = {name: params[name] for name in trainable}
     frozen = {name: params[name] for name in params if name not in trainable}
-    step = make_step(model, keep_gradients(), dropout=False, label_smoothing=0.0)
+    step = make_step(model, keep_gradients(), dropout=(), label_smoothing=0.0, targets="all")
     state = TrainState(jnp.int32(0), jax.random.key_data(jax.random.key(0)), trained, keep_gradients().init(trained))
     one_device = jax.vmap(step, in_axes=(None, None, 0), axis_name=parallel.AXIS, out_axes=None)
     batch = jax.tree.map(lambda x: x[None], BATCH)
@@ -446,6 +458,63 @@ def test_a_base_brings_its_tokenizer(data_dir: Path, tmp_path: Path) -> None:
         choose_tokenizer(
             make_config(data_dir, {"tokenizer.source": str(tmp_path), "model.gpt2.vocab_size": 260}), None, []
         )
+
+
+@pytest.fixture
+def pretrained(data_dir: Path, tmp_path: Path) -> Path:
+    """A GPT-2 of the size that the settings have, with its tokenizer."""
+    config = settings(data_dir)
+    captions = CaptionData(open_split("records/both", "train", str(data_dir)), None).captions
+    tokenizer = choose_tokenizer(config, None, captions)
+    module = Gpt2(config.model.gpt2, jnp.dtype("float32"))
+    params = random_params(module, 3, np.zeros((1, 1, config.model.gpt2.width), np.float32))
+    save_gpt2(config.model.gpt2, params, tokenizer, tmp_path / "gpt2")
+    return tmp_path / "gpt2"
+
+
+def test_a_pretrained_language_model(data_dir: Path, pretrained: Path, tmp_path: Path) -> None:
+    changes = {"train.pretrained.gpt2": str(pretrained), "tokenizer.source": str(pretrained)}
+    train_until(tmp_path / "run", settings(data_dir, changes), 1)  # whose learning rate is 0
+    found = saved(tmp_path / "run", 1)
+    expected = {f"params.gpt2.{name}": leaf for name, leaf in named(load_gpt2(str(pretrained))[1]).items()}
+    assert_same({name: found[name] for name in found if name.startswith("params.gpt2.")}, expected)
+    # A run that goes on has its own.
+    (pretrained / "model.safetensors").unlink()
+    assert "Going on after step 1" in train_until(tmp_path / "run", settings(data_dir, changes), 2)
+
+
+def test_a_pretrained_language_model_of_another_size(data_dir: Path, pretrained: Path, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"train.pretrained.gpt2": str(pretrained), "tokenizer.source": str(pretrained)}
+    with pytest.raises(UserError, match=r"is Gpt2Config\(.* layers=2,.*\), but config.model.gpt2 is .* layers=1,"):
+        train(tmp_path, settings(data_dir, {**changes, "model.gpt2.layers": 1}))
+    with pytest.raises(UserError, match=r"is Gpt2Config\(.* heads=2,.*\), but config.model.gpt2 is .* heads=4,"):
+        train(tmp_path, settings(data_dir, {**changes, "model.gpt2.heads": 4}))
+    with pytest.raises(UserError, match=r"config.train.init_from and config.train.pretrained.gpt2 are both set"):
+        trainer.load_pretrained(settings(data_dir, {**changes, "train.init_from": "runs/other"}), QUIET)
+
+
+def test_a_pretrained_tower(data_dir: Path, tmp_path: Path) -> None:
+    _, params, arrays = load_clip("vit")
+    state = {name.removeprefix("state/"): array for name, array in arrays.items() if name.startswith("state/")}
+    save_file({name: np.ascontiguousarray(array) for name, array in state.items()}, tmp_path / "tower.safetensors")
+    sizes = {"image_size": 32, "patch_size": 8, "width": 128, "layers": 2, "heads": 2, "embedding_width": 24}
+    changes: dict[str, Any] = {f"model.clip.{name}": value for name, value in sizes.items()}
+    changes |= {"train.pretrained.clip": str(tmp_path / "tower.safetensors"), "train.trainable": ("mapper", "gpt2")}
+    config = make_config(data_dir, changes, "pixels")
+    jax.tree.map(np.testing.assert_array_equal, trainer.load_pretrained(config, QUIET), {"clip": params})
+
+
+def test_the_originals_targets(data_dir: Path) -> None:
+    """No end token is learnt, and no token 0: the loss is that of the tokens that are left."""
+    model = ClipCap(clipcap_config(dropout=0.0))
+    params = random_params(model, 0, BATCH["inputs"], BATCH["tokens"])
+    logits = model.apply({"params": params}, BATCH["inputs"], BATCH["tokens"])
+    real = (np.arange(7)[None] < BATCH["lengths"][:, None]) & (BATCH["tokens"] != 0)
+    assert real.sum() < BATCH["lengths"].sum()
+    expected = optax.softmax_cross_entropy_with_integer_labels(logits[real], BATCH["tokens"][real]).mean()
+    step = make_step(model, keep_gradients(), dropout=(), label_smoothing=0.0, targets="original")
+    _, metrics = parallel.map_step(step)(start(params), {}, BATCH)
+    np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-5)
 
 
 def test_a_base_of_another_architecture(unstopped: Path, data_dir: Path, tmp_path: Path) -> None:

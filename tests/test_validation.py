@@ -1,4 +1,3 @@
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ import pytest
 from random_models import random_params
 from tiny import make_config, train_until
 
-from clipcap_jax.config import EvaluateConfig
+from clipcap_jax.config import Config
 from clipcap_jax.data import CaptionData, Pairs, make_pairs
 from clipcap_jax.datasets import open_split
 from clipcap_jax.decode import beam_search
@@ -49,8 +48,8 @@ def params(model: ClipCap, data: CaptionData) -> Any:
     return random_params(model, 0, data.inputs([0]), np.zeros((1, 1), np.int32))
 
 
-def config(data_dir: Path, images: int, batch_size: int) -> EvaluateConfig:
-    return dataclasses.replace(make_config(data_dir).evaluate, images=images, batch_size=batch_size)
+def config(data_dir: Path, images: int, batch_size: int) -> Config:
+    return make_config(data_dir, {"evaluate.images": images, "evaluate.batch_size": batch_size})
 
 
 @pytest.fixture(scope="module")

@@ -77,7 +77,14 @@ def get_config(variant: str = "embeddings") -> ConfigDict:
                 }
                 if pixels
                 else None,
-                "mapper": {"kind": "mlp", "prefix_length": 2, "clip_length": 2, "layers": 1, "heads": 2},
+                "mapper": {
+                    "kind": "mlp",
+                    "prefix_length": 2,
+                    "clip_length": 2,
+                    "layers": 1,
+                    "heads": 2,
+                    "dropout": 0.0,
+                },
                 "gpt2": {"vocab_size": 320, "positions": 24, "width": 32, "layers": 2, "heads": 2, "dropout": 0.1},
                 "normalize_embedding": False,
                 "dtype": "float32",
@@ -97,7 +104,9 @@ def get_config(variant: str = "embeddings") -> ConfigDict:
                 "epochs": 3.0,
                 "batch_size": 8,
                 "trainable": ("clip", "mapper", "gpt2") if pixels else ("mapper", "gpt2"),
+                "pretrained": {"clip": "", "gpt2": ""},
                 "init_from": "",
+                "targets": "all",
                 "label_smoothing": 0.1,
                 "log_every": 1,
             },
@@ -105,7 +114,7 @@ def get_config(variant: str = "embeddings") -> ConfigDict:
                 "every": 6,
                 "images": 4,
                 "batch_size": 4,
-                "decode": {"beam_size": 1, "max_tokens": 16, "length_penalty": 1.0},
+                "decode": {"beam_size": 1, "max_tokens": 16, "length_penalty": 1.0, "stop": ""},
             },
             "checkpoint": {"every": 4, "keep": 10},
         }
