@@ -1,6 +1,7 @@
 """The `clipcap` command, and what the two scripts share with it."""
 
 import argparse
+import contextlib
 import csv
 import dataclasses
 import glob
@@ -65,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
 
     caption = commands.add_parser("caption", help="caption picture files, folders of them, or a matrix of embeddings")
     caption.set_defaults(run=_caption)
-    caption.add_argument("checkpoint", help="the folder of a run, which train.py wrote to")
+    caption.add_argument("checkpoint", help="the folder of a run, which train.py wrote to, or the original's .pt file")
     caption.add_argument("inputs", nargs="+", help="pictures, folders (with all below them), globs, or one .npy matrix")
     caption.add_argument("--output", type=Path, help="write to this .jsonl or .csv file instead of the screen")
     caption.add_argument("--which", default="best", help='"best", "latest" or a step [best]')
@@ -74,6 +75,30 @@ def _parser() -> argparse.ArgumentParser:
     )
     caption.add_argument("--batch-size", type=_positive, default=64, help="pictures per step, over all devices [64]")
     caption.add_argument("--workers", type=_positive, default=4, help="threads that decode pictures [4]")
+
+    _add_original_options(caption)
+
+    convert = commands.add_parser("convert", help="weights and embeddings of the original ClipCap, in and out")
+    directions = convert.add_subparsers(required=True, metavar="DIRECTION")
+    incoming = directions.add_parser("from-original", help="a checkpoint of the original to a run's folder")
+    incoming.set_defaults(run=_convert_from_original)
+    incoming.add_argument("file", type=Path, help="the original's .pt file")
+    incoming.add_argument("run_folder", type=Path, help="the folder to write, for clipcap caption and train.init_from")
+    _add_original_options(incoming)
+    outgoing = directions.add_parser("to-original", help="a run to a .pt file that the original's code loads")
+    outgoing.set_defaults(run=_convert_to_original)
+    outgoing.add_argument("file", type=Path, help="the .pt file to write")
+    language_model = directions.add_parser("to-gpt2", help="a run's GPT-2 to a folder that transformers loads")
+    language_model.set_defaults(run=_convert_to_gpt2)
+    language_model.add_argument("folder", type=Path, help="the folder to write")
+    for command in (outgoing, language_model):
+        command.add_argument("run_folder", type=Path, help="the folder of a run")
+        command.add_argument("--which", default="best", help='"best", "latest" or a step [best]')
+    pickled = directions.add_parser("embeddings", help="the original's embedding file to what prepare records reads")
+    pickled.set_defaults(run=_convert_embeddings)
+    pickled.add_argument("file", type=Path, help="the original's .pkl file")
+    pickled.add_argument("--embeddings", type=Path, required=True, help="the .npy file to write")
+    pickled.add_argument("--captions", type=Path, required=True, help="the .jsonl file to write")
 
     prepare = commands.add_parser("prepare", help="prepare a data set for training")
     kinds = prepare.add_subparsers(required=True, metavar="DATASET")
@@ -93,6 +118,104 @@ def _parser() -> argparse.ArgumentParser:
     for command in (shapes, records):
         command.add_argument("--data-dir", default="data", help="where prepared data sets lie [data]")
     return parser
+
+
+def _add_original_options(command: argparse.ArgumentParser) -> None:
+    options = command.add_argument_group("what a .pt file of the original does not say about itself")
+    options.add_argument(
+        "--published",
+        help="one of the checkpoints that the original's README links to: coco-mlp, conceptual-mlp, coco-transformer",
+    )
+    options.add_argument(
+        "--clip",
+        help="weights of the tower it was trained with: a file, a folder or a name on the Hugging Face hub; "
+        '"none": it will caption embeddings [as published]',
+    )
+    options.add_argument("--normalize", action="store_true", help="it was trained with --normalize_prefix")
+    options.add_argument("--tokenizer", help="a folder or a name on the Hugging Face hub [gpt2]")
+    options.add_argument("--mapper-heads", type=_positive, help="of a transformer mapper [8]")
+    options.add_argument("--gpt2-heads", type=_positive, help="of its GPT-2 [the width over 64]")
+    options.add_argument("--clip-heads", type=_positive, help="of the tower [as its config says, or the width over 64]")
+
+
+_ORIGINAL_OPTIONS = ("published", "clip", "normalize", "tokenizer", "mapper_heads", "gpt2_heads", "clip_heads")
+
+
+def _load_original(file: Path, arguments: argparse.Namespace) -> tuple[Any, Any]:
+    """Metadata and parameters of the original's file."""
+    from clipcap_jax.convert.assemble import GPT2, PUBLISHED, Published, from_original
+
+    if arguments.published:
+        if arguments.published not in PUBLISHED:
+            raise UserError(f"--published {arguments.published} is none of {', '.join(PUBLISHED)}")
+        if arguments.normalize:
+            raise UserError("--normalize is known of published checkpoints: leave it out")
+        published = PUBLISHED[arguments.published]
+    elif arguments.clip:
+        published = Published("", "", arguments.normalize)
+    else:
+        raise UserError(
+            f"{file} does not say which CLIP it was trained with: give --published (coco-mlp, conceptual-mlp or "
+            "coco-transformer) or --clip"
+        )
+    if arguments.clip:
+        published = dataclasses.replace(published, clip="" if arguments.clip == "none" else arguments.clip)
+    return from_original(
+        file,
+        published,
+        arguments.tokenizer or GPT2,
+        mapper_heads=arguments.mapper_heads or 8,
+        gpt2_heads=arguments.gpt2_heads,
+        clip_heads=arguments.clip_heads,
+    )
+
+
+def _convert_from_original(arguments: argparse.Namespace) -> None:
+    from clipcap_jax import checkpoint
+
+    if arguments.run_folder.exists():
+        raise UserError(f"{arguments.run_folder} is there already: name another folder")
+    metadata, params = _load_original(arguments.file, arguments)
+    with contextlib.closing(checkpoint.Checkpoints(arguments.run_folder, keep=1)) as checkpoints:
+        checkpoints.save_weights(params, metadata)
+    Console().print(f"{arguments.file} is now in {arguments.run_folder}", highlight=False, soft_wrap=True)
+
+
+def _load_run(arguments: argparse.Namespace) -> tuple[Any, Any]:
+    """Metadata and parameters of a run."""
+    from clipcap_jax import checkpoint
+
+    with checkpoint.opened(arguments.run_folder) as checkpoints:
+        step = checkpoints.find(arguments.which)
+        return checkpoints.metadata(step), checkpoints.params(step)
+
+
+def _convert_to_original(arguments: argparse.Namespace) -> None:
+    from clipcap_jax.convert.original import save_original
+
+    metadata, params = _load_run(arguments)
+    save_original(metadata.config.model, params, arguments.file)
+    Console().print(f"{arguments.run_folder} is now in {arguments.file}", highlight=False, soft_wrap=True)
+
+
+def _convert_to_gpt2(arguments: argparse.Namespace) -> None:
+    from clipcap_jax.convert.gpt2 import save_gpt2
+
+    metadata, params = _load_run(arguments)
+    save_gpt2(metadata.config.model.gpt2, params["gpt2"], metadata.tokenizer, arguments.folder)
+    Console().print(f"GPT-2 and its tokenizer are now in {arguments.folder}", highlight=False, soft_wrap=True)
+
+
+def _convert_embeddings(arguments: argparse.Namespace) -> None:
+    from clipcap_jax.convert.embeddings import convert_pickle
+
+    pictures, captions = convert_pickle(arguments.file, arguments.embeddings, arguments.captions)
+    Console().print(
+        f"{pictures} pictures with {captions} captions. Next: clipcap prepare records --name NAME "
+        f"--embeddings {arguments.embeddings} --captions {arguments.captions} --encoder NAME",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def _positive(text: str) -> int:
@@ -157,7 +280,13 @@ def _caption(arguments: argparse.Namespace) -> None:
         raise UserError("give either pictures or one .npy matrix of embeddings, not both")
     console = Console(stderr=True)
     paths = [] if matrices else find_pictures(arguments.inputs)
-    captioner = Captioner.load(arguments.checkpoint, arguments.which)
+    if Path(arguments.checkpoint).is_file():
+        captioner = Captioner(*_load_original(Path(arguments.checkpoint), arguments), step=0)
+    else:
+        if given := [name for name in _ORIGINAL_OPTIONS if getattr(arguments, name)]:
+            names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+            raise UserError(f"{names}: for the original's .pt files alone, and {arguments.checkpoint} is none")
+        captioner = Captioner.load(arguments.checkpoint, arguments.which)
     if arguments.beam_size:
         captioner = captioner.with_decode(dataclasses.replace(captioner.decode, beam_size=arguments.beam_size))
 

@@ -1,4 +1,5 @@
 import csv
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -119,7 +120,7 @@ def test_a_matrix_of_embeddings(
     rows = [json.loads(line) for line in output.read_text().splitlines()]
     assert [row["image"] for row in rows] == [str(row) for row in range(PICTURES)]
     captioner = Captioner.load(embeddings_run)
-    search = captioner.with_decode(type(captioner.decode)(beam_size=2, max_tokens=16, length_penalty=1.0))
+    search = captioner.with_decode(dataclasses.replace(captioner.decode, beam_size=2))
     assert [row["caption"] for row in rows] == [caption.text for caption in search.caption(np.load(source.embeddings))]
     assert "28 captions, 0 pictures skipped" in capsys.readouterr().err
 
