@@ -18,7 +18,9 @@ BIN = $(VENV)/bin
 demo: export GLIBC_TUNABLES = glibc.malloc.hugetlb=1
 demo: $(VENV)/installed
 	$(BIN)/python train.py
-	$(BIN)/python evaluate.py
+	# The latest: the best by CIDEr may be an earlier one, as each scene has captions of several wordings, and which of them
+	# is written weighs more there than a wrong colour.
+	$(BIN)/python evaluate.py --checkpoint=latest
 
 test: $(VENV)/installed-$(EXTRAS)
 	$(BIN)/ruff check

@@ -43,10 +43,10 @@ def get_config() -> ConfigDict:
         log_every=50,
     )
     config.evaluate = dict(
-        every=750,
-        images=500,
+        every=1100,
+        images=200,
         batch_size=100,
         decode=dict(beam_size=5, max_tokens=24, length_penalty=1.0, stop=""),
     )
-    config.checkpoint = dict(every=750, keep=1)
+    config.checkpoint = dict(every=1100, keep=1)
     return config
