@@ -16,10 +16,10 @@ BIN = $(VENV)/bin
 
 # On CPUs, XLA takes the memory of every step anew: huge pages save the kernel most of that work.
 demo: export GLIBC_TUNABLES = glibc.malloc.hugetlb=1
+# It scores the latest checkpoint: the best by CIDEr may be an earlier one, as each scene has captions of several
+# wordings, and which of them is written weighs more there than a wrong colour.
 demo: $(VENV)/installed
 	$(BIN)/python train.py
-	# The latest: the best by CIDEr may be an earlier one, as each scene has captions of several wordings, and which of them
-	# is written weighs more there than a wrong colour.
 	$(BIN)/python evaluate.py --checkpoint=latest
 
 test: $(VENV)/installed-$(EXTRAS)
