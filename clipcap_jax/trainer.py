@@ -105,6 +105,7 @@ def train(config: Config, run: Path, console: Console) -> None:
       UserError: for anything the user can mend, such as a missing data set or a loss that is not finite.
     """
     parallel.check_batch_size(config.train.batch_size, "config.train.batch_size")
+    open_split(config.data.name, "train", config.data.data_dir)  # before the run's folder is made: it may not be there
     with contextlib.closing(Checkpoints(run, keep=config.checkpoint.keep)) as checkpoints:
         _Run(config, run, checkpoints, console).train()
 

@@ -3,8 +3,12 @@
 
 from ml_collections import ConfigDict
 
+from clipcap_jax.errors import UserError
+
 
 def get_config(variant: str = "embeddings") -> ConfigDict:
+    if variant not in ("embeddings", "pixels"):
+        raise UserError(f"configs/flickr8k.py has no variant {variant!r}: it can be embeddings or pixels")
     config = ConfigDict()
     config.data = dict(
         name="records/flickr8k",
@@ -34,7 +38,7 @@ def get_config(variant: str = "embeddings") -> ConfigDict:
     )
     config.train = dict(
         seed=0,
-        epochs=14.0,
+        epochs=10.0,
         batch_size=32,
         trainable=("mapper", "gpt2"),
         pretrained=dict(clip="", gpt2=""),

@@ -203,3 +203,8 @@ def test_presets_by_name() -> None:
 def test_a_tower_is_the_one_whose_fields_are_given() -> None:
     assert changed(PIXELS, {"model.clip": RESNET}).model.clip == ClipResnetConfig(64, 8, (1, 1, 1, 1), 4, 16)
     assert isinstance(changed(PIXELS, {}).model.clip, ClipVitConfig)
+
+
+def test_a_misspelt_variant() -> None:
+    with pytest.raises(Exception, match="has no variant 'pixel': it can be embeddings or pixels"):
+        load("--config=configs/flickr8k.py:pixel")

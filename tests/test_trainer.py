@@ -529,6 +529,12 @@ def test_a_base_of_another_architecture(unstopped: Path, data_dir: Path, tmp_pat
         train(tmp_path, settings(data_dir, {"train.init_from": "/nowhere"}))
 
 
+def test_a_data_set_that_is_not_there_leaves_no_folder(data_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="'records/nothing' is not prepared"):
+        train(tmp_path / "run", settings(data_dir, {"data.name": "records/nothing"}))
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_batch_that_does_not_divide(data_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"config.train.batch_size is 6: it has to be a multiple of the 4 devices"):
         train(tmp_path, settings(data_dir, {"train.batch_size": 6}))

@@ -27,10 +27,14 @@ _PROTOCOL = 1001
 _STORAGES = {"HalfStorage": "<f2", "FloatStorage": "<f4", "DoubleStorage": "<f8"}
 
 
+class _Refused(Exception):
+    """The pickle is whole, but not one of embeddings and captions."""
+
+
 def _encode(text: str, encoding: str) -> bytes:
     """`_codecs.encode`, as which pickles of protocol 2 hold bytes."""
     if encoding != "latin1":
-        raise pickle.UnpicklingError(f"bytes in it are written as {encoding!r}")
+        raise _Refused(f"bytes in it are written as {encoding!r}")
     return text.encode(encoding)
 
 
@@ -47,7 +51,7 @@ class _Unpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in self._names:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which an embedding file has no need of")
+            raise _Refused(f"it asks for {module}.{name}, which an embedding file has no need of")
         return self._names[module, name]
 
     def persistent_load(self, pid: Any) -> Any:
@@ -63,11 +67,11 @@ def _load_storage(data: bytes) -> np.ndarray:
         return _Unpickler(file, storages).load()
 
     if load() != _MAGIC or load() != _PROTOCOL:
-        raise pickle.UnpicklingError("a tensor in it is not as torch writes it")
+        raise _Refused("a tensor in it is not as torch writes it")
     load()  # the writer's byte order and sizes of integers; the data is little-endian everywhere
     kind, dtype, key, *_ = load()
     if kind != "storage" or dtype not in _STORAGES.values() or load() != [key]:
-        raise pickle.UnpicklingError("a tensor in it is not one storage of floating-point numbers")
+        raise _Refused("a tensor in it is not one storage of floating-point numbers")
     (count,) = struct.unpack("<q", file.read(8))
     return np.frombuffer(file.read(), dtype, count)
 
@@ -77,7 +81,7 @@ def _rebuild_tensor(storage: np.ndarray, offset: int, size: tuple[int, ...], str
     count = int(np.prod(size))
     contiguous = tuple(int(np.prod(size[i + 1 :])) for i in range(len(size)))
     if tuple(stride) != contiguous or not 0 <= offset <= len(storage) - count:
-        raise pickle.UnpicklingError("a tensor in it does not lie in one piece of its storage")
+        raise _Refused("a tensor in it does not lie in one piece of its storage")
     return storage[offset : offset + count].reshape(size)
 
 
@@ -103,7 +107,7 @@ def read_pickle(path: Path) -> tuple[np.ndarray, list[dict[str, Any]]]:
             stored = _Unpickler(file, _NAMES).load()
     except FileNotFoundError as error:
         raise UserError(f"there is no file {path}") from error
-    except pickle.UnpicklingError as error:
+    except _Refused as error:
         raise UserError(f"{path} was not loaded: {error}") from error
     except Exception as error:  # pickle names what broken data may raise only by example
         raise UserError(f"{path} is not a whole pickle: {error!r}. Copy it again.") from error

@@ -88,14 +88,14 @@ def _read_safetensors(path: Path) -> Arrays:
 
 
 def _read_torch(path: Path) -> Arrays:
+    data = path.read_bytes()
+    if not data.startswith((b"PK\x03\x04", b"\x80")):
+        raise UserError(f"{path} is not a file of PyTorch: it starts with {data[:16]!r}. Download it again.")
     try:
         import torch
     except ImportError as error:
         raise UserError(f'{path} is a file of PyTorch: pip install "clipcap_jax[torch]" to read it') from error
 
-    data = path.read_bytes()
-    if not data.startswith((b"PK\x03\x04", b"\x80")):
-        raise UserError(f"{path} is not a file of PyTorch: it starts with {data[:16]!r}. Download it again.")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of pickles unlike torch's own, which then turn out broken or refused

@@ -102,14 +102,7 @@ class ClipResnet(nn.Module):
 
     @nn.compact
     def __call__(self, pixels: jax.Array) -> jax.Array:
-        """Embed images.
-
-        Args:
-          pixels: float `B H W 3`, normalised, H and W equal to `config.image_size`.
-
-        Returns:
-          float32 `B E`, not normalised.
-        """
+        """Normalised pixels, float `B H W 3`, to embeddings, float32 `B E`: as `ClipVit`."""
         config = self.config
         conv = functools.partial(nn.Conv, kernel_size=(3, 3), padding=1, dtype=self.dtype, kernel_init=_KERNEL_INIT)
         x = pixels.astype(self.dtype)

@@ -125,10 +125,10 @@ def test_one_command_captions_pictures(
     assert run(monkeypatch, "caption", folder, *pictures, "--output", output) == 0
     assert [json.loads(line) for line in output.read_text().splitlines()] == direct
 
-    assert run(monkeypatch, "convert", "to-original", tmp_path / "again.pt", folder) == 0
+    assert run(monkeypatch, "convert", "to-original", folder, tmp_path / "again.pt") == 0
     assert run(monkeypatch, "caption", tmp_path / "again.pt", *pictures, "--output", output, *options) == 0
     assert [json.loads(line) for line in output.read_text().splitlines()] == direct
-    assert run(monkeypatch, "convert", "to-gpt2", tmp_path / "gpt2", folder) == 0
+    assert run(monkeypatch, "convert", "to-gpt2", folder, tmp_path / "gpt2") == 0
     names = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
     assert {path.name for path in (tmp_path / "gpt2").iterdir()} == names
     assert "Error" not in capsys.readouterr().err

@@ -186,7 +186,7 @@ def test_a_torchscript_archive_that_was_published(torch: Any, tmp_path: Path, mo
 
 def test_without_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
-    (tmp_path / "model.pt").write_bytes(b"anything")
+    (tmp_path / "model.pt").write_bytes(b"\x80\x02.")
     with pytest.raises(UserError, match=r'is a file of PyTorch: pip install "clipcap_jax\[torch\]"'):
         files.read(tmp_path / "model.pt")
 
