@@ -190,7 +190,7 @@ def test_the_published_checkpoints() -> None:
 
 
 def test_training_does_not_go_on_in_converted_weights(
-    original: Original, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    original: Original, tokenizer: Path, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import_torch()
     from rich.console import Console
@@ -203,7 +203,7 @@ def test_training_does_not_go_on_in_converted_weights(
     path = save(original.state, tmp_path / "model.pt")
     assert run(monkeypatch, "convert", "from-original", path, tmp_path / "run", *options) == 0
     with pytest.raises(UserError, match="holds converted weights, not a run: give another --workdir"):
-        trainer.train(make_config(tmp_path), tmp_path / "run", Console(quiet=True))
+        trainer.train(make_config(data_dir), tmp_path / "run", Console(quiet=True))
 
 
 def test_a_hostile_file_leaves_nothing(
