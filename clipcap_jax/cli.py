@@ -143,7 +143,8 @@ _ORIGINAL_OPTIONS = ("published", "clip", "normalize", "tokenizer", "mapper_head
 
 def _load_original(file: Path, arguments: argparse.Namespace) -> tuple[Any, Any]:
     """Metadata and parameters of the original's file."""
-    from clipcap_jax.convert.assemble import GPT2, PUBLISHED, Published, from_original
+    from clipcap_jax.convert import gpt2, original
+    from clipcap_jax.convert.assemble import PUBLISHED, Published, from_original
 
     if arguments.published:
         if arguments.published not in PUBLISHED:
@@ -163,8 +164,8 @@ def _load_original(file: Path, arguments: argparse.Namespace) -> tuple[Any, Any]
     return from_original(
         file,
         published,
-        arguments.tokenizer or GPT2,
-        mapper_heads=arguments.mapper_heads or 8,
+        arguments.tokenizer or gpt2.OPENAI,
+        mapper_heads=arguments.mapper_heads or original.HEADS,
         gpt2_heads=arguments.gpt2_heads,
         clip_heads=arguments.clip_heads,
     )

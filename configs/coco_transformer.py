@@ -6,8 +6,7 @@ Reads stored CLIP embeddings, prepared as "records/coco".
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-# OpenAI's weights and tokenizer, at the hub's commit of February 2024.
-GPT2 = "openai-community/gpt2@607a30d783dfa663caf39e06633721c8d4cfcd7e"
+from clipcap_jax.convert.gpt2 import OPENAI
 
 
 def get_config() -> ConfigDict:
@@ -20,7 +19,7 @@ def get_config() -> ConfigDict:
         pool_batches=50,
         workers=4,
     )
-    config.tokenizer = dict(source=GPT2)
+    config.tokenizer = dict(source=OPENAI)
     config.model = dict(
         clip=placeholder(str),  # or the name of a tower, for data.input="image"
         mapper=dict(kind="transformer", prefix_length=10, clip_length=10, layers=8, heads=8, dropout=0.0),
@@ -43,7 +42,7 @@ def get_config() -> ConfigDict:
         epochs=10.0,
         batch_size=40,
         trainable=("mapper",),
-        pretrained=dict(clip="", gpt2=GPT2),
+        pretrained=dict(clip="", gpt2=OPENAI),
         init_from="",
         targets="all",
         label_smoothing=0.0,

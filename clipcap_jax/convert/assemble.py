@@ -15,7 +15,7 @@ from clipcap_jax.config import (
     TrainConfig,
 )
 from clipcap_jax.convert.clip import load_clip
-from clipcap_jax.convert.original import load_original
+from clipcap_jax.convert.original import HEADS, load_original
 from clipcap_jax.decode import DecodeConfig
 from clipcap_jax.errors import UserError
 from clipcap_jax.optim import OptimizerConfig
@@ -37,8 +37,6 @@ class Published:
     normalize_embedding: bool
 
 
-GPT2 = "openai-community/gpt2@607a30d783dfa663caf39e06633721c8d4cfcd7e"  # its tokenizer, on the hub
-
 _VIT_B_32 = Published("timm/vit_base_patch32_clip_224.openai", "ViT-B/32", normalize_embedding=False)
 _RN50X4 = Published("timm/resnet50x4_clip.openai", "RN50x4", normalize_embedding=True)
 
@@ -51,7 +49,7 @@ def from_original(
     published: Published,
     tokenizer: str,
     *,
-    mapper_heads: int = 8,
+    mapper_heads: int = HEADS,
     gpt2_heads: int | None = None,
     clip_heads: int | None = None,
 ) -> tuple[Metadata, Any]:

@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from clipcap_jax.convert import files
 from clipcap_jax.errors import UserError
 
 # torch.serialization, `_legacy_save`: four pickles and the list of keys, then each storage's length and elements.
@@ -154,19 +155,10 @@ def convert_pickle(path: Path, embeddings: Path, captions: Path) -> tuple[int, i
     if embeddings.suffix != ".npy":
         raise UserError(f"{embeddings}: the name has to end in .npy")
     matrix, pictures = read_pickle(path)
-    # First beside them, so that there is never half a file of that name.
-    partial = [output.with_name(output.name + ".partial") for output in (embeddings, captions)]
-    try:
-        with partial[0].open("wb") as file:
+    with files.whole(embeddings) as partial:
+        with partial.open("wb") as file:
             np.save(file, matrix[[picture["embedding_row"] for picture in pictures]])
-        with partial[1].open("w", encoding="utf-8") as lines:
+        with files.whole(captions) as partial_captions, partial_captions.open("w", encoding="utf-8") as lines:
             for row, picture in enumerate(pictures):
                 lines.write(json.dumps({**picture, "embedding_row": row}, ensure_ascii=False) + "\n")
-        for written, output in zip(partial, (embeddings, captions), strict=True):
-            written.rename(output)
-    except OSError as error:
-        raise UserError(f"{embeddings} and {captions} cannot be written: {error}") from error
-    finally:
-        for written in partial:
-            written.unlink(missing_ok=True)
     return len(pictures), sum(len(picture["captions"]) for picture in pictures)

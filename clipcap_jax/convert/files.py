@@ -6,8 +6,10 @@ import io
 import json
 import pickle
 import re
+import shutil
 import warnings
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -221,3 +223,25 @@ def commit(path: Path) -> str:
 def pinned(source: str, path: Path) -> str:
     """A source with the revision that was found for it, so that the same weights can be had again."""
     return f"{source.partition('@')[0]}@{found}" if (found := commit(path)) else source
+
+
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A place beside `path` to write a file or a folder to, which is `path` in the end, or, if that fails, nothing.
+
+    Raises:
+      UserError: it cannot be written.
+    """
+    from safetensors import SafetensorError
+
+    partial = path.with_name(path.name + ".partial")
+    try:
+        yield partial
+        partial.rename(path)
+    except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError as torch wraps them
+        raise UserError(f"{path} cannot be written: {error}") from error
+    finally:
+        if partial.is_dir():
+            shutil.rmtree(partial)
+        elif partial.exists():
+            partial.unlink()

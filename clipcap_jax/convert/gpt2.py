@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,9 @@ from clipcap_jax.models.gpt2 import Gpt2, Gpt2Config
 from clipcap_jax.tokenizer import Tokenizer
 
 _HEAD_WIDTH = 64  # in every GPT-2 that OpenAI published
+
+# OpenAI's weights and tokenizer of 124M parameters, at a commit of the hub.
+OPENAI = "openai-community/gpt2@607a30d783dfa663caf39e06633721c8d4cfcd7e"
 
 FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
@@ -116,27 +118,10 @@ def save_gpt2(config: Gpt2Config, params: Any, tokenizer: Tokenizer, folder: Pat
     Raises:
       UserError: the folder is there already, or cannot be written.
     """
-    from safetensors import SafetensorError
+    from safetensors.numpy import save_file
 
     if folder.exists():
         raise UserError(f"{folder} is there already: name another folder")
-    # First beside it, so that whatever happens there is no half folder of that name.
-    partial = folder.with_name(folder.name + ".partial")
-    try:
-        partial.mkdir(parents=True)
-        _save_gpt2(config, params, tokenizer, partial)
-        partial.rename(folder)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{folder} cannot be written: {error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _save_gpt2(config: Gpt2Config, params: Any, tokenizer: Tokenizer, folder: Path) -> None:
-    from safetensors.numpy import save_file
-
-    # Without its prefix, as on the hub; the tied output layer is not stored twice.
-    save_file(store(TABLE, params), folder / "model.safetensors", metadata={"format": "pt"})
     sizes = {
         "model_type": "gpt2",
         "architectures": ["GPT2LMHeadModel"],
@@ -154,8 +139,12 @@ def _save_gpt2(config: Gpt2Config, params: Any, tokenizer: Tokenizer, folder: Pa
         "eos_token_id": tokenizer.end_id,
         "tie_word_embeddings": True,
     }
-    (folder / "config.json").write_text(json.dumps(sizes, indent=2) + "\n")
-    stored = tokenizer.to_dict()
-    (folder / "tokenizer.json").write_text(stored["tokenizer_json"], encoding="utf-8")
-    special = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": stored["end_token"]}
-    (folder / "tokenizer_config.json").write_text(json.dumps(special, indent=2) + "\n")
+    with files.whole(folder) as partial:
+        partial.mkdir(parents=True)
+        # Without its prefix, as on the hub; the tied output layer is not stored twice.
+        save_file(store(TABLE, params), partial / "model.safetensors", metadata={"format": "pt"})
+        (partial / "config.json").write_text(json.dumps(sizes, indent=2) + "\n")
+        stored = tokenizer.to_dict()
+        special = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": stored["end_token"]}
+        (partial / "tokenizer.json").write_text(stored["tokenizer_json"], encoding="utf-8")
+        (partial / "tokenizer_config.json").write_text(json.dumps(special, indent=2) + "\n")

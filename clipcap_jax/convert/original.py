@@ -14,7 +14,7 @@ from clipcap_jax.errors import UserError
 from clipcap_jax.models.clipcap import ClipCapConfig
 from clipcap_jax.models.mapper import MAPPERS, MapperConfig
 
-_HEADS = 8  # of the original's transformer mapper, in its `TransformerMapper`
+HEADS = 8  # of the original's transformer mapper, in its `TransformerMapper`
 
 _MLP: Table = {**linear("in", "model.0"), **linear("out", "model.2")}
 
@@ -37,7 +37,7 @@ TABLES = {"mlp": _MLP, "transformer": _TRANSFORMER}
 
 
 def load_original(
-    path: Path, *, normalize_embedding: bool, mapper_heads: int = _HEADS, gpt2_heads: int | None = None
+    path: Path, *, normalize_embedding: bool, mapper_heads: int = HEADS, gpt2_heads: int | None = None
 ) -> tuple[ClipCapConfig, int, Any]:
     """A checkpoint of the original.
 
@@ -126,7 +126,7 @@ def mapper_from_arrays(arrays: Arrays, width: int, heads: int, source: str) -> t
 
 
 def save_original(config: ClipCapConfig, params: Any, path: Path) -> None:
-    """Write a checkpoint that the original's code loads with `model.load_state_dict(torch.load(path))`.
+    """Write a checkpoint in the layout of the original's own.
 
     The transformers 4.10 that it pins keeps GPT-2's causal masks among the weights, so they are written too; newer ones
     do not, and take the file with `strict=False`.
@@ -134,9 +134,9 @@ def save_original(config: ClipCapConfig, params: Any, path: Path) -> None:
     Raises:
       UserError: torch is not installed, the file cannot be written, or the original has no such mapper.
     """
-    if config.mapper.kind == "transformer" and config.mapper.heads != _HEADS:
+    if config.mapper.kind == "transformer" and config.mapper.heads != HEADS:
         raise UserError(
-            f"the mapper has {config.mapper.heads} heads; the original's has {_HEADS}, and would compute something else"
+            f"the mapper has {config.mapper.heads} heads; the original's has {HEADS}, and would compute something else"
         )
     try:
         import torch
@@ -148,18 +148,11 @@ def save_original(config: ClipCapConfig, params: Any, path: Path) -> None:
     }
     language_model = store(gpt2.TABLE, params["gpt2"])
     arrays |= {f"gpt.transformer.{name}": array for name, array in language_model.items()}
-    arrays["gpt.lm_head.weight"] = arrays["gpt.transformer.wte.weight"]
     for layer in range(config.gpt2.layers):
         mask = np.tril(np.ones((config.gpt2.positions, config.gpt2.positions), np.uint8))[None, None]
         arrays[f"gpt.transformer.h.{layer}.attn.bias"] = mask
         arrays[f"gpt.transformer.h.{layer}.attn.masked_bias"] = np.array(-1e4, np.float32)
     state = {name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}
     state["gpt.lm_head.weight"] = state["gpt.transformer.wte.weight"]  # tied: stored once
-    # First beside it, so that a full disk leaves no half file of that name.
-    partial = path.with_name(path.name + ".partial")
-    try:
+    with files.whole(path) as partial:
         torch.save(state, partial)
-        partial.rename(path)
-    except (OSError, RuntimeError) as error:
-        partial.unlink(missing_ok=True)
-        raise UserError(f"{path} cannot be written: {error}") from error

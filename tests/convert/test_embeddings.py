@@ -1,6 +1,5 @@
 import io
 import json
-import os
 import pickle
 import struct
 from collections import OrderedDict
@@ -9,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hostile import Evil
 
 from clipcap_jax.convert import embeddings
 from clipcap_jax.datasets import RecordsSource, open_split, prepare_records
@@ -143,14 +143,6 @@ def test_the_way_to_a_data_set(write: Any, tmp_path: Path) -> None:
         example = examples[str(picture["image_id"])]
         assert list(example.captions) == picture["captions"]
         np.testing.assert_array_equal(example.embedding, MATRIX[picture["embedding_row"]].astype(np.float16))
-
-
-class Evil:
-    def __init__(self, mark: Path):
-        self.mark = mark
-
-    def __reduce__(self) -> Any:
-        return os.mkdir, (str(self.mark),)
 
 
 def test_code_does_not_run_wherever_it_stands(write: Any, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hostile import Evil
 from safetensors.numpy import save_file
 
 from clipcap_jax.convert import files
@@ -89,16 +90,6 @@ def test_a_state_dict_of_torch(torch: Any, tmp_path: Path, new_format: bool) -> 
     state = {name: torch.from_numpy(array) for name, array in ARRAYS.items()} | {"steps": torch.tensor(7)}
     torch.save(state, tmp_path / "model.pt", _use_new_zipfile_serialization=new_format)
     assert_same(files.read(tmp_path / "model.pt"), {**ARRAYS, "steps": np.array(7)})
-
-
-class Evil:
-    """Unpickled carelessly, it makes a file."""
-
-    def __init__(self, mark: Path):
-        self.mark = mark
-
-    def __reduce__(self) -> Any:
-        return os.mkdir, (str(self.mark),)
 
 
 def test_code_in_a_torch_file_does_not_run(torch: Any, tmp_path: Path) -> None:
