@@ -85,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     incoming.add_argument("file", type=Path, help="the original's .pt file")
     incoming.add_argument("run_folder", type=Path, help="the folder to write, for clipcap caption and train.init_from")
     _add_original_options(incoming)
-    outgoing = directions.add_parser("to-original", help="a run to a .pt file that the original's code loads")
+    outgoing = directions.add_parser("to-original", help="a run to a .pt file in the layout of the original's")
     outgoing.set_defaults(run=_convert_to_original)
     language_model = directions.add_parser("to-gpt2", help="a run's GPT-2 to a folder that transformers loads")
     language_model.set_defaults(run=_convert_to_gpt2)
