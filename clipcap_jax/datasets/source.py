@@ -1,0 +1,201 @@
+"""What a data set is prepared from: a `Source`, made of parts, each of which gives the examples of one shard.
+
+A reader (`records`, `coco`, ...) finds out what there is and returns a source; `prepare.prepare` does the rest. Parts are
+sent to the processes that write them, so they say where pictures lie rather than hold them.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from tensorflow_datasets.core import hashing
+
+from clipcap_jax import images
+from clipcap_jax.datasets.schema import Example
+from clipcap_jax.errors import UserError
+
+# Examples in a shard. Few enough that a restart loses little, many enough that millions do not make too many files.
+PICTURES_PER_SHARD = 1000
+EMBEDDINGS_PER_SHARD = 10_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """Why something in the user's files was skipped."""
+
+    where: str  # file and line: "captions.jsonl:17"
+    reason: str  # its kind, by which the summary counts: "image missing"
+    detail: str
+    count: int = 1  # of what was skipped
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.reason}: {self.detail}"
+
+
+@dataclasses.dataclass(slots=True)
+class Record:
+    """A picture and its captions, as a file of the user's has them."""
+
+    where: str  # file and line it starts at
+    image: str  # file name
+    image_id: str
+    captions: list[str]
+    split: str  # "" where not given
+    embedding_row: int | None = None  # None where not given
+    domain: str = ""
+
+
+class Part(Protocol):
+    """What one shard holds: an iterable, in a fixed order, that can be pickled."""
+
+    @property
+    def split(self) -> str: ...
+
+    def __iter__(self) -> Iterator[Example | Problem]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """What is to be prepared.
+
+    Attributes:
+      name: the data set, as TFDS names it: "coco", or builder and config as in "records/mine".
+      origin: all that decides the content, as JSON values; what was prepared from another origin is not mixed with it.
+      parts: one for each shard; those of a split in the order that the split will have.
+      has_images: whether examples hold the encoded picture.
+      embedding_width: E, or None where examples hold no embedding.
+      encoder: what made the embeddings, such as "ViT-B/32"; None where that is not known.
+      problems: what was skipped so far.
+      records: how many there were, skipped ones included, by which the share of problems is told; None: as many as were
+        kept or skipped.
+      expected: reasons that do not count as problems, such as links of the web that are dead.
+      notes: what else the user should know.
+      description, homepage, citation: for TFDS's own metadata.
+      metadata: anything else to store, as JSON values.
+    """
+
+    name: str
+    origin: Mapping[str, Any]
+    parts: Sequence[Part]
+    has_images: bool
+    embedding_width: int | None = None
+    encoder: str | None = None
+    problems: Sequence[Problem] = ()
+    records: int | None = None
+    expected: Sequence[str] = ()
+    notes: Sequence[str] = ()
+    description: str = "Pictures with captions."
+    homepage: str = ""
+    citation: str = ""
+    metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pictures:
+    """A part made of records.
+
+    Attributes:
+      split: of all of them.
+      records: those of this shard.
+      folder: where their `image` is looked up; None: there are no pictures.
+      store_images: whether examples hold the pictures, or only say where they lie.
+      embeddings: a file that `open_embeddings` opens; None: there are none.
+      missing: the reason given for a picture that is not there.
+    """
+
+    split: str
+    records: Sequence[Record]
+    folder: Path | None
+    store_images: bool = True
+    embeddings: str | None = None
+    missing: str = "image missing"
+
+    def __iter__(self) -> Iterator[Example | Problem]:
+        matrix = None if self.embeddings is None else open_embeddings(self.embeddings)
+        for record in self.records:
+            embedding = None if matrix is None else matrix[record.embedding_row]
+            if embedding is not None and (fault := _embedding_fault(embedding)):
+                yield Problem(record.where, fault[0], f"row {record.embedding_row} {fault[1]}")
+                continue
+            image = None
+            if self.folder is not None:
+                image = read_picture(self.folder / record.image, record.where, self.missing)
+                if isinstance(image, Problem):
+                    yield image
+                    continue
+            yield Example(
+                image=image if self.store_images else None,
+                embedding=None if embedding is None else embedding.astype(np.float16),
+                image_path="" if self.folder is None else str(self.folder / record.image),
+                image_id=record.image_id,
+                captions=tuple(record.captions),
+                domain=record.domain,
+            )
+
+
+def pictures(records: Sequence[Record], folder: Path | None, **options: Any) -> list[Pictures]:
+    """Parts of records, as `Pictures`.
+
+    Their order is that of TFDS's own writer, by a hash of the image_id, so that any stretch of a split is a fair sample.
+    """
+    names = {record.split for record in records}
+    usual = [split for split in ("train", "val", "test") if split in names]
+    size = PICTURES_PER_SHARD if options.get("store_images", True) else EMBEDDINGS_PER_SHARD
+    parts = []
+    for split in usual + sorted(names.difference(usual)):
+        hasher = hashing.Hasher(split)
+        chosen = [record for record in records if record.split == split]
+        chosen.sort(key=lambda record: hasher.hash_key(record.image_id))
+        parts += [
+            Pictures(split, chosen[start : start + size], folder, **options) for start in range(0, len(chosen), size)
+        ]
+    return parts
+
+
+def read_picture(path: Path, where: str, missing: str = "image missing") -> bytes | Problem:
+    """The bytes of a picture file that can be decoded, or why there are none."""
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return Problem(where, missing, str(path))
+    except (OSError, ValueError) as error:  # a folder, no permission, no possible file name
+        return Problem(where, "image unreadable", str(error))
+    return broken_picture(data, where, str(path)) or data
+
+
+def broken_picture(data: bytes, where: str, name: str) -> Problem | None:
+    """What is wrong with the bytes of a picture, if anything is."""
+    try:
+        images.decode(data)
+    except UserError as error:
+        return Problem(where, "image broken", f"{name}: {error}")
+    return None
+
+
+def open_embeddings(path: str) -> np.ndarray:
+    """A `.npy` file's matrix: float, shape (rows, E), memory-mapped.
+
+    Raises:
+      UserError: there is no such file, or it holds something else.
+    """
+    try:
+        matrix = np.load(path, mmap_mode="r")
+    except FileNotFoundError:
+        raise UserError(f"The embeddings file {path} does not exist.") from None
+    except (ValueError, EOFError, OSError):  # NumPy's own words speak of pickles
+        raise UserError(f"{path} is not a matrix saved by numpy.save.") from None
+    if not isinstance(matrix, np.ndarray) or matrix.ndim != 2 or matrix.dtype.kind != "f":
+        raise UserError(f"{path} must hold one matrix of floating-point numbers (numpy.save), a row for each picture.")
+    return matrix
+
+
+def _embedding_fault(embedding: np.ndarray) -> tuple[str, str] | None:
+    if not np.isfinite(embedding).all():
+        return "embedding not finite", "holds NaN or infinity"
+    with np.errstate(over="ignore"):
+        stored = embedding.astype(np.float16)
+    if not np.isfinite(stored).all():
+        return "embedding too large", "exceeds float16's 65504"
+    return None if stored.any() else ("embedding all zero", "is 0 everywhere")
