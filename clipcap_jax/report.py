@@ -5,6 +5,7 @@ import dataclasses
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 from rich.table import Table
@@ -12,6 +13,9 @@ from rich.text import Text
 
 from clipcap_jax import images
 from clipcap_jax.errors import UserError
+
+if TYPE_CHECKING:  # they import this
+    from clipcap_jax.datasets import Example, Summary
 
 _LONGEST_SIDE = 320  # of an embedded picture, in pixels
 _DRAWING_SIDE = 128  # a picture no larger than this is kept exact and shown with hard pixel edges
@@ -41,11 +45,10 @@ class Row:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Card:
-    """A row as the template shows it; `picture` is a data URI, or None with `missing` saying why."""
+class _Picture:
+    """A picture as a data URI, or None with `missing` saying why."""
 
-    row: Row
-    picture: str | None
+    uri: str | None
     is_drawing: bool
     missing: str
 
@@ -79,18 +82,52 @@ def write_page(
     ranked = sorted(rows, key=lambda row: (-row.score, row.image_id))
     shown = min(shown, (len(ranked) + 1) // 2)
     best, worst = ranked[:shown], ranked[shown:][::-1][:shown]
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("clipcap_jax"), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
-    )
-    page = environment.get_template("page.html").render(
+    _write(
+        path,
+        "page.html",
         title=title,
         scores=scores,
         not_computed=not_computed,
         details=details,
         captioned=len(rows),
         unfinished=sum(not row.finished for row in rows),
-        sections={"Best": [_card(row) for row in best], "Worst": [_card(row) for row in worst]},
+        sections={
+            name: [(row, _picture(row.image, row.image_path, row.image_id)) for row in chosen]
+            for name, chosen in (("Best", best), ("Worst", worst))
+        },
     )
+
+
+def write_dataset_page(path: str | Path, summary: "Summary", samples: Mapping[str, Sequence["Example"]]) -> None:
+    """Writes what a data set holds, a histogram of its captions' lengths and samples, as one HTML file.
+
+    Args:
+      path: the file to write.
+      summary: of the data set.
+      samples: some examples of each split.
+
+    Raises:
+      OSError: the file cannot be written.
+    """
+    most = max(summary.words.values(), default=1)
+    lengths = range(min(summary.words), max(summary.words) + 1) if summary.words else ()
+    _write(
+        path,
+        "dataset.html",
+        summary=summary,
+        bars=[(words, summary.words.get(words, 0), summary.words.get(words, 0) / most) for words in lengths],
+        sections={
+            split: [(example, _picture(example.image, example.image_path, example.image_id)) for example in examples]
+            for split, examples in samples.items()
+        },
+    )
+
+
+def _write(path: str | Path, template: str, **content: Any) -> None:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("clipcap_jax"), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
+    )
+    page = environment.get_template(template).render(content)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8")
@@ -118,16 +155,15 @@ def captions_table(rows: Sequence[Row]) -> Table:
     return table
 
 
-def _card(row: Row) -> _Card:
-    if row.image is None and not row.image_path:
-        return _Card(row, None, False, "This data set holds no pictures.")
+def _picture(image: bytes | None, path: str, name: str) -> _Picture:
+    if image is None and not path:
+        return _Picture(None, False, "This data set holds no pictures.")
     try:
-        picture, is_drawing = _data_uri(Path(row.image_path).read_bytes() if row.image is None else row.image)
+        return _Picture(*_data_uri(Path(path).read_bytes() if image is None else image), "")
     except FileNotFoundError:
-        return _Card(row, None, False, f"There is no picture at {row.image_path}")
+        return _Picture(None, False, f"There is no picture at {path}")
     except (OSError, UserError) as error:
-        return _Card(row, None, False, f"{row.image_path or row.image_id}: {error}")
-    return _Card(row, picture, is_drawing, "")
+        return _Picture(None, False, f"{path or name}: {error}")
 
 
 def _data_uri(encoded: bytes) -> tuple[str, bool]:

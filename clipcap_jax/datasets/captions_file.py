@@ -24,23 +24,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from clipcap_jax.datasets.prepare import Problem
+from clipcap_jax.datasets.source import Problem, Record
 from clipcap_jax.errors import UserError
 
 _FIELDS = ("image", "image_id", "caption", "captions", "split", "embedding_row", "domain")
-
-
-@dataclasses.dataclass
-class Record:
-    """A picture and its captions, as the file has them."""
-
-    where: str  # file and line it starts at
-    image: str  # file name
-    image_id: str
-    captions: list[str]
-    split: str  # "" where not given
-    embedding_row: int | None  # None where not given
-    domain: str
 
 
 @dataclasses.dataclass

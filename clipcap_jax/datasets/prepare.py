@@ -1,30 +1,33 @@
-"""Writing a data set in the schema, and the summary of what was kept and skipped."""
+"""Preparing a data set: its shards are written in several processes, what was kept and skipped is told."""
 
+import concurrent.futures
 import dataclasses
 import json
+import multiprocessing
+import os
+import re
+import signal
+import threading
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tensorflow_datasets as tfds
 from rich.console import Group, RenderableType
+from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
+from clipcap_jax import report
 from clipcap_jax.datasets import schema
+from clipcap_jax.datasets.shards import VERSION, Shard, Writer
+from clipcap_jax.datasets.source import Problem, Source, first_problems
 from clipcap_jax.errors import UserError
 
-
-@dataclasses.dataclass(frozen=True)
-class Problem:
-    """Why something in the user's files was skipped."""
-
-    where: str  # file and line: "captions.jsonl:17"
-    reason: str  # its kind, by which the summary counts: "image missing"
-    detail: str
-
-    def __str__(self) -> str:
-        return f"{self.where}: {self.reason}: {self.detail}"
+_SAMPLES = 12  # pictures of each split on the page
+_STORED_PROBLEMS = 100  # in metadata.json, which is read whenever the data set is opened; problems.jsonl has all
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +39,9 @@ class Summary:
       folder: where it lies.
       images: pictures (or their embeddings) kept, by split.
       captions: captions kept, by split.
-      problems: what was skipped, one by one.
+      words: how many captions have how many words.
+      skipped: how often something was skipped, by reason, the most frequent first.
+      problems: the first of what was skipped, one by one.
       notes: what else the user should know, such as fields that were not used.
       already_prepared: nothing was written this time.
     """
@@ -45,96 +50,207 @@ class Summary:
     folder: str
     images: Mapping[str, int]
     captions: Mapping[str, int]
-    problems: tuple[Problem, ...] = ()
-    notes: tuple[str, ...] = ()
+    words: Mapping[int, int]
+    skipped: Mapping[str, int]
+    problems: tuple[Problem, ...]
+    notes: tuple[str, ...]
     already_prepared: bool = False
 
     @property
-    def skipped(self) -> dict[str, int]:
-        """How often something was skipped, by reason, the most frequent first."""
-        return dict(Counter(problem.reason for problem in self.problems).most_common())
+    def lengths(self) -> str:
+        """What `words` come to; "" where there are no captions."""
+        if not self.words:
+            return ""
+        lengths, counts = (np.array(values) for values in zip(*sorted(self.words.items()), strict=True))
+        half, most = lengths[np.searchsorted(np.cumsum(counts), [0.5 * counts.sum(), 0.99 * counts.sum()])]
+        mean = np.average(lengths, weights=counts)
+        return f"{mean:.1f} on average, half have up to {half}, 99% up to {most}, the longest {lengths[-1]}"
 
     def __rich__(self) -> RenderableType:
         state = "was prepared before, nothing to do" if self.already_prepared else "is prepared"
         table = Table("split", "images", "captions")
         for split, images in self.images.items():
             table.add_row(split, f"{images:,}", f"{self.captions[split]:,}")
-        lines = [f"skipped {count:,}: {reason}" for reason, count in self.skipped.items()]
+        lines = [f"words in a caption: {self.lengths}"] if self.words else []
+        lines += [f"skipped {count:,}: {reason}" for reason, count in self.skipped.items()]
         lines += [f"  {problem}" for problem in self.problems[:10]]
         if len(self.problems) > 10:
-            lines.append(f"  and {len(self.problems) - 10:,} more, all in {self.folder}/metadata.json")
+            lines.append(f"  and more, all in {self.folder}/problems.jsonl")
         lines += [f"note: {note}" for note in self.notes]
+        lines.append(f"sample pictures and the lengths of captions: {self.folder}/report.html")
         return Group(Text(f"{self.name} {state}: {self.folder}"), table, *map(Text, lines))
 
 
-class Builder(tfds.core.GeneratorBasedBuilder):
-    """What the builders share: the file format, and that TFDS prints nothing (the progress bar and the summary do)."""
-
-    VERSION = tfds.core.Version("1.0.0")
-
-    def __init__(self, data_dir: str, **options: Any) -> None:
-        super().__init__(**{"data_dir": data_dir, "file_format": schema.FILE_FORMAT} | options)
-
-    def _create_builder_config(self, builder_config: Any, version: Any) -> Any:
-        return builder_config
-
-    def _log_download_bytes(self) -> None: ...
-
-    def _log_download_done(self) -> None: ...
-
-
-def metadata(
-    source: Mapping[str, Any],
-    captions: Mapping[str, int],
-    encoder: str | None = None,
-    problems: Sequence[Problem] = (),
-    notes: Sequence[str] = (),
-) -> tfds.core.MetadataDict:
-    """What is stored beside the examples, for `Summary` and `find_prepared`.
+def prepare(source: Source, data_dir: str, *, max_skipped: float = 0.01, processes: int = 1) -> Summary:
+    """Write a data set into `data_dir`, unless it is there already; what an interrupted preparation finished is kept.
 
     Args:
-      source: all that decides the content, as JSON values.
-      captions: captions kept, by split.
-      encoder: what made the embeddings.
-      problems: what was skipped.
-      notes: what else the user should know.
-    """
-    return tfds.core.MetadataDict(
-        source=dict(source),
-        captions=dict(captions),
-        encoder=encoder,
-        problems=[dataclasses.astuple(problem) for problem in problems],
-        notes=list(notes),
-    )
+      source: what to prepare.
+      data_dir: the folder of prepared data sets.
+      max_skipped: how many problems to put up with, as a share of the records.
+      processes: how many write shards at the same time. With more than one, a script that calls this needs the usual
+        `if __name__ == "__main__":`.
 
-
-def write(builder: Builder) -> Summary:
-    """Writes the data set, all of it or nothing: TFDS renames a temporary folder once everything is in it.
+    Returns:
+      What was kept and what was skipped.
 
     Raises:
-      UserError: a file could not be read or written.
+      UserError: there are more problems than `max_skipped` allows, or ids that occur twice; a data set of this name was
+        prepared from something else, or is just being prepared; a file could not be read or written.
     """
-    tfds.disable_progress_bar()
+    writer = Writer(source, data_dir)
     try:
-        builder.download_and_prepare()
+        if done := find_prepared(source.name, data_dir, source.origin):
+            return done
+        with writer.locked():
+            if done := find_prepared(source.name, data_dir, source.origin):
+                return done  # by another process, just now
+            writer.begin()
+            shards = _write(writer, processes, max_skipped)
+            _check(writer, shards, max_skipped)
+            return _finish(writer, shards)
     except OSError as error:
-        raise UserError(f"{builder.info.full_name} could not be prepared in {builder.data_dir}: {error}") from error
-    finally:
-        tfds.enable_progress_bar()
-    return _summary(builder)
+        raise UserError(f"{source.name} could not be prepared in {data_dir}: {error}") from error
 
 
-def find_prepared(name: str, data_dir: str, source: Mapping[str, Any]) -> Summary | None:
+def _write(writer: Writer, processes: int, max_skipped: float) -> list[Shard]:
+    source = writer.source
+    shards = {index: shard for index in range(len(source.parts)) if (shard := writer.finished(index))}
+    left = [index for index in range(len(source.parts)) if index not in shards]
+    tasks = run(writer, left, processes) if left else iter(())
+    for index, shard in track(tasks, f"Preparing {source.name}", total=len(left)):
+        shards[index] = shard
+        problems = _problems(source, shards.values())
+        if source.records is not None and len(problems) > 1000:  # enough to know, without writing the rest
+            _check_share(writer, problems, source.records, max_skipped)
+    return [shards[index] for index in range(len(source.parts))]
+
+
+def run(writer: Writer, indices: Sequence[int], processes: int) -> Iterator[tuple[int, Shard]]:
+    """Write shards, in this process or in several; each is given with its number when it is finished.
+
+    Raises:
+      UserError: one of the processes was killed.
+    """
+    if processes == 1 or len(indices) == 1:
+        for index in indices:
+            yield index, writer.write(index)
+        return
+    # Spawned: a process that is forked from one in which JAX has started may hang.
+    with concurrent.futures.ProcessPoolExecutor(
+        min(processes, len(indices)), multiprocessing.get_context("spawn"), _end_with_parent
+    ) as pool:
+        waiting = {pool.submit(writer.write, index): index for index in indices}
+        try:
+            for future in concurrent.futures.as_completed(waiting):
+                yield waiting[future], future.result()
+        except concurrent.futures.process.BrokenProcessPool:
+            raise UserError(
+                "One of the processes that prepare was killed, perhaps for want of memory. The same command goes on "
+                "from where they were; with fewer --processes it needs less."
+            ) from None
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
+
+
+def _end_with_parent() -> None:
+    """In a worker: end when the process that started it does, whatever ended that, and say nothing at Ctrl-C."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
+
+def _check(writer: Writer, shards: Sequence[Shard], max_skipped: float) -> None:
+    source = writer.source
+    problems = _problems(source, shards)
+    kept = sum(shard.images for shard in shards)
+    _check_share(writer, problems, source.records or kept + sum(p.count for p in problems), max_skipped)
+    if not kept:
+        writer.discard()
+        raise UserError(f"{source.name}: there is nothing to prepare.{_then(problems)}")
+    for split in dict.fromkeys(part.split for part in source.parts):
+        indices = [index for index, part in enumerate(source.parts) if part.split == split]
+        if repeated := _repeated(writer, indices):
+            writer.discard()
+            raise UserError(
+                f"{source.name}: {len(repeated):,} image ids occur more than once in {split}: {', '.join(repeated[:5])}"
+            )
+
+
+def _check_share(writer: Writer, problems: Sequence[Problem], records: int, max_skipped: float) -> None:
+    counted = [problem for problem in problems if problem.reason not in writer.source.expected]
+    total = sum(problem.count for problem in counted)
+    if total > max_skipped * records:
+        writer.discard()  # so that what is mended is not taken for skipped the next time
+        reasons = ", ".join(f"{reason} {count:,}" for reason, count in _counts(counted).items())
+        raise UserError(
+            f"{writer.source.name}: {total:,} problems in {records:,} records, more than max_skipped={max_skipped:g} "
+            f"allows ({reasons}). Nothing was prepared. Mend them, or raise max_skipped to go on without them."
+            f"{_then(counted)}"
+        )
+
+
+def _repeated(writer: Writer, indices: Sequence[int]) -> list[str]:
+    """Ids that occur more than once in the shards of a split; hashes first, as there may be millions."""
+    hashes = [np.fromiter(map(hash, writer.ids(index)), np.int64) for index in indices]
+    values, counts = np.unique(np.concatenate(hashes), return_counts=True)
+    suspects = set(values[counts > 1].tolist())
+    if not suspects:
+        return []
+    found = Counter(image_id for index in indices for image_id in writer.ids(index) if hash(image_id) in suspects)
+    return [image_id for image_id, count in found.items() if count > 1]
+
+
+def _finish(writer: Writer, shards: list[Shard]) -> Summary:
+    source = writer.source
+    problems = _problems(source, shards)
+    captions: Counter[str] = Counter()
+    words: Counter[int] = Counter()
+    for part, shard in zip(source.parts, shards, strict=True):
+        if shard.images:
+            captions[part.split] += shard.captions
+        words.update(shard.words)
+    if problems:
+        with (writer.unfinished / "problems.jsonl").open("w") as file:
+            file.writelines(json.dumps(dataclasses.asdict(problem)) + "\n" for problem in problems)
+    writer.finish(
+        shards,
+        {
+            **source.metadata,
+            "source": dict(source.origin),
+            "encoder": source.encoder,
+            "captions": dict(captions),
+            "words": sorted(words.items()),
+            "skipped": _counts(problems),
+            "problems": [dataclasses.asdict(problem) for problem in problems[:_STORED_PROBLEMS]],
+            "notes": list(source.notes),
+        },
+    )
+    summary = _summary(tfds.builder_from_directory(writer.folder))
+    _write_page(summary, str(writer.data_dir))
+    return summary
+
+
+def find_prepared(name: str, data_dir: str, origin: Mapping[str, Any]) -> Summary | None:
     """The summary of the data set if it is prepared already, None if it is not.
 
     Raises:
-      UserError: it was prepared from another `source`.
+      UserError: it was prepared from another `origin`.
     """
-    folder = tfds.core.Path(data_dir).expanduser() / name / str(Builder.VERSION)
+    folder = Path(data_dir).expanduser() / name / VERSION
     if not folder.exists():
         return None
     builder = tfds.builder_from_directory(folder)
-    before, now = builder.info.metadata.get("source", {}), json.loads(json.dumps(source))
+    before, now = builder.info.metadata.get("source", {}), json.loads(json.dumps(origin))
     if before != now:
         keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
         changes = "; ".join(f"{key} was {before.get(key)}, is now {now.get(key)}" for key in keys)
@@ -152,6 +268,33 @@ def _summary(builder: tfds.core.DatasetBuilder) -> Summary:
         folder=str(builder.info.data_dir),
         images={split: builder.info.splits[split].num_examples for split in stored["captions"]},
         captions=dict(stored["captions"]),
-        problems=tuple(Problem(*problem) for problem in stored["problems"]),
+        words=dict(map(tuple, stored["words"])),
+        skipped=dict(stored["skipped"]),
+        problems=tuple(Problem(**problem) for problem in stored["problems"]),
         notes=tuple(stored["notes"]),
     )
+
+
+def _write_page(summary: Summary, data_dir: str) -> None:
+    samples = {}
+    for split, images in summary.images.items():
+        opened = schema.open_split(summary.name, split, data_dir)
+        samples[split] = [opened[int(i)] for i in np.linspace(0, images - 1, min(images, _SAMPLES))]
+    report.write_dataset_page(Path(summary.folder) / "report.html", summary, samples)
+
+
+def _problems(source: Source, shards: Iterable[Shard]) -> list[Problem]:
+    """All of them, by file and line."""
+    problems = [*source.problems, *(problem for shard in shards for problem in shard.problems)]
+    return sorted(problems, key=lambda p: [int(x) if x.isdecimal() else x for x in re.split(r"(\d+)", p.where)])
+
+
+def _counts(problems: Sequence[Problem]) -> dict[str, int]:
+    counts: Counter[str] = Counter()
+    for problem in problems:
+        counts[problem.reason] += problem.count
+    return dict(counts.most_common())
+
+
+def _then(problems: Sequence[Problem]) -> str:
+    return f" The first:\n{first_problems(problems)}" if problems else ""

@@ -4,28 +4,20 @@
     rich.print(prepare_records(source, data_dir))
 
 prepares the data set `records/mine`. `clipcap_jax.datasets.captions_file` says what a captions file looks like.
-Everything is checked before anything is written; what is wrong is skipped and named with file and line, and too much
-of it is an error.
+What is wrong is skipped and named with file and line, and too much of it is an error.
 """
 
-import concurrent.futures
 import dataclasses
 import hashlib
 import os
 import re
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import tensorflow_datasets as tfds
-from rich.progress import track
-
-from clipcap_jax import images
-from clipcap_jax.datasets import prepare, schema
-from clipcap_jax.datasets.captions_file import CaptionsFile, Record, read_captions
-from clipcap_jax.datasets.prepare import Problem, Summary
+from clipcap_jax.datasets import prepare
+from clipcap_jax.datasets.captions_file import CaptionsFile, read_captions
+from clipcap_jax.datasets.source import Problem, Record, Source, first_problems, open_embeddings, pictures
 from clipcap_jax.errors import UserError
 
 SHARES = {"train": 0.9, "val": 0.05, "test": 0.05}
@@ -57,13 +49,16 @@ class RecordsSource:
     split: str | Mapping[str, float] = dataclasses.field(default_factory=SHARES.copy)
 
 
-def prepare_records(source: RecordsSource, data_dir: str, max_skipped: float = 0.01) -> Summary:
-    """Checks everything and writes "records/<name>" into `data_dir`, unless it is there already.
+def prepare_records(
+    source: RecordsSource, data_dir: str, max_skipped: float = 0.01, *, processes: int = 1
+) -> prepare.Summary:
+    """Check everything and write "records/<name>" into `data_dir`, unless it is there already.
 
     Args:
       source: what to prepare.
       data_dir: the folder of prepared data sets.
       max_skipped: how many problems to put up with, as a share of the records.
+      processes: see `prepare.prepare`.
 
     Returns:
       What was kept and what was skipped.
@@ -73,92 +68,44 @@ def prepare_records(source: RecordsSource, data_dir: str, max_skipped: float = 0
         data set of this name was prepared from something else.
     """
     _check_source(source)
-    matrix = None if source.embeddings is None else _open_embeddings(source.embeddings)
+    matrix = None if source.embeddings is None else open_embeddings(source.embeddings)
     origin = _origin(source)
     if done := prepare.find_prepared(f"records/{source.name}", data_dir, origin):
         return done
 
     file = read_captions(Path(source.captions))
+    if not file.records and not file.problems:
+        raise UserError(f"{source.captions} holds no captions.")
     notes = _assign_splits(file.records, source.split)
     if file.unused_fields:
         notes.append(f"fields of {source.captions} that were not used: {', '.join(file.unused_fields)}")
-    checks: list[Callable[[list[Record]], dict[str, Problem]]] = [_check_files_differ]
+    kept, problems = [record for record in file.records if record.captions], file.problems
+    checks = [_check_files_differ]
     if matrix is not None:
         notes += _assign_rows(file, len(matrix), source)
-        checks.append(lambda records: _check_embeddings(records, matrix))
-    if source.images is not None:
-        folder = Path(source.images)
-        checks.append(lambda records: _check_images(records, folder))
-
-    kept, problems = [record for record in file.records if record.captions], file.problems
+        checks.append(lambda records: _check_rows(records, len(matrix)))
     for check in checks:
         found = check(kept)  # by image_id
         kept = [record for record in kept if record.image_id not in found]
         problems = problems + list(found.values())
-    total = len(file.records) + len(file.problems)
-    if len(problems) > max_skipped * total or not kept:
-        raise UserError(_too_many(problems, total, max_skipped, source))
-    return prepare.write(Records(data_dir, source, kept, matrix, origin, problems, notes))
-
-
-# Not in TFDS's registry: `tfds.load("records/mine")` shall read what was written, not try to make one of these.
-class Records(prepare.Builder, skip_registration=True):  # type: ignore[call-arg]
-    """Pictures or embeddings with captions of the user's own."""
-
-    def __init__(
-        self,
-        data_dir: str,
-        source: RecordsSource,
-        records: Sequence[Record],
-        matrix: np.ndarray | None,
-        origin: Mapping[str, Any],
-        problems: Sequence[Problem],
-        notes: Sequence[str],
-    ) -> None:
-        """Takes what `prepare_records` has checked."""
-        self.folder = None if source.images is None else Path(source.images).resolve()
-        self.stores_images = _stores_images(source)
-        self.matrix = matrix
-        names = {record.split for record in records}
-        usual = [split for split in ("train", "val", "test") if split in names]
-        splits = usual + sorted(names.difference(usual))
-        self.records = {split: [record for record in records if record.split == split] for split in splits}
-        self.stored_metadata = prepare.metadata(
-            source=origin,
-            captions={split: sum(len(record.captions) for record in self.records[split]) for split in splits},
+    folder = None if source.images is None else Path(source.images).resolve()
+    return prepare.prepare(
+        Source(
+            name=f"records/{source.name}",
+            origin=origin,
+            parts=pictures(kept, folder, store_images=_stores_images(source), embeddings=source.embeddings),
+            has_images=_stores_images(source),
+            embedding_width=None if matrix is None else matrix.shape[1],
             encoder=source.encoder,
             problems=problems,
+            records=len(file.records) + len(file.problems),
             notes=notes,
-        )
-        super().__init__(data_dir, config=tfds.core.BuilderConfig(name=source.name))
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        width = None if self.matrix is None else self.matrix.shape[1]
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description=__doc__,
-            features=schema.features(has_images=self.stores_images, embedding_width=width),
-            metadata=self.stored_metadata,
-        )
-
-    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator[tuple[str, Any]]]:
-        return {split: self._generate_examples(split) for split in self.records}
-
-    def _generate_examples(self, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
-        for record in track(self.records[split], f"Writing {split}"):
-            path = None if self.folder is None else self.folder / record.image
-            example: dict[str, Any] = {
-                "image_path": str(path or ""),
-                "image_id": record.image_id,
-                "captions": record.captions,
-                "split": split,
-                "domain": record.domain,
-            }
-            if self.stores_images and path is not None:
-                example["image"] = path.read_bytes()
-            if self.matrix is not None:
-                example["embedding"] = self.matrix[record.embedding_row].astype(np.float16)
-            yield record.image_id, example
+            description="Pictures or embeddings with captions of the user's own.",
+        ),
+        data_dir,
+        max_skipped=max_skipped,
+        processes=processes,
+    )
 
 
 def _stores_images(source: RecordsSource) -> bool:
@@ -182,19 +129,6 @@ def _check_source(source: RecordsSource) -> None:
     for split in shares:
         if not re.fullmatch(r"[A-Za-z]\w*", split):
             raise UserError(f"A split's name must be a word such as train, val or test, not {split!r}.")
-
-
-def _open_embeddings(path: str) -> np.ndarray:
-    """Float, shape (rows, E), memory-mapped."""
-    try:
-        matrix = np.load(path, mmap_mode="r")
-    except FileNotFoundError:
-        raise UserError(f"The embeddings file {path} does not exist.") from None
-    except (ValueError, EOFError, OSError) as error:
-        raise UserError(f"{path} is not a matrix saved by numpy.save: {error}") from error
-    if not isinstance(matrix, np.ndarray) or matrix.ndim != 2 or matrix.dtype.kind != "f":
-        raise UserError(f"{path} must hold one matrix of floating-point numbers (numpy.save), a row for each picture.")
-    return matrix
 
 
 def _origin(source: RecordsSource) -> dict[str, Any]:
@@ -237,7 +171,7 @@ def _assign_rows(file: CaptionsFile, rows: int, source: RecordsSource) -> list[s
         if not file.in_order:
             raise UserError(
                 f"{source.captions} names no embedding_row, and has lines that cannot be used, so pictures and rows do "
-                f"not match by their order. Mend these lines or add embedding_row:\n{_first(file.problems)}"
+                f"not match by their order. Mend these lines or add embedding_row:\n{first_problems(file.problems)}"
             )
         if len(file.records) != rows:
             raise UserError(
@@ -263,7 +197,7 @@ def _check_files_differ(records: list[Record]) -> dict[str, Problem]:
     return found
 
 
-def _check_embeddings(records: list[Record], matrix: np.ndarray) -> dict[str, Problem]:
+def _check_rows(records: list[Record], rows: int) -> dict[str, Problem]:
     found: dict[str, Problem] = {}
     by_row: dict[int, Record] = {}
     for record in records:
@@ -271,56 +205,10 @@ def _check_embeddings(records: list[Record], matrix: np.ndarray) -> dict[str, Pr
         if row is None:
             detail = f"{record.image_id} names none, though others do"
             found[record.image_id] = Problem(record.where, "no embedding_row", detail)
-        elif not 0 <= row < len(matrix):
-            detail = f"row {row} of {len(matrix)}"
+        elif not 0 <= row < rows:
+            detail = f"row {row} of {rows}"
             found[record.image_id] = Problem(record.where, "embedding_row out of range", detail)
         elif (first := by_row.setdefault(row, record)) is not record:
             detail = f"row {row} belongs to {first.image_id} in {first.where}"
             found[record.image_id] = Problem(record.where, "embedding_row used twice", detail)
-    for row, record in track(by_row.items(), "Checking embeddings"):
-        with np.errstate(over="ignore"):
-            embedding = matrix[row].astype(np.float16)
-        if not np.isfinite(matrix[row]).all():
-            found[record.image_id] = Problem(record.where, "embedding not finite", f"row {row} holds NaN or infinity")
-        elif not np.isfinite(embedding).all():
-            found[record.image_id] = Problem(record.where, "embedding too large", f"row {row} exceeds float16's 65504")
-        elif not embedding.any():
-            found[record.image_id] = Problem(record.where, "embedding all zero", f"row {row}")
     return found
-
-
-def _check_images(records: list[Record], folder: Path) -> dict[str, Problem]:
-    def check(record: Record) -> Problem | None:
-        path = folder / record.image
-        try:
-            images.decode(path.read_bytes())
-        except FileNotFoundError:
-            return Problem(record.where, "image missing", str(path))
-        except (OSError, ValueError) as error:  # a folder, no permission, no possible file name
-            return Problem(record.where, "image unreadable", str(error))
-        except UserError as error:
-            return Problem(record.where, "image broken", f"{path}: {error}")
-        return None
-
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes without holding Python's lock
-        problems = track(pool.map(check, records), "Checking images", total=len(records))
-        return {
-            record.image_id: problem for record, problem in zip(records, problems, strict=True) if problem is not None
-        }
-
-
-def _first(problems: Sequence[Problem]) -> str:
-    lines = [f"  {problem}" for problem in problems[:10]]
-    return "\n".join(lines + [f"  and {len(problems) - 10:,} more"] * (len(problems) > 10))
-
-
-def _too_many(problems: Sequence[Problem], total: int, max_skipped: float, source: RecordsSource) -> str:
-    if not problems:
-        return f"{source.captions} holds no captions."
-    counts = Counter(problem.reason for problem in problems).most_common()
-    reasons = ", ".join(f"{reason} {count:,}" for reason, count in counts)
-    return (
-        f"{source.captions}: {len(problems):,} problems in {total:,} records, more than max_skipped={max_skipped:g} "
-        f"allows ({reasons}). Nothing was written. Mend them, or raise max_skipped to go on without them. The first:\n"
-        f"{_first(problems)}"
-    )

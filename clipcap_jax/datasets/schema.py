@@ -57,6 +57,22 @@ def features(has_images: bool, embedding_width: int | None) -> tfds.features.Fea
     return tfds.features.FeaturesDict(fields)
 
 
+def to_fields(example: Example, split: str) -> dict[str, Any]:
+    """An example as `features` encodes it."""
+    fields: dict[str, Any] = {
+        "image_path": example.image_path,
+        "image_id": example.image_id,
+        "captions": example.captions,
+        "split": split,
+        "domain": example.domain,
+    }
+    if example.image is not None:
+        fields["image"] = example.image
+    if example.embedding is not None:
+        fields["embedding"] = example.embedding
+    return fields
+
+
 class Split(Sequence[Example]):
     """One split of a prepared data set, read at random; any number of threads may read at once.
 

@@ -17,13 +17,12 @@ import math
 import random
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any
 
-import tensorflow_datasets as tfds
 from PIL import Image, ImageDraw
-from rich.progress import track
 
-from clipcap_jax.datasets import prepare, schema
+from clipcap_jax.datasets import prepare
+from clipcap_jax.datasets.schema import Example
+from clipcap_jax.datasets.source import PICTURES_PER_SHARD, Source, by_hash
 
 # The colours and shapes that stay furthest apart at the 32 to 48 pixels that small vision towers read.
 COLOURS = {
@@ -221,53 +220,57 @@ def scene_of(image_id: str) -> tuple[Pair, ...]:
     return tuple((colour, shape) for colour, shape in (name.split("_") for name in names.split("+")))
 
 
-class Shapes(prepare.Builder):
-    """Scenes of one to three coloured shapes, drawn on the spot, with five captions each."""
+@dataclasses.dataclass(frozen=True)
+class _Drawings:
+    """A part: the scenes with these numbers, each with its image_id."""
 
-    def __init__(self, data_dir: str, scenes: Mapping[str, int] = SCENES, **options: Any) -> None:
-        self.scenes = dict(scenes)
-        super().__init__(data_dir, **options)
+    split: str
+    scenes: tuple[tuple[str, int], ...]
 
-    def _info(self) -> tfds.core.DatasetInfo:
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description=__doc__,
-            features=schema.features(has_images=True, embedding_width=None),
-            metadata=prepare.metadata(
-                source={"scenes": self.scenes}, captions={split: 5 * count for split, count in self.scenes.items()}
-            ),
-        )
-
-    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator[tuple[str, Any]]]:
-        return {split: self._generate_examples(split) for split in self.scenes}
-
-    def _generate_examples(self, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
-        for index in track(range(self.scenes[split]), f"Drawing shapes: {split}"):
-            figures = draw_scene(split, index)
-            named = "+".join(f"{figure.colour}_{figure.shape}" for figure in figures)
-            image_id = f"{split}-{index:05}-{named}"
-            yield (
-                image_id,
-                {
-                    "image": render(figures, random.Random(image_id)),
-                    "image_path": "",
-                    "image_id": image_id,
-                    "captions": write_captions(figures),
-                    "split": split,
-                    "domain": "1 shape" if len(figures) == 1 else f"{len(figures)} shapes",
-                },
+    def __iter__(self) -> Iterator[Example]:
+        for image_id, index in self.scenes:
+            figures = draw_scene(self.split, index)
+            yield Example(
+                image=render(figures, random.Random(image_id)),
+                embedding=None,
+                image_path="",
+                image_id=image_id,
+                captions=write_captions(figures),
+                domain="1 shape" if len(figures) == 1 else f"{len(figures)} shapes",
             )
 
 
-def prepare_shapes(data_dir: str, scenes: Mapping[str, int] = SCENES) -> prepare.Summary:
-    """Draws the data set into `data_dir`, unless it is there already.
+def _parts(split: str, count: int) -> list[_Drawings]:
+    scenes = []
+    for index in range(count):
+        named = "+".join(f"{figure.colour}_{figure.shape}" for figure in draw_scene(split, index))
+        scenes.append((f"{split}-{index:05}-{named}", index))
+    shuffled = by_hash(scenes, split, lambda scene: scene[0])
+    return [
+        _Drawings(split, tuple(shuffled[start : start + PICTURES_PER_SHARD]))
+        for start in range(0, count, PICTURES_PER_SHARD)
+    ]
+
+
+def prepare_shapes(data_dir: str, scenes: Mapping[str, int] = SCENES, *, processes: int = 1) -> prepare.Summary:
+    """Draw the data set into `data_dir`, unless it is there already.
 
     Args:
       data_dir: the folder of prepared data sets.
       scenes: how many scenes to draw for train, val and test.
+      processes: see `prepare.prepare`.
 
     Raises:
       UserError: it is there with other numbers of scenes.
     """
-    done = prepare.find_prepared("shapes", data_dir, {"scenes": dict(scenes)})
-    return done or prepare.write(Shapes(data_dir, scenes))
+    origin = {"scenes": dict(scenes)}
+    if done := prepare.find_prepared("shapes", data_dir, origin):
+        return done
+    source = Source(
+        name="shapes",
+        origin=origin,
+        parts=[part for split, count in scenes.items() for part in _parts(split, count)],
+        has_images=True,
+        description="Scenes of one to three coloured shapes, drawn on the spot, with five captions each.",
+    )
+    return prepare.prepare(source, data_dir, processes=processes)

@@ -1,13 +1,13 @@
 """What a data set is prepared from: a `Source`, made of parts, each of which gives the examples of one shard.
 
-A reader (`records`, `coco`, ...) finds out what there is and returns a source; `prepare.prepare` does the rest. Parts are
-sent to the processes that write them, so they say where pictures lie rather than hold them.
+A reader (`records`, `coco`, ...) finds out what there is and returns a source; `prepare.prepare` does the rest. Parts
+are sent to the processes that write them, so they say where pictures lie rather than hold them.
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from tensorflow_datasets.core import hashing
@@ -32,6 +32,12 @@ class Problem:
 
     def __str__(self) -> str:
         return f"{self.where}: {self.reason}: {self.detail}"
+
+
+def first_problems(problems: Sequence[Problem]) -> str:
+    """The first ten, a line each."""
+    lines = [f"  {problem}" for problem in problems[:10]]
+    return "\n".join(lines + [f"  and {len(problems) - 10:,} more"] * (len(problems) > 10))
 
 
 @dataclasses.dataclass(slots=True)
@@ -119,35 +125,38 @@ class Pictures:
             if embedding is not None and (fault := _embedding_fault(embedding)):
                 yield Problem(record.where, fault[0], f"row {record.embedding_row} {fault[1]}")
                 continue
-            image = None
-            if self.folder is not None:
-                image = read_picture(self.folder / record.image, record.where, self.missing)
-                if isinstance(image, Problem):
-                    yield image
-                    continue
+            path = None if self.folder is None else self.folder / record.image
+            image = None if path is None else read_picture(path, record.where, self.missing)
+            if isinstance(image, Problem):
+                yield image
+                continue
             yield Example(
                 image=image if self.store_images else None,
                 embedding=None if embedding is None else embedding.astype(np.float16),
-                image_path="" if self.folder is None else str(self.folder / record.image),
+                image_path=str(path or ""),
                 image_id=record.image_id,
                 captions=tuple(record.captions),
                 domain=record.domain,
             )
 
 
-def pictures(records: Sequence[Record], folder: Path | None, **options: Any) -> list[Pictures]:
-    """Parts of records, as `Pictures`.
+T = TypeVar("T")
 
-    Their order is that of TFDS's own writer, by a hash of the image_id, so that any stretch of a split is a fair sample.
-    """
+
+def by_hash(items: Sequence[T], split: str, image_id: Callable[[T], str]) -> list[T]:
+    """In the order of TFDS's own writer, by a hash of the image_id, so that any stretch of a split is a fair sample."""
+    hasher = hashing.Hasher(split)
+    return sorted(items, key=lambda item: hasher.hash_key(image_id(item)))
+
+
+def pictures(records: Sequence[Record], folder: Path | None, **options: Any) -> list[Pictures]:
+    """Parts of records, with `Pictures`' other options: train, val and test first, each in the order of `by_hash`."""
     names = {record.split for record in records}
     usual = [split for split in ("train", "val", "test") if split in names]
     size = PICTURES_PER_SHARD if options.get("store_images", True) else EMBEDDINGS_PER_SHARD
     parts = []
     for split in usual + sorted(names.difference(usual)):
-        hasher = hashing.Hasher(split)
-        chosen = [record for record in records if record.split == split]
-        chosen.sort(key=lambda record: hasher.hash_key(record.image_id))
+        chosen = by_hash([record for record in records if record.split == split], split, lambda record: record.image_id)
         parts += [
             Pictures(split, chosen[start : start + size], folder, **options) for start in range(0, len(chosen), size)
         ]

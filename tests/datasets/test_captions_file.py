@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clipcap_jax.datasets.captions_file import CaptionsFile, Record, read_captions
+from clipcap_jax.datasets.captions_file import CaptionsFile, read_captions
+from clipcap_jax.datasets.source import Record
 from clipcap_jax.errors import UserError
 
 

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import pickle
 import subprocess
@@ -9,34 +10,39 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tensorflow_datasets as tfds
 
-from clipcap_jax.datasets import open_split, prepare, prepare_shapes, schema
+from clipcap_jax.datasets import Example, open_split, prepare, prepare_shapes, schema
+from clipcap_jax.datasets.source import Source
 from clipcap_jax.errors import UserError
 
 
-class Tiny(prepare.Builder):
-    """Examples given as dictionaries, all in `train`."""
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Examples that are given."""
 
-    def __init__(self, data_dir: str, examples: list[dict[str, Any]], has_images: bool, width: int | None) -> None:
-        self.examples, self.has_images, self.width = examples, has_images, width
-        super().__init__(data_dir)
+    examples: tuple[Example, ...]
+    split: str = "train"
 
-    def _info(self) -> tfds.core.DatasetInfo:
-        return tfds.core.DatasetInfo(
-            builder=self,
-            features=schema.features(self.has_images, self.width),
-            metadata=prepare.metadata(source={}, captions={"train": 0}, encoder="an encoder"),
-        )
-
-    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator[tuple[int, Any]]]:
-        return {"train": self._generate_examples()}
-
-    def _generate_examples(self) -> Iterator[tuple[int, Any]]:
-        yield from enumerate(self.examples)
+    def __iter__(self) -> Iterator[Example]:
+        yield from self.examples
 
 
-TEXTS = {"image_path": "/photos/ä 1.jpg", "image_id": "ä-1", "split": "train", "domain": "out-domain"}
+def write(data_dir: Path, example: Example) -> None:
+    """A data set "tiny" of one example."""
+    prepare.prepare(
+        Source(
+            "tiny",
+            origin={},
+            parts=[Part((example,))],
+            has_images=example.image is not None,
+            embedding_width=None if example.embedding is None else len(example.embedding),
+            encoder="an encoder",
+        ),
+        str(data_dir),
+    )
+
+
+TEXTS = {"image_path": "/photos/ä 1.jpg", "image_id": "ä-1", "domain": "out-domain"}
 IMAGE = bytes(range(256)) + b"\0\0"  # no picture: its bytes must come back untouched
 EMBEDDING = np.array([1.5, -65504, 2**-24, 0], np.float16)
 
@@ -45,10 +51,8 @@ EMBEDDING = np.array([1.5, -65504, 2**-24, 0], np.float16)
 @pytest.mark.parametrize("width", [None, 4])
 @pytest.mark.parametrize("has_images", [False, True])
 def test_examples_come_back_as_they_were(tmp_path: Path, has_images: bool, width: int | None, captions: Any) -> None:
-    example = TEXTS | {"captions": captions}
-    example |= {"image": IMAGE} if has_images else {}
-    example |= {"embedding": EMBEDDING} if width else {}
-    prepare.write(Tiny(str(tmp_path), [example], has_images, width))
+    image, embedding = IMAGE if has_images else None, EMBEDDING if width else None
+    write(tmp_path, Example(image, embedding, captions=captions, **TEXTS))
 
     split = open_split("tiny", "train", str(tmp_path))
     assert (split.name, split.split, split.encoder) == ("tiny", "train", "an encoder")
@@ -110,7 +114,7 @@ def test_what_is_not_there_is_said(data_dir: str, tmp_path: Path) -> None:
 
 
 def test_another_schema_is_said(tmp_path: Path) -> None:
-    prepare.write(Tiny(str(tmp_path), [TEXTS | {"captions": ()}], has_images=False, width=None))
+    write(tmp_path, Example(None, None, captions=(), **TEXTS))
     folder = tmp_path / "tiny" / "1.0.0"
 
     info = json.loads((folder / "dataset_info.json").read_text())

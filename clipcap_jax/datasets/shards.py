@@ -1,0 +1,251 @@
+"""Writing a data set shard by shard, in TFDS's format, so that a stop loses the shards under way and nothing else.
+
+TFDS's own writer deletes an unfinished preparation. Here shards gather in the folder `<version>.unfinished`; each gets
+its name only once it is whole, and then a note beside it says what it holds. When all are there, TFDS's metadata are
+added and the folder gets its own name: whoever reads sees a whole data set or none.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import tensorflow_datasets as tfds
+from tensorflow_datasets.core import example_serializer, file_adapters, naming
+from tensorflow_datasets.core import splits as tfds_splits
+
+from clipcap_jax.datasets import schema
+from clipcap_jax.datasets.schema import Example
+from clipcap_jax.datasets.source import Problem, Source
+from clipcap_jax.errors import UserError
+
+VERSION = "1.0.0"
+_WRITER = file_adapters.ADAPTER_FOR_FORMAT[file_adapters.FileFormat(schema.FILE_FORMAT)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """What a finished shard holds.
+
+    Attributes:
+      images, captions: how many.
+      bytes: the size of the file.
+      words: how many captions have how many words.
+      problems: what was skipped.
+    """
+
+    images: int
+    captions: int
+    bytes: int
+    words: dict[int, int]
+    problems: list[Problem]
+
+
+class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
+    """A source as TFDS sees it.
+
+    Not in TFDS's registry: `tfds.load("records/mine")` shall read what was written, not try to make one of these.
+    """
+
+    VERSION = tfds.core.Version(VERSION)
+
+    def __init__(self, source: Source, data_dir: str, metadata: Mapping[str, Any]) -> None:
+        self.name, _, config = source.name.partition("/")
+        self._source, self._metadata = source, metadata
+        super().__init__(
+            data_dir=data_dir,
+            file_format=schema.FILE_FORMAT,
+            config=tfds.core.BuilderConfig(name=config) if config else None,
+        )
+
+    def _create_builder_config(self, builder_config: Any, version: Any) -> Any:
+        return builder_config
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        source = self._source
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description=source.description,
+            homepage=source.homepage,
+            citation=source.citation,
+            features=schema.features(source.has_images, source.embedding_width),
+            metadata=tfds.core.MetadataDict(self._metadata),
+        )
+
+    def _split_generators(self, dl_manager: Any) -> Any:
+        raise NotImplementedError("written by clipcap_jax.datasets.prepare")
+
+    def _generate_examples(self) -> Any:
+        raise NotImplementedError("written by clipcap_jax.datasets.prepare")
+
+
+class Writer:
+    """The folder that the shards of one data set gather in.
+
+    Any number of processes, on hosts that see the same disk, may write different shards at the same time.
+    """
+
+    def __init__(self, source: Source, data_dir: str) -> None:
+        self.source = source
+        self.data_dir = Path(data_dir).expanduser()
+        self.folder = self.data_dir / source.name / VERSION
+        self.unfinished = self.folder.with_name(f"{VERSION}.unfinished")
+        counts = Counter(part.split for part in source.parts)
+        numbers: Counter[str] = Counter()
+        self.names: list[str] = []  # of the parts' files
+        for part in source.parts:
+            path = _template(source, self.unfinished, part.split).sharded_filepath(
+                shard_index=numbers[part.split], num_shards=counts[part.split]
+            )
+            self.names.append(path.name)
+            numbers[part.split] += 1
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps other preparations of the same data set out.
+
+        Raises:
+          UserError: there is one.
+        """
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        path = self.folder.with_name(f"{VERSION}.lock")
+        with path.open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno not in (errno.EAGAIN, errno.EACCES):
+                    raise
+                raise UserError(
+                    f"{self.source.name} is being prepared in {self.data_dir} by another process."
+                ) from None
+            yield  # the file stays: to remove it would let in a third one beside one that is just opening it
+
+    def begin(self) -> None:
+        """Make the folder, or go on with one that was begun for the same source."""
+        plan = json.dumps({"origin": self.source.origin, "shards": self.names}, sort_keys=True)
+        path = self.unfinished / "plan.json"
+        if path.exists() and path.read_text() != plan:
+            self.discard()  # it is half of something else
+        self.unfinished.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            _write_whole(path, plan)
+
+    def discard(self) -> None:
+        """Remove what was written so far."""
+        if self.unfinished.exists():
+            tfds.core.Path(self.unfinished).rmtree()
+
+    def finished(self, index: int) -> Shard | None:
+        """What the shard of a part holds, if it is whole."""
+        try:
+            fields = json.loads(self._note(index).read_text())["shard"]
+            fields["words"] = {int(length): count for length, count in fields["words"].items()}
+            fields["problems"] = [Problem(**problem) for problem in fields["problems"]]
+            shard = Shard(**fields)
+            return shard if (self.unfinished / self.names[index]).stat().st_size == shard.bytes else None
+        except (FileNotFoundError, ValueError, TypeError, KeyError):
+            return None
+
+    def ids(self, index: int) -> list[str]:
+        """The image_id of every example of a finished shard."""
+        ids: list[str] = json.loads(self._note(index).read_text())["ids"]
+        return ids
+
+    def _note(self, index: int) -> Path:
+        return self.unfinished / f"{self.names[index]}.note.json"
+
+    def write(self, index: int, examples: Iterable[Example | Problem] | None = None) -> Shard:
+        """Write the shard of a part.
+
+        Args:
+          index: the part's number.
+          examples: what it holds; None: what the part gives.
+
+        Raises:
+          OSError: the disk is full, or a file cannot be read or written.
+        """
+        part, path = self.source.parts[index], self.unfinished / self.names[index]
+        features = schema.features(self.source.has_images, self.source.embedding_width)
+        serializer = example_serializer.ExampleSerializer(features.get_serialized_info())
+        ids: list[str] = []
+        words: Counter[int] = Counter()
+        problems: list[Problem] = []
+
+        def records() -> Iterator[tuple[int, bytes]]:
+            for example in part if examples is None else examples:
+                if isinstance(example, Problem):
+                    problems.append(example)
+                    continue
+                ids.append(example.image_id)
+                words.update(len(caption.split()) for caption in example.captions)
+                fields = schema.to_fields(example, part.split)
+                yield len(ids), serializer.serialize_example(features.encode_example(fields))
+
+        # A name of its own: a process that was taken for dead may still be writing the same shard.
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        try:
+            _WRITER.write_examples(temporary, records())
+            _to_disk(temporary)
+            shard = Shard(len(ids), words.total(), temporary.stat().st_size, dict(words), problems)
+            temporary.rename(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        _write_whole(self._note(index), json.dumps({"shard": dataclasses.asdict(shard), "ids": ids}))
+        return shard
+
+    def finish(self, shards: list[Shard], metadata: Mapping[str, Any]) -> None:
+        """Add TFDS's metadata and give the folder its name.
+
+        Args:
+          shards: what the shards of all parts hold.
+          metadata: what to store beside the examples, as JSON values.
+        """
+        by_split: dict[str, list[Shard]] = {}
+        for part, shard in zip(self.source.parts, shards, strict=True):
+            by_split.setdefault(part.split, []).append(shard)
+        builder = Builder(self.source, str(self.data_dir), metadata)
+        builder.info.set_splits(
+            tfds_splits.SplitDict(
+                [
+                    tfds_splits.SplitInfo(
+                        name=split,
+                        shard_lengths=[shard.images for shard in held],
+                        num_bytes=sum(shard.bytes for shard in held),
+                        filename_template=_template(self.source, self.unfinished, split),
+                    )
+                    for split, held in by_split.items()
+                    if any(shard.images for shard in held)  # TFDS cannot open a split of none
+                ]
+            )
+        )
+        builder.info.write_to_directory(self.unfinished)
+        self.unfinished.rename(self.folder)
+        for pattern in ("plan.json", "*.note.json", "*.tmp"):  # kept until now, in case this had been interrupted
+            for path in self.folder.glob(pattern):
+                path.unlink()
+
+
+def _template(source: Source, folder: Path, split: str) -> naming.ShardedFileTemplate:
+    dataset = source.name.partition("/")[0]
+    return naming.ShardedFileTemplate(
+        dataset_name=dataset, data_dir=tfds.core.Path(folder), split=split, filetype_suffix=schema.FILE_FORMAT
+    )
+
+
+def _write_whole(path: Path, text: str) -> None:
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text)
+    _to_disk(temporary)
+    temporary.rename(path)
+
+
+def _to_disk(path: Path) -> None:
+    """What is renamed shall not turn out empty after a power cut."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
