@@ -92,9 +92,9 @@ class Captioner:
 
     @property
     def image_size(self) -> int | None:
-        """Side in pixels of the pictures it reads; None: it reads embeddings."""
-        config = self.metadata.config
-        return config.model.clip.image_size if config.data.input == "image" and config.model.clip else None
+        """Side in pixels of the pictures it reads; None: it has no vision tower and reads embeddings alone."""
+        clip = self.metadata.config.model.clip
+        return clip.image_size if clip else None
 
     def caption_files(
         self, paths: Sequence[Path], *, batch_size: int, workers: int
@@ -132,10 +132,12 @@ class Captioner:
         Raises:
           UserError: the inputs are not of the kind or width that the model was trained on.
         """
-        if self.image_size is None:
-            self._check_embeddings(inputs)
-        elif inputs.ndim != 4:
+        if inputs.ndim == 4 and self.image_size is None:
+            raise self._not_pictures()
+        if inputs.ndim != 4 and self.metadata.config.data.input == "image":
             raise UserError("this checkpoint was trained on pictures and cannot caption embeddings")
+        if inputs.ndim != 4:
+            self._check_embeddings(inputs)
         size = parallel.round_up(batch_size)  # one shape, so that it is compiled once
         for start in range(0, len(inputs), size):
             rows = inputs[start : start + size]
@@ -153,11 +155,9 @@ class Captioner:
         )
 
     def _check_embeddings(self, inputs: np.ndarray) -> None:
-        if inputs.ndim != 2:
-            raise self._not_pictures()
-        if inputs.shape[1] != self.metadata.embedding_width:
+        if inputs.shape[1:] != (self.metadata.embedding_width,):
             raise UserError(
-                f"the embeddings are {inputs.shape[1]} wide; this checkpoint was trained on {self._embedding_kind()}"
+                f"the embeddings have the shape {inputs.shape}; this checkpoint was trained on {self._embedding_kind()}"
             )
         bad = np.flatnonzero(~np.isfinite(inputs).all(axis=1))
         if len(bad):

@@ -162,6 +162,15 @@ def from_dict(values: Mapping[str, Any]) -> Config:
             "config.train.pretrained.gpt2 needs the tokenizer that it was trained with: set config.tokenizer.source to "
             'its folder or its name on the Hugging Face hub, such as "gpt2"'
         )
+    if (
+        config.data.input == "embedding"
+        and config.model.clip is not None
+        and not (config.train.pretrained.clip or config.train.init_from)
+    ):
+        raise UserError(
+            "config.model.clip is set, but the model learns from stored embeddings: name the weights that made them in "
+            "config.train.pretrained.clip, so that the run can caption pictures too, or set config.model.clip to None"
+        )
     if "clip" in config.train.trainable and config.data.input == "embedding":
         raise UserError('config.train.trainable names "clip", but the model reads stored embeddings, not pictures')
     if not config.train.trainable:

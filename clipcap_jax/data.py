@@ -33,6 +33,7 @@ class CaptionData:
       name: the data set and the split, for messages.
       image_ids, image_paths, domains: one string per example.
       captions: a tuple of strings per example.
+      embedding_width: E of the stored embeddings; None where the model reads pictures.
       encoder: what made the stored embeddings, if that is known.
     """
 
@@ -51,6 +52,7 @@ class CaptionData:
             raise UserError(f'{self.name} holds no embeddings: set config.data.input to "image", with a vision tower')
         if image_size is not None and not split.has_images:
             raise UserError(f'{self.name} holds no pictures: set config.data.input to "embedding"')
+        self.embedding_width = split.embedding_width if image_size is None else None
         self.encoder = split.encoder if image_size is None else None
         self._split = split
         self._image_size = image_size

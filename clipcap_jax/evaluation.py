@@ -90,9 +90,14 @@ def evaluate(captioner: Captioner, data: CaptionData, *, batch_size: int, meteor
 
 
 def open_data(captioner: Captioner, name: str, split: str, data_dir: str) -> CaptionData:
-    """A split, as the captioner reads it; empty `name` and `data_dir`: those it was trained on."""
+    """A split, as the captioner reads it; empty `name` and `data_dir`: those it was trained on.
+
+    A captioner that learnt from embeddings and has a vision tower too reads the pictures where there are no embeddings.
+    """
     config = captioner.metadata.config.data
-    data = CaptionData(open_split(name or config.name, split, data_dir or config.data_dir), captioner.image_size)
+    opened = open_split(name or config.name, split, data_dir or config.data_dir)
+    stored = config.input == "embedding" and (opened.embedding_width is not None or captioner.image_size is None)
+    data = CaptionData(opened, None if stored else captioner.image_size)
     if data.encoder and captioner.metadata.encoder and data.encoder != captioner.metadata.encoder:
         raise UserError(
             f"{data.name} holds embeddings from {data.encoder}, but the checkpoint was trained on "

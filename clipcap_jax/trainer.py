@@ -20,6 +20,7 @@ from clipcap_jax.config import Config
 from clipcap_jax.convert import clip, files, gpt2
 from clipcap_jax.data import CaptionData, Pairs, make_pairs, steps_per_epoch, training_batches
 from clipcap_jax.datasets.schema import open_split
+from clipcap_jax.embed import encoder_name
 from clipcap_jax.errors import UserError
 from clipcap_jax.logs import MetricsLog, Monitor
 from clipcap_jax.loss import Targets, caption_loss
@@ -82,10 +83,14 @@ def make_step(
     return step
 
 
-def init_params(model: ClipCap, inputs: np.ndarray, seed: int) -> Params:
-    """Fresh parameters for inputs like these."""
-    tokens = jnp.zeros((1, 2), jnp.int32)
-    return jax.jit(model.init)(jax.random.key(seed), inputs[:1], tokens)["params"]
+def init_params(model: ClipCap, embedding_width: int, seed: int) -> Params:
+    """Fresh parameters; with those of the tower, if the model has one, even if it is to learn from embeddings."""
+    clip, tokens = model.config.clip, jnp.zeros((1, 2), jnp.int32)
+    if clip is None:
+        inputs: Any = jnp.zeros((1, embedding_width))
+    else:
+        inputs = jnp.zeros((1, clip.image_size, clip.image_size, 3), jnp.uint8)
+    return jax.jit(model.init)(jax.random.key(seed), inputs, tokens)["params"]
 
 
 def train(config: Config, run: Path, console: Console) -> None:
@@ -140,17 +145,21 @@ class _Run:
             workers=config.data.workers,
         )
         self.model = ClipCap(config.model)
-        example = self.data.inputs([0])
-        clip = config.model.clip
+        clip, width = config.model.clip, self.data.embedding_width
+        if clip is not None and width not in (None, clip.embedding_width):
+            raise UserError(
+                f"{self.data.name} holds embeddings of width {width}; config.model.clip makes them "
+                f"{clip.embedding_width} wide"
+            )
         self.metadata = Metadata(
             config=config,
             tokenizer=tokenizer,
             encoder=self.data.encoder or "",
-            embedding_width=clip.embedding_width if example.ndim == 4 and clip is not None else example.shape[1],
+            embedding_width=width or clip.embedding_width,  # type: ignore[union-attr]
         )
         self.validator = self._validator(tokenizer) if config.evaluate.images else None
         self.optimizer = optim.optimizer(config.optimizer, self.total)
-        self.state, self.frozen = self._initial_state(example, base_params)
+        self.state, self.frozen = self._initial_state(base_params)
         self._describe()
         self.state, self.frozen = parallel.replicate((self.state, self.frozen))
 
@@ -269,9 +278,9 @@ class _Run:
                 return other.metadata(step), other.params(step)
         return None, None
 
-    def _initial_state(self, example: np.ndarray, base_params: Params | None) -> tuple[TrainState, Params]:
+    def _initial_state(self, base_params: Params | None) -> tuple[TrainState, Params]:
         config = self.config
-        params = init_params(self.model, example, config.train.seed)
+        params = init_params(self.model, self.metadata.embedding_width, config.train.seed)
         if base_params is not None:
             if changed := checkpoint.differences(params, base_params):
                 raise UserError(
@@ -281,6 +290,7 @@ class _Run:
             params = base_params
         if not self.start:
             params |= load_pretrained(config, self.console)
+            self._check_encoder(params)
         missing = set(config.train.trainable) - set(params)
         if missing:
             raise UserError(f"config.train.trainable names {', '.join(missing)}, which this model does not have")
@@ -309,6 +319,21 @@ class _Run:
             opt_state=opt_state,
         )
         return state, {name: params[name] for name in frozen}
+
+    def _check_encoder(self, params: Params) -> None:
+        """Stored embeddings and the tower that shall caption pictures after training have to go together."""
+        clip, stored = self.config.model.clip, self.data.encoder
+        if clip is None or self.config.data.input == "image":
+            return
+        tower = encoder_name(clip, params["clip"])
+        if stored and "weights" in stored and stored != tower:
+            raise UserError(f"{self.data.name} holds embeddings from {stored}; the tower of the config is {tower}")
+        if not stored or "weights" not in stored:
+            self.console.print(
+                f"{self.data.name} does not say which weights made its embeddings: that they are those of "
+                f"config.train.pretrained.clip cannot be checked.",
+                style="yellow",
+            )
 
     def _describe(self) -> None:
         parts = [

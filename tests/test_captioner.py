@@ -113,7 +113,7 @@ def test_a_checkpoint_says_what_it_reads(reads_embeddings: Captioner, reads_pixe
         next(reads_embeddings.caption(np.zeros((1, 16, 16, 3), np.uint8)))
     with pytest.raises(UserError, match="cannot caption embeddings"):
         next(reads_pixels.caption(np.zeros((1, 5), np.float32)))
-    with pytest.raises(UserError, match=r"are 4 wide; .* width 5"):
+    with pytest.raises(UserError, match=r"have the shape \(1, 4\); .* width 5"):
         next(reads_embeddings.caption(np.zeros((1, 4), np.float32)))
 
 

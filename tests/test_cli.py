@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from tiny import SPLITS, Source
 
-from clipcap_jax import cli
+from clipcap_jax import __main__, cli
 from clipcap_jax.captioner import Captioner
+from clipcap_jax.commands.caption import find_pictures
 from clipcap_jax.datasets import open_split
 from clipcap_jax.errors import UserError
 
@@ -29,7 +30,7 @@ def clipcap(monkeypatch: pytest.MonkeyPatch) -> Clipcap:
         monkeypatch.setattr("sys.argv", ["clipcap", *map(str, arguments)])
         monkeypatch.setenv("COLUMNS", "300")
         try:
-            cli.main()
+            __main__.main()
         except SystemExit as stop:
             return int(stop.code or 0)
         return 0
@@ -56,29 +57,29 @@ def expected_captions(run: Path, source: Source) -> list[str]:
 
 
 def test_find_pictures(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    everything = cli.find_pictures([str(photos)])
+    everything = find_pictures([str(photos)])
     assert len(everything) == PICTURES + 1
     assert everything == sorted(everything)
     assert photos / "more [new]" / "00.PNG" in everything
-    assert cli.find_pictures([str(photos / "0[1-3].png")]) == [photos / f"0{i}.png" for i in (1, 2, 3)]
-    assert cli.find_pictures([str(photos / "**" / "*.PNG")]) == [photos / "more [new]" / "00.PNG"]
+    assert find_pictures([str(photos / "0[1-3].png")]) == [photos / f"0{i}.png" for i in (1, 2, 3)]
+    assert find_pictures([str(photos / "**" / "*.PNG")]) == [photos / "more [new]" / "00.PNG"]
     # Brackets in a name that exists are not taken for a glob, and what is named is taken whatever its suffix.
-    assert cli.find_pictures([str(photos / "more [new]")]) == [photos / "more [new]" / "00.PNG"]
-    assert cli.find_pictures([str(photos / "notes.txt")]) == [photos / "notes.txt"]
-    twice = cli.find_pictures([str(photos / "02.png"), str(photos / "*2.png"), str(photos)])
+    assert find_pictures([str(photos / "more [new]")]) == [photos / "more [new]" / "00.PNG"]
+    assert find_pictures([str(photos / "notes.txt")]) == [photos / "notes.txt"]
+    twice = find_pictures([str(photos / "02.png"), str(photos / "*2.png"), str(photos)])
     assert twice[0] == photos / "02.png"
     assert sorted(twice) == everything
     monkeypatch.chdir(photos)
-    assert cli.find_pictures(["03.png"]) == [Path("03.png")]
+    assert find_pictures(["03.png"]) == [Path("03.png")]
 
 
 def test_inputs_that_name_nothing(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("not a picture")
     with pytest.raises(UserError, match=r"holds no pictures \(\.bmp, "):
-        cli.find_pictures([str(tmp_path)])
+        find_pictures([str(tmp_path)])
     for name in ("gone.jpg", "*.jpg"):
         with pytest.raises(UserError, match="there is no file, folder or glob"):
-            cli.find_pictures([str(tmp_path / name)])
+            find_pictures([str(tmp_path / name)])
 
 
 def test_captions_on_the_screen(

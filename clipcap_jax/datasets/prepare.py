@@ -107,8 +107,7 @@ def prepare(source: Source, data_dir: str, *, max_skipped: float = 0.01, process
                 return done  # by another process, just now
             writer.begin()
             shards = _write(writer, processes, max_skipped)
-            _check(writer, shards, max_skipped)
-            return _finish(writer, shards)
+            return finish(writer, shards, max_skipped)
     except OSError as error:
         raise UserError(f"{source.name} could not be prepared in {data_dir}: {error}") from error
 
@@ -169,11 +168,12 @@ def _end_with_parent() -> None:
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 
-def _check(writer: Writer, shards: Sequence[Shard], max_skipped: float) -> None:
+def finish(writer: Writer, shards: list[Shard], max_skipped: float) -> Summary:
+    """Put finished shards together; see `prepare`."""
     source = writer.source
     problems = _problems(source, shards)
     kept = sum(shard.images for shard in shards)
-    _check_share(writer, problems, source.records or kept + sum(p.count for p in problems), max_skipped)
+    _check_share(writer, problems, source.records or kept + sum(problem.count for problem in problems), max_skipped)
     if not kept:
         writer.discard()
         raise UserError(f"{source.name}: there is nothing to prepare.{_then(problems)}")
@@ -184,6 +184,31 @@ def _check(writer: Writer, shards: Sequence[Shard], max_skipped: float) -> None:
             raise UserError(
                 f"{source.name}: {len(repeated):,} image ids occur more than once in {split}: {', '.join(repeated[:5])}"
             )
+    if problems:
+        with (writer.unfinished / "problems.jsonl").open("w") as file:
+            file.writelines(json.dumps(dataclasses.asdict(problem)) + "\n" for problem in problems)
+    captions: Counter[str] = Counter()
+    words: Counter[int] = Counter()
+    for part, shard in zip(source.parts, shards, strict=True):
+        if shard.images:
+            captions[part.split] += shard.captions
+        words.update(shard.words)
+    writer.describe(
+        shards,
+        {
+            **source.metadata,
+            "source": dict(source.origin),
+            "encoder": source.encoder,
+            "captions": dict(captions),
+            "words": sorted(words.items()),
+            "skipped": _counts(problems),
+            "problems": [dataclasses.asdict(problem) for problem in problems[:_STORED_PROBLEMS]],
+            "notes": list(source.notes),
+        },
+    )
+    _write_page(writer)
+    writer.publish()
+    return _summary(tfds.builder_from_directory(writer.folder))
 
 
 def _check_share(writer: Writer, problems: Sequence[Problem], records: int, max_skipped: float) -> None:
@@ -208,36 +233,6 @@ def _repeated(writer: Writer, indices: Sequence[int]) -> list[str]:
         return []
     found = Counter(image_id for index in indices for image_id in writer.ids(index) if hash(image_id) in suspects)
     return [image_id for image_id, count in found.items() if count > 1]
-
-
-def _finish(writer: Writer, shards: list[Shard]) -> Summary:
-    source = writer.source
-    problems = _problems(source, shards)
-    captions: Counter[str] = Counter()
-    words: Counter[int] = Counter()
-    for part, shard in zip(source.parts, shards, strict=True):
-        if shard.images:
-            captions[part.split] += shard.captions
-        words.update(shard.words)
-    if problems:
-        with (writer.unfinished / "problems.jsonl").open("w") as file:
-            file.writelines(json.dumps(dataclasses.asdict(problem)) + "\n" for problem in problems)
-    writer.finish(
-        shards,
-        {
-            **source.metadata,
-            "source": dict(source.origin),
-            "encoder": source.encoder,
-            "captions": dict(captions),
-            "words": sorted(words.items()),
-            "skipped": _counts(problems),
-            "problems": [dataclasses.asdict(problem) for problem in problems[:_STORED_PROBLEMS]],
-            "notes": list(source.notes),
-        },
-    )
-    summary = _summary(tfds.builder_from_directory(writer.folder))
-    _write_page(summary, str(writer.data_dir))
-    return summary
 
 
 def find_prepared(name: str, data_dir: str, origin: Mapping[str, Any]) -> Summary | None:
@@ -275,12 +270,13 @@ def _summary(builder: tfds.core.DatasetBuilder) -> Summary:
     )
 
 
-def _write_page(summary: Summary, data_dir: str) -> None:
-    samples = {}
+def _write_page(writer: Writer) -> None:
+    builder = tfds.builder_from_directory(writer.unfinished)
+    summary, samples = _summary(builder), {}
     for split, images in summary.images.items():
-        opened = schema.open_split(summary.name, split, data_dir)
+        opened = schema.Split(summary.name, split, builder)
         samples[split] = [opened[int(i)] for i in np.linspace(0, images - 1, min(images, _SAMPLES))]
-    report.write_dataset_page(Path(summary.folder) / "report.html", summary, samples)
+    report.write_dataset_page(writer.unfinished / "report.html", summary, samples)
 
 
 def _problems(source: Source, shards: Iterable[Shard]) -> list[Problem]:

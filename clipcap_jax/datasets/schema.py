@@ -15,6 +15,7 @@ What is absent is absent from the whole data set: its TFDS features say so befor
 """
 
 import dataclasses
+import hashlib
 from collections.abc import Sequence
 from typing import Any, overload
 
@@ -157,6 +158,14 @@ def open_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
             f"Prepare it again with file_format={FILE_FORMAT!r}."
         )
     return builder
+
+
+def fingerprint(builder: tfds.core.DatasetBuilder) -> str:
+    """A hash of what TFDS's metadata say of a data set, its source and the lengths of its shards among it."""
+    digest = hashlib.sha256()
+    for name in ("dataset_info.json", "metadata.json", "features.json"):
+        digest.update((tfds.core.Path(builder.data_dir) / name).read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def _how_to_prepare(name: str, data_dir: str) -> str:

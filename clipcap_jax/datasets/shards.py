@@ -107,17 +107,17 @@ class Writer:
             numbers[part.split] += 1
 
     @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        """Keeps other preparations of the same data set out.
+    def locked(self, work: str = "", *, wait: bool = False) -> Iterator[None]:
+        """Keeps out other processes that do the same work, such as a share of the shards; "": all of it.
 
         Raises:
-          UserError: there is one.
+          UserError: there is one; unless this shall `wait` for it.
         """
         self.folder.parent.mkdir(parents=True, exist_ok=True)
-        path = self.folder.with_name(f"{VERSION}.lock")
+        path = self.folder.with_name(f"{VERSION}{work}.lock")
         with path.open("w") as file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except OSError as error:
                 if error.errno not in (errno.EAGAIN, errno.EACCES):
                     raise
@@ -185,12 +185,17 @@ class Writer:
                 ids.append(example.image_id)
                 words.update(len(caption.split()) for caption in example.captions)
                 fields = schema.to_fields(example, part.split)
-                yield len(ids), serializer.serialize_example(features.encode_example(fields))
+                # As `serialize_example` does, but the same bytes every time: a proto's map has no order.
+                proto = serializer.get_tf_example(features.encode_example(fields))
+                yield len(ids), proto.SerializeToString(deterministic=True)
 
         # A name of its own: a process that was taken for dead may still be writing the same shard.
         temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         try:
-            _WRITER.write_examples(temporary, records())
+            try:
+                _WRITER.write_examples(temporary, records())
+            except RuntimeError as error:  # array_record's word for whatever the system refuses
+                raise OSError(str(error)) from error
             _to_disk(temporary)
             shard = Shard(len(ids), words.total(), temporary.stat().st_size, dict(words), problems)
             temporary.rename(path)
@@ -199,8 +204,8 @@ class Writer:
         _write_whole(self._note(index), json.dumps({"shard": dataclasses.asdict(shard), "ids": ids}))
         return shard
 
-    def finish(self, shards: list[Shard], metadata: Mapping[str, Any]) -> None:
-        """Add TFDS's metadata and give the folder its name.
+    def describe(self, shards: list[Shard], metadata: Mapping[str, Any]) -> None:
+        """Add TFDS's metadata.
 
         Args:
           shards: what the shards of all parts hold.
@@ -225,10 +230,13 @@ class Writer:
             )
         )
         builder.info.write_to_directory(self.unfinished)
-        self.unfinished.rename(self.folder)
-        for pattern in ("plan.json", "*.note.json", "*.tmp"):  # kept until now, in case this had been interrupted
-            for path in self.folder.glob(pattern):
+
+    def publish(self) -> None:
+        """Give the folder its name."""
+        for pattern in ("*.tmp", "*.note.json", "plan.json"):
+            for path in self.unfinished.glob(pattern):
                 path.unlink()
+        self.unfinished.rename(self.folder)
 
 
 def _template(source: Source, folder: Path, split: str) -> naming.ShardedFileTemplate:

@@ -11,7 +11,7 @@ from PIL import Image
 from pytorch import import_torch, save
 from safetensors.numpy import save_file
 
-from clipcap_jax import cli
+from clipcap_jax import __main__
 from clipcap_jax.captioner import Captioner
 from clipcap_jax.convert.assemble import PUBLISHED, Published, from_original
 from clipcap_jax.errors import UserError
@@ -83,7 +83,7 @@ def test_captions_are_the_originals(original: Original, tokenizer: Path, tmp_pat
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: Any) -> int:
     monkeypatch.setattr("sys.argv", ["clipcap", *map(str, arguments)])
     try:
-        cli.main()
+        __main__.main()
     except SystemExit as stop:
         return int(stop.code or 0)
     return 0

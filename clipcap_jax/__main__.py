@@ -1,0 +1,25 @@
+"""The `clipcap` command; `python -m clipcap_jax` is the same."""
+
+import argparse
+import importlib.metadata
+
+from absl import logging
+
+from clipcap_jax import cli
+from clipcap_jax.commands import caption, convert, data
+
+
+def main() -> None:
+    """Run it."""
+    logging.set_verbosity(logging.ERROR)  # Orbax tells every step of a restore
+    parser = argparse.ArgumentParser(prog="clipcap", description="Caption pictures; prepare data sets.")
+    parser.add_argument("--version", action="version", version=importlib.metadata.version("clipcap_jax"))
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for module in (caption, data, convert):
+        module.add(commands)
+    arguments = parser.parse_args()
+    cli.run_script(lambda: arguments.run(arguments))
+
+
+if __name__ == "__main__":
+    main()

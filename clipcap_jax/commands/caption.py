@@ -1,0 +1,158 @@
+"""`clipcap caption`."""
+
+import argparse
+import csv
+import dataclasses
+import glob
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from rich.text import Text
+
+from clipcap_jax.cli import positive
+from clipcap_jax.commands.convert import ORIGINAL_OPTIONS, add_original_options, load_original
+from clipcap_jax.errors import UserError
+
+IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+
+
+def add(commands: Any) -> None:
+    """Add it to the parser's commands."""
+    caption = commands.add_parser("caption", help="caption picture files, folders of them, or a matrix of embeddings")
+    caption.set_defaults(run=_caption)
+    caption.add_argument("checkpoint", help="the folder of a run, which train.py wrote to, or the original's .pt file")
+    caption.add_argument("inputs", nargs="+", help="pictures, folders (with all below them), globs, or one .npy matrix")
+    caption.add_argument("--output", type=Path, help="write to this .jsonl or .csv file instead of the screen")
+    caption.add_argument("--which", default="best", help='"best", "latest" or a step [best]')
+    caption.add_argument(
+        "--beam-size", type=positive, help="hypotheses per picture, 1 for greedy [as the run's config says]"
+    )
+    caption.add_argument("--batch-size", type=positive, default=64, help="pictures per step, over all devices [64]")
+    caption.add_argument("--workers", type=positive, default=4, help="threads that decode pictures [4]")
+
+    add_original_options(caption)
+
+
+def find_pictures(inputs: list[str]) -> list[Path]:
+    """The picture files that files, folders and globs name, each once, in order.
+
+    Raises:
+      UserError: one of them names nothing, or a folder without pictures.
+    """
+    found: dict[Path, None] = {}
+    for name in inputs:
+        path = Path(name)
+        if path.is_dir():
+            files = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+            if not files:
+                raise UserError(f"{path} holds no pictures ({', '.join(sorted(IMAGE_SUFFIXES))})")
+        elif path.exists():
+            files = [path]
+        else:
+            files = sorted(Path(file) for file in glob.glob(name, recursive=True) if Path(file).is_file())
+            if not files:
+                raise UserError(f"there is no file, folder or glob {name!r}")
+        found |= dict.fromkeys(files)
+    return list(found)
+
+
+def _caption(arguments: argparse.Namespace) -> None:
+    from clipcap_jax import parallel
+    from clipcap_jax.captioner import Captioner
+
+    parallel.keep_compiled_programs()
+    if arguments.output and arguments.output.suffix not in (".jsonl", ".csv"):
+        raise UserError(f"--output {arguments.output}: the name has to end in .jsonl or .csv")
+    matrices = [name for name in arguments.inputs if name.endswith(".npy")]
+    if matrices and len(arguments.inputs) > 1:
+        raise UserError("give either pictures or one .npy matrix of embeddings, not both")
+    console = Console(stderr=True)
+    paths = [] if matrices else find_pictures(arguments.inputs)
+    if Path(arguments.checkpoint).is_file():
+        captioner = Captioner(*load_original(Path(arguments.checkpoint), arguments), step=0)
+    else:
+        if given := [name for name in ORIGINAL_OPTIONS if getattr(arguments, name)]:
+            names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+            raise UserError(f"{names}: for the original's .pt files alone, and {arguments.checkpoint} is none")
+        captioner = Captioner.load(arguments.checkpoint, arguments.which)
+    if arguments.beam_size:
+        captioner = captioner.with_decode(dataclasses.replace(captioner.decode, beam_size=arguments.beam_size))
+
+    results: Iterator[tuple[str, Any]]
+    if matrices:
+        embeddings = _load_matrix(matrices[0])
+        total = len(embeddings)
+        captions = captioner.caption(embeddings, arguments.batch_size)
+        results = ((str(row), caption) for row, caption in enumerate(captions))
+    else:
+        total = len(paths)
+        captioned = captioner.caption_files(paths, batch_size=arguments.batch_size, workers=arguments.workers)
+        results = ((str(path), caption) for path, caption in captioned)
+    results = iter(track(results, "Captioning", total=total, console=console, transient=True))
+    if arguments.output:
+        with _open_output(arguments.output) as file:
+            skipped = _write(results, file, arguments.output.suffix)
+    else:
+        skipped = _show(results)
+    console.print(f"{total - len(skipped)} captions, {len(skipped)} pictures skipped", highlight=False)
+    for name, error in skipped[:20]:
+        console.print(f"  {name}: {error}", highlight=False, markup=False, soft_wrap=True)
+    if len(skipped) > 20:
+        console.print(f"  ... and {len(skipped) - 20} more")
+    if len(skipped) == total:
+        raise UserError("none of the pictures could be read")
+
+
+def _load_matrix(name: str) -> np.ndarray:
+    try:
+        return np.lib.format.open_memmap(name, mode="r")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{name} is not a NumPy matrix: {error}") from error
+
+
+def _open_output(path: Path) -> IO[str]:
+    try:
+        # POSIX file names need not be UTF-8: what is not is written as it is.
+        return path.open("w", newline="", encoding="utf-8", errors="surrogateescape")
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from error
+
+
+Skipped = list[tuple[str, UserError]]
+
+
+def _write(results: Iterator[tuple[str, Any]], file: IO[str], suffix: str) -> Skipped:
+    skipped: Skipped = []
+    columns = ("image", "caption", "score", "finished")
+    table = csv.DictWriter(file, columns)
+    if suffix == ".csv":
+        table.writeheader()
+    for name, caption in results:
+        if isinstance(caption, UserError):
+            skipped.append((name, caption))
+            continue
+        row = dict(zip(columns, (name, caption.text, caption.score, caption.finished), strict=True))
+        if suffix == ".csv":
+            table.writerow(row)
+        else:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    return skipped
+
+
+def _show(results: Iterator[tuple[str, Any]]) -> Skipped:
+    skipped: Skipped = []
+    table = Table("image", "caption")
+    for name, caption in results:
+        if isinstance(caption, UserError):
+            skipped.append((name, caption))
+        else:
+            table.add_row(Text(name, overflow="fold"), Text(caption.text))
+    if table.row_count:
+        Console().print(table)
+    return skipped

@@ -1,0 +1,136 @@
+"""`clipcap convert`, and what the commands that read the original's files share."""
+
+import argparse
+import contextlib
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from clipcap_jax.cli import positive
+from clipcap_jax.errors import UserError
+
+
+def add(commands: Any) -> None:
+    """Add it to the parser's commands."""
+    convert = commands.add_parser("convert", help="weights and embeddings of the original ClipCap, in and out")
+    directions = convert.add_subparsers(required=True, metavar="DIRECTION")
+    incoming = directions.add_parser("from-original", help="a checkpoint of the original to a run's folder")
+    incoming.set_defaults(run=_convert_from_original)
+    incoming.add_argument("file", type=Path, help="the original's .pt file")
+    incoming.add_argument("run_folder", type=Path, help="the folder to write, for clipcap caption and train.init_from")
+    add_original_options(incoming)
+    outgoing = directions.add_parser("to-original", help="a run to a .pt file in the layout of the original's")
+    outgoing.set_defaults(run=_convert_to_original)
+    language_model = directions.add_parser("to-gpt2", help="a run's GPT-2 to a folder that transformers loads")
+    language_model.set_defaults(run=_convert_to_gpt2)
+    for command in (outgoing, language_model):
+        command.add_argument("run_folder", type=Path, help="the folder of a run")
+        command.add_argument("--which", default="best", help='"best", "latest" or a step [best]')
+    outgoing.add_argument("file", type=Path, help="the .pt file to write")
+    language_model.add_argument("folder", type=Path, help="the folder to write")
+    pickled = directions.add_parser("embeddings", help="the original's embedding file to what prepare records reads")
+    pickled.set_defaults(run=_convert_embeddings)
+    pickled.add_argument("file", type=Path, help="the original's .pkl file")
+    pickled.add_argument("--embeddings", type=Path, required=True, help="the .npy file to write")
+    pickled.add_argument("--captions", type=Path, required=True, help="the .jsonl file to write")
+
+
+def add_original_options(command: argparse.ArgumentParser) -> None:
+    options = command.add_argument_group("what a .pt file of the original does not say about itself")
+    options.add_argument(
+        "--published",
+        help="one of the checkpoints that the original's README links to: coco-mlp, conceptual-mlp, coco-transformer",
+    )
+    options.add_argument(
+        "--clip",
+        help="weights of the tower it was trained with: a file, a folder or a name on the Hugging Face hub; "
+        '"none": it will caption embeddings [as published]',
+    )
+    options.add_argument("--normalize", action="store_true", help="it was trained with --normalize_prefix")
+    options.add_argument("--tokenizer", help="a folder or a name on the Hugging Face hub [gpt2]")
+    options.add_argument("--mapper-heads", type=positive, help="of a transformer mapper [8]")
+    options.add_argument("--gpt2-heads", type=positive, help="of its GPT-2 [the width over 64]")
+    options.add_argument("--clip-heads", type=positive, help="of the tower [as its config says, or the width over 64]")
+
+
+ORIGINAL_OPTIONS = ("published", "clip", "normalize", "tokenizer", "mapper_heads", "gpt2_heads", "clip_heads")
+
+
+def load_original(file: Path, arguments: argparse.Namespace) -> tuple[Any, Any]:
+    """Metadata and parameters of the original's file."""
+    from clipcap_jax.convert import gpt2, original
+    from clipcap_jax.convert.assemble import PUBLISHED, Published, from_original
+
+    if arguments.published:
+        if arguments.published not in PUBLISHED:
+            raise UserError(f"--published {arguments.published} is none of {', '.join(PUBLISHED)}")
+        if arguments.normalize:
+            raise UserError("--normalize is known of published checkpoints: leave it out")
+        published = PUBLISHED[arguments.published]
+    elif arguments.clip:
+        published = Published("", "", arguments.normalize)
+    else:
+        raise UserError(
+            f"{file} does not say which CLIP it was trained with: give --published (coco-mlp, conceptual-mlp or "
+            "coco-transformer) or --clip"
+        )
+    if arguments.clip:
+        published = dataclasses.replace(published, clip="" if arguments.clip == "none" else arguments.clip)
+    return from_original(
+        file,
+        published,
+        arguments.tokenizer or gpt2.OPENAI,
+        mapper_heads=arguments.mapper_heads or original.HEADS,
+        gpt2_heads=arguments.gpt2_heads,
+        clip_heads=arguments.clip_heads,
+    )
+
+
+def _convert_from_original(arguments: argparse.Namespace) -> None:
+    from clipcap_jax import checkpoint
+
+    if arguments.run_folder.exists():
+        raise UserError(f"{arguments.run_folder} is there already: name another folder")
+    metadata, params = load_original(arguments.file, arguments)
+    with contextlib.closing(checkpoint.Checkpoints(arguments.run_folder, keep=1)) as checkpoints:
+        checkpoints.save_weights(params, metadata)
+    Console().print(f"{arguments.file} is now in {arguments.run_folder}", highlight=False, soft_wrap=True)
+
+
+def _load_run(arguments: argparse.Namespace) -> tuple[Any, Any]:
+    """Metadata and parameters of a run."""
+    from clipcap_jax import checkpoint
+
+    with checkpoint.opened(arguments.run_folder) as checkpoints:
+        step = checkpoints.find(arguments.which)
+        return checkpoints.metadata(step), checkpoints.params(step)
+
+
+def _convert_to_original(arguments: argparse.Namespace) -> None:
+    from clipcap_jax.convert.original import save_original
+
+    metadata, params = _load_run(arguments)
+    save_original(metadata.config.model, params, arguments.file)
+    Console().print(f"{arguments.run_folder} is now in {arguments.file}", highlight=False, soft_wrap=True)
+
+
+def _convert_to_gpt2(arguments: argparse.Namespace) -> None:
+    from clipcap_jax.convert.gpt2 import save_gpt2
+
+    metadata, params = _load_run(arguments)
+    save_gpt2(metadata.config.model.gpt2, params["gpt2"], metadata.tokenizer, arguments.folder)
+    Console().print(f"GPT-2 and its tokenizer are now in {arguments.folder}", highlight=False, soft_wrap=True)
+
+
+def _convert_embeddings(arguments: argparse.Namespace) -> None:
+    from clipcap_jax.convert.embeddings import convert_pickle
+
+    pictures, captions = convert_pickle(arguments.file, arguments.embeddings, arguments.captions)
+    Console().print(
+        f"{pictures} pictures with {captions} captions. Next: clipcap prepare records --name NAME "
+        f"--embeddings {arguments.embeddings} --captions {arguments.captions} --encoder NAME",
+        highlight=False,
+        soft_wrap=True,
+    )

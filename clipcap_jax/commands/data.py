@@ -1,0 +1,108 @@
+"""`clipcap prepare` and `clipcap embed`."""
+
+import argparse
+import os
+from typing import Any
+
+from rich.console import Console
+
+from clipcap_jax.cli import positive
+
+
+def add(commands: Any) -> None:
+    """Add them to the parser's commands."""
+    prepare = commands.add_parser("prepare", help="prepare a data set for training")
+    kinds = prepare.add_subparsers(required=True, metavar="DATASET")
+    shapes = kinds.add_parser("shapes", help="drawings of coloured shapes, made on the spot")
+    shapes.set_defaults(run=_prepare_shapes)
+    records = kinds.add_parser("records", help="your own pictures or embeddings, with a captions file")
+    records.set_defaults(run=_prepare_records)
+    records.add_argument("--name", required=True, help='the data set will be "records/<name>"')
+    records.add_argument("--captions", required=True, help=".jsonl, .csv, .tsv or COCO .json")
+    records.add_argument("--images", help="the folder that the captions file's image names are looked up in")
+    records.add_argument("--embeddings", help=".npy matrix, one row per picture")
+    records.add_argument("--encoder", help="what made the embeddings, such as ViT-B/32")
+    records.add_argument(
+        "--split", help="the split of pictures that name none [shares drawn by a hash of the image id]"
+    )
+    records.add_argument("--max-skipped", type=float, default=0.01, help="share of records that may be bad [0.01]")
+    for command in (shapes, records):
+        _add_options(command)
+        command.add_argument(
+            "--processes", type=positive, default=os.cpu_count() or 1, help="how many write shards [one per core]"
+        )
+
+    embed = commands.add_parser("embed", help="run a CLIP tower over a prepared data set's pictures, once")
+    embed.set_defaults(run=_embed)
+    embed.add_argument("data", help='a prepared data set that holds pictures, such as "coco" or "records/mine"')
+    embed.add_argument("--clip", required=True, help="the tower's weights: a file, a folder or a name on the hub")
+    embed.add_argument("--clip-heads", type=positive, help="of the tower [as its config says, or the width over 64]")
+    embed.add_argument("--name", help='the new data set will be "embeddings/<name>" [the old one\'s name]')
+    embed.add_argument("--batch-size", type=positive, default=256, help="pictures a step, over all devices [256]")
+    embed.add_argument(
+        "--workers", type=positive, default=os.cpu_count() or 1, help="threads that decode [one per core]"
+    )
+    embed.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="to compute in [float32]")
+    embed.add_argument(
+        "--share", type=_share, default=(0, 1), help="this host's number, from 0, and how many there are: 0/4 [0/1]"
+    )
+    _add_options(embed)
+
+
+def _add_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--data-dir", default="data", help="where prepared data sets lie [data]")
+
+
+def _share(text: str) -> tuple[int, int]:
+    number, _, shares = text.partition("/")
+    if not (number.isdecimal() and shares.isdecimal() and int(number) < int(shares)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number and how many there are, such as 0/4")
+    return int(number), int(shares)
+
+
+def _prepare_shapes(arguments: argparse.Namespace) -> None:
+    from clipcap_jax import datasets  # importing it takes seconds, which `clipcap --help` should not
+
+    Console().print(datasets.prepare_shapes(arguments.data_dir, processes=arguments.processes))
+
+
+def _prepare_records(arguments: argparse.Namespace) -> None:
+    from clipcap_jax import datasets
+
+    given = {"split": arguments.split} if arguments.split else {}
+    source = datasets.RecordsSource(
+        name=arguments.name,
+        captions=arguments.captions,
+        images=arguments.images,
+        embeddings=arguments.embeddings,
+        encoder=arguments.encoder,
+        **given,
+    )
+    summary = datasets.prepare_records(source, arguments.data_dir, arguments.max_skipped, processes=arguments.processes)
+    Console().print(summary)
+
+
+def _embed(arguments: argparse.Namespace) -> None:
+    from clipcap_jax import parallel
+    from clipcap_jax.convert.clip import load_clip
+    from clipcap_jax.embed import Encoder, embed
+
+    parallel.keep_compiled_programs()
+    encoder = Encoder(*load_clip(arguments.clip, arguments.clip_heads), arguments.dtype)
+    name = arguments.name or arguments.data.replace("/", "_")
+    number, shares = arguments.share
+    summary = embed(
+        encoder,
+        arguments.data,
+        name,
+        arguments.data_dir,
+        batch_size=arguments.batch_size,
+        workers=arguments.workers,
+        share=arguments.share,
+    )
+    console = Console()
+    if summary is None:
+        console.print(f"Share {number} of {shares} is finished, others are not yet: the last one puts them together.")
+    else:
+        console.print(summary)
+        console.print(f"To train on it: --config.data.name={summary.name} --config.data.input=embedding")

@@ -1,0 +1,213 @@
+"""Every picture of a data set through a CLIP tower, once: the embeddings are a data set of their own.
+
+Training then reads some bytes for each picture instead of decoding it and running the tower for each of its captions,
+in every epoch. Splits, captions and the order of the examples are those of the data set with the pictures.
+"""
+
+import dataclasses
+import hashlib
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.progress import Progress
+
+from clipcap_jax import images, parallel
+from clipcap_jax.config import PRESETS
+from clipcap_jax.datasets import prepare
+from clipcap_jax.datasets.schema import Example, Split, fingerprint, open_builder, open_split
+from clipcap_jax.datasets.shards import Writer
+from clipcap_jax.datasets.source import EMBEDDINGS_PER_SHARD, Problem, Source
+from clipcap_jax.errors import UserError
+from clipcap_jax.models.clip_vit import normalize_pixels
+from clipcap_jax.models.clipcap import ClipConfig, tower
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoder:
+    """A vision tower that embeds pictures on this process's devices.
+
+    Attributes:
+      config: its sizes.
+      params: its parameters.
+      dtype: what it computes in; "float32" is exact everywhere.
+    """
+
+    config: ClipConfig
+    params: Any
+    dtype: str = "float32"
+
+    @property
+    def name(self) -> str:
+        """See `encoder_name`."""
+        return encoder_name(self.config, self.params)
+
+
+def encoder_name(config: ClipConfig, params: Any) -> str:
+    """What embeddings are told apart by: "ViT-B/32, weights 1f2e3d4c5b6a". The weights' is the start of a SHA-256 of
+    their names and float32 values, whatever file they came in."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):  # in the order of their names
+        digest.update(jax.tree_util.keystr(path).encode())
+        digest.update(np.asarray(leaf, np.float32).tobytes())
+    names = [name for name, preset in PRESETS.items() if preset == config]
+    return f"{names[0] if names else 'CLIP'}, weights {digest.hexdigest()[:12]}"
+
+
+def embed(
+    encoder: Encoder,
+    name: str,
+    output: str,
+    data_dir: str,
+    *,
+    batch_size: int = 256,
+    workers: int = 4,
+    share: tuple[int, int] = (0, 1),
+    max_skipped: float = 0.01,
+) -> prepare.Summary | None:
+    """Embed a data set's pictures, and write "embeddings/<output>" into `data_dir` unless it is there already.
+
+    What an interrupted run finished is kept. Several hosts that see the same `data_dir` may each do a share; the one
+    that finds all shares finished puts them together.
+
+    Args:
+      encoder: the tower.
+      name: a prepared data set that holds pictures.
+      output: the new data set will be "embeddings/<output>": float16 embeddings, not normalised, no pictures.
+      data_dir: the folder of prepared data sets.
+      batch_size: pictures a step, over this process's devices; rounded up to a multiple of them.
+      workers: threads that decode pictures, ahead of the devices.
+      share: this process's number, from 0, and how many there are.
+      max_skipped: how many pictures that cannot be decoded to put up with, as a share of all.
+
+    Returns:
+      What was kept and skipped; None where other shares are not finished yet.
+
+    Raises:
+      UserError: the data set is not there or holds no pictures; "embeddings/<output>" was made from something else, or
+        is just being made; an embedding is not finite; a file could not be read or written.
+    """
+    splits = {split: open_split(name, split, data_dir) for split in open_builder(name, data_dir).info.splits}
+    if not all(split.has_images for split in splits.values()):
+        raise UserError(f"{name} holds no pictures: there is nothing to embed")
+    source = _source(encoder, name, output, data_dir, splits)
+    if done := prepare.find_prepared(source.name, data_dir, source.origin):
+        return done
+    writer = Writer(source, data_dir)
+    number, shares = share
+    try:
+        with writer.locked(f"share{number}of{shares}"):
+            with writer.locked(wait=True):
+                writer.begin()
+            mine = [i for i in range(number, len(source.parts), shares) if writer.finished(i) is None]
+            _write(encoder, writer, mine, splits, parallel.round_up(batch_size), workers)
+        with writer.locked(wait=True):
+            if done := prepare.find_prepared(source.name, data_dir, source.origin):
+                return done  # another share was the last
+            shards = [shard for i in range(len(source.parts)) if (shard := writer.finished(i))]
+            return prepare.finish(writer, shards, max_skipped) if len(shards) == len(source.parts) else None
+    except OSError as error:
+        raise UserError(f"{source.name} could not be written to {data_dir}: {error}") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+    """A part: these examples of a split of the data set with the pictures."""
+
+    split: str
+    start: int
+    stop: int
+
+    def __iter__(self) -> Iterator[Example | Problem]:
+        raise NotImplementedError("its embeddings are computed for all parts together")
+
+
+def _source(encoder: Encoder, name: str, output: str, data_dir: str, splits: dict[str, Split]) -> Source:
+    size = encoder.config.image_size
+    made = {
+        "encoder": encoder.name,
+        "dtype": encoder.dtype,
+        "preprocessing": f"short side to {size} pixels (bicubic), {size} x {size} from the middle",
+        "normalized": False,
+    }
+    return Source(
+        name=f"embeddings/{output}",
+        origin={"data": name, "fingerprint": fingerprint(open_builder(name, data_dir)), **made},
+        parts=[
+            _Rows(split, start, min(start + EMBEDDINGS_PER_SHARD, len(held)))
+            for split, held in splits.items()
+            for start in range(0, len(held), EMBEDDINGS_PER_SHARD)
+        ],
+        has_images=False,
+        embedding_width=encoder.config.embedding_width,
+        encoder=encoder.name,
+        description=f"CLIP embeddings of {name}.",
+        metadata={"embeddings": made},
+    )
+
+
+def _write(
+    encoder: Encoder, writer: Writer, indices: list[int], splits: dict[str, Split], batch_size: int, workers: int
+) -> None:
+    """The shards of these parts, one after the other."""
+    model = tower(encoder.config, jnp.dtype(encoder.dtype))
+
+    def apply(params: Any, pixels: jax.Array) -> jax.Array:
+        with jax.default_matmul_precision("highest" if encoder.dtype == "float32" else "default"):
+            return model.apply({"params": params}, normalize_pixels(pixels)).astype(jnp.float32)
+
+    run, params = parallel.map_rows(apply), parallel.replicate(encoder.params)
+    parts: list[Any] = [writer.source.parts[index] for index in indices]
+    with Progress() as progress, ThreadPoolExecutor(workers) as pool:
+        task = progress.add_task(f"Embedding {writer.source.name}", total=sum(part.stop - part.start for part in parts))
+
+        def load(split: Split, index: int) -> tuple[Example, np.ndarray] | Problem:
+            example = split[index]
+            assert example.image is not None
+            try:
+                pixels = images.preprocess(images.decode(example.image), encoder.config.image_size)
+            except UserError as error:
+                return Problem(f"{split.name}/{split.split}", "image broken", f"{example.image_id}: {error}")
+            return dataclasses.replace(example, image=None), pixels
+
+        def loaded(part: _Rows) -> Iterator[Any]:
+            """In order, decoded up to two batches ahead."""
+            waiting: deque[Future[Any]] = deque()
+            for index in range(part.start, part.stop):
+                waiting.append(pool.submit(load, splits[part.split], index))
+                if len(waiting) > 2 * batch_size:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+
+        def examples(part: _Rows) -> Iterator[Example | Problem]:
+            batch: list[tuple[Example, np.ndarray]] = []
+            for item in loaded(part):
+                progress.advance(task)
+                if isinstance(item, Problem):
+                    yield item
+                    continue
+                batch.append(item)
+                if len(batch) == batch_size:
+                    yield from embedded(batch)
+                    batch = []
+            if batch:
+                yield from embedded(batch)
+
+        def embedded(batch: list[tuple[Example, np.ndarray]]) -> Iterator[Example]:
+            pixels = np.stack([pixels for _, pixels in batch])
+            filled = np.concatenate([pixels, np.repeat(pixels[:1], batch_size - len(batch), axis=0)])  # one shape
+            embeddings = run(params, filled)[: len(batch)].astype(np.float16)
+            for (example, _), embedding in zip(batch, embeddings, strict=True):
+                if not np.isfinite(embedding).all():
+                    raise UserError(
+                        f"the embedding of {example.image_id} is not finite: the tower's weights are broken"
+                    )
+                yield dataclasses.replace(example, embedding=embedding)
+
+        for index, part in zip(indices, parts, strict=True):
+            writer.write(index, examples(part))

@@ -1,0 +1,227 @@
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from original import load_clip
+from safetensors.numpy import save_file
+from tiny import SPLITS, Source, make_config, train
+
+from clipcap_jax import embed as embed_module
+from clipcap_jax import images
+from clipcap_jax.captioner import Captioner
+from clipcap_jax.datasets import RecordsSource, open_split, prepare, prepare_records
+from clipcap_jax.datasets.schema import Example
+from clipcap_jax.datasets.shards import Writer
+from clipcap_jax.datasets.source import Source as DataSource
+from clipcap_jax.embed import Encoder, embed, encoder_name
+from clipcap_jax.errors import UserError
+from clipcap_jax.evaluation import open_data
+from clipcap_jax.models.clip_vit import normalize_pixels
+from clipcap_jax.models.clipcap import tower
+
+PICTURES = sum(SPLITS.values())
+TOWER = {"image_size": 32, "patch_size": 8, "width": 128, "layers": 2, "heads": 2, "embedding_width": 24}
+
+
+@pytest.fixture(scope="module")
+def encoder() -> Encoder:
+    config, params, _ = load_clip("vit")
+    return Encoder(config, params)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same tower as a file."""
+    _, _, arrays = load_clip("vit")
+    path = tmp_path_factory.mktemp("weights") / "tower.safetensors"
+    save_file(
+        {
+            name.removeprefix("state/"): np.ascontiguousarray(array)
+            for name, array in arrays.items()
+            if name.startswith("state/")
+        },
+        path,
+    )
+    return path
+
+
+@pytest.fixture
+def pictures(source: Source, tmp_path: Path) -> Path:
+    """A data folder with "records/pictures"."""
+    prepare_records(RecordsSource("pictures", str(source.captions), images=str(source.pictures)), str(tmp_path))
+    return tmp_path
+
+
+def read(data_dir: Path, name: str = "embeddings/mine") -> dict[str, list[Example]]:
+    return {split: list(open_split(name, split, str(data_dir))) for split in SPLITS}
+
+
+def without_embedding(example: Example) -> Example:
+    return dataclasses.replace(example, embedding=None)
+
+
+def test_every_picture_is_embedded_once(encoder: Encoder, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    preprocessed = []
+    preprocess = images.preprocess
+
+    def counted(image: Any, size: int) -> np.ndarray:
+        preprocessed.append(size)
+        return preprocess(image, size)
+
+    monkeypatch.setattr(images, "preprocess", counted)
+    summary = embed(encoder, "records/pictures", "mine", str(pictures), batch_size=8, workers=2)
+    assert summary is not None
+    assert summary.images == SPLITS
+    assert preprocessed == [32] * PICTURES
+    model = tower(encoder.config, jax.numpy.dtype("float32"))
+    apply = jax.jit(lambda pixels: model.apply({"params": encoder.params}, normalize_pixels(pixels)))
+    for split, found in read(pictures).items():
+        before = list(open_split("records/pictures", split, str(pictures)))
+        for example, old in zip(found, before, strict=True):
+            assert old.image is not None
+            assert example.embedding is not None
+            assert without_embedding(example) == dataclasses.replace(old, image=None)
+            expected = apply(preprocess(images.decode(old.image), 32)[None])[0]
+            np.testing.assert_allclose(example.embedding, expected, rtol=1e-3, atol=1e-3)  # float16
+    stored = open_split("embeddings/mine", "val", str(pictures))
+    assert (stored.encoder, stored.embedding_width, stored.has_images) == (encoder.name, 24, False)
+
+
+def test_the_name_tells_weights_apart(encoder: Encoder) -> None:
+    other = jax.tree.map(np.array, encoder.params)
+    assert encoder_name(encoder.config, other) == encoder.name
+    other["projection"]["kernel"][0, 0] += 1e-6
+    assert encoder_name(encoder.config, other) != encoder.name
+
+
+def test_it_goes_on_where_it_stopped(encoder: Encoder, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    embed(encoder, "records/pictures", "whole", str(pictures), batch_size=4)
+    monkeypatch.setattr(embed_module, "EMBEDDINGS_PER_SHARD", 5)
+    write, limit = Writer.write, 2
+    written: list[int] = []
+
+    def limited(self: Writer, index: int, examples: Any = None) -> Any:
+        if len(written) == limit:
+            raise KeyboardInterrupt
+        written.append(index)
+        return write(self, index, examples)
+
+    monkeypatch.setattr(Writer, "write", limited)
+    with pytest.raises(KeyboardInterrupt):
+        embed(encoder, "records/pictures", "mine", str(pictures), batch_size=4)
+    with pytest.raises(UserError, match="not prepared"):
+        read(pictures)
+    limit = PICTURES
+    embed(encoder, "records/pictures", "mine", str(pictures), batch_size=4)
+    assert sorted(written) == list(range(4 + 1 + 2))  # none of them twice
+    for split, expected in read(pictures, "embeddings/whole").items():
+        for example, one in zip(read(pictures)[split], expected, strict=True):
+            assert without_embedding(example) == without_embedding(one)
+            np.testing.assert_array_equal(example.embedding, one.embedding)
+
+
+def test_each_host_does_its_share(encoder: Encoder, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embed_module, "EMBEDDINGS_PER_SHARD", 5)
+    embed(encoder, "records/pictures", "whole", str(pictures))
+    assert embed(encoder, "records/pictures", "mine", str(pictures), share=(1, 2)) is None
+    with pytest.raises(UserError, match="not prepared"):
+        read(pictures)
+    summary = embed(encoder, "records/pictures", "mine", str(pictures), share=(0, 2))
+    assert summary is not None
+    assert summary.images == SPLITS
+    for split, expected in read(pictures, "embeddings/whole").items():
+        for example, one in zip(read(pictures)[split], expected, strict=True):
+            np.testing.assert_array_equal(example.embedding, one.embedding)
+    again = embed(encoder, "records/pictures", "mine", str(pictures), share=(1, 2))
+    assert again is not None
+    assert again.already_prepared
+
+
+def test_what_cannot_be_embedded(encoder: Encoder, pictures: Path, source: Source) -> None:
+    given = RecordsSource("numbers", str(source.captions), embeddings=str(source.embeddings))
+    prepare_records(given, str(pictures))
+    with pytest.raises(UserError, match="records/numbers holds no pictures"):
+        embed(encoder, "records/numbers", "mine", str(pictures))
+    broken = dataclasses.replace(encoder, params=jax.tree.map(lambda leaf: np.full_like(leaf, np.nan), encoder.params))
+    with pytest.raises(UserError, match=r"the embedding of .* is not finite"):
+        embed(broken, "records/pictures", "mine", str(pictures))
+    embed(encoder, "records/pictures", "mine", str(pictures))
+    with pytest.raises(UserError, match=r"from something else: encoder was CLIP, weights .*, is now CLIP, weights"):
+        embed(broken, "records/pictures", "mine", str(pictures))
+
+
+def test_a_picture_that_cannot_be_decoded(encoder: Encoder, pictures: Path) -> None:
+    """Our own preparation lets none in; others' may."""
+    good = open_split("records/pictures", "train", str(pictures))[0]
+
+    @dataclasses.dataclass(frozen=True)
+    class Part:
+        split: str = "train"
+
+        def __iter__(self) -> Any:
+            yield good
+            yield dataclasses.replace(good, image_id="bad", image=b"\xff\xd8\xff")
+
+    prepare.prepare(DataSource("foreign", {}, [Part()], has_images=True), str(pictures))
+    with pytest.raises(UserError, match=r"1 problems in 2 records.*\(image broken 1\)"):
+        embed(encoder, "foreign", "mine", str(pictures))
+    summary = embed(encoder, "foreign", "mine", str(pictures), max_skipped=0.5)
+    assert summary is not None
+    assert (summary.images, summary.skipped) == ({"train": 1}, {"image broken": 1})
+
+
+def losses(run: Path) -> dict[int, float]:
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
+
+
+def test_training_on_embeddings_equals_training_on_pictures(
+    encoder: Encoder, weights: Path, pictures: Path, source: Source
+) -> None:
+    """With the tower frozen. And either run captions photos, as both have it."""
+    embed(encoder, "records/pictures", "mine", str(pictures))
+    changes: dict[str, Any] = {f"model.clip.{name}": value for name, value in TOWER.items()}
+    changes |= {
+        "data.name": "records/pictures",
+        "model.gpt2.dropout": 0.0,
+        "train.pretrained.clip": str(weights),
+        "train.trainable": ("mapper", "gpt2"),
+        "evaluate.images": 0,
+    }
+    train(pictures / "from pixels", make_config(pictures, changes, "pixels"))
+    changes |= {"data.name": "embeddings/mine", "data.input": "embedding"}
+    train(pictures / "from embeddings", make_config(pictures, changes, "pixels"))
+    expected, found = losses(pictures / "from pixels"), losses(pictures / "from embeddings")
+    assert len(expected) == 15
+    np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=1e-3)
+
+    captioner = Captioner.load(pictures / "from embeddings", "latest")
+    assert captioner.image_size == 32
+    paths = sorted(source.pictures.iterdir())
+    from_files = [caption for _, caption in captioner.caption_files(paths, batch_size=8, workers=1)]
+    assert len({caption.text for caption in from_files}) > 1  # type: ignore[union-attr]
+    by_id = {example.image_id: example for examples in read(pictures).values() for example in examples}
+    stored = np.stack([by_id[str(100 + i)].embedding for i in range(len(paths))])  # type: ignore[misc]
+    from_embeddings = [caption.text for caption in captioner.caption(stored)]
+    assert [caption.text for caption in from_files] == from_embeddings  # type: ignore[union-attr]
+    assert open_data(captioner, "records/pictures", "test", str(pictures)).inputs([0]).shape == (1, 32, 32, 3)
+    assert open_data(captioner, "", "test", "").inputs([0]).shape == (1, 24)
+
+
+def test_embeddings_of_another_tower(encoder: Encoder, weights: Path, pictures: Path) -> None:
+    other = jax.tree.map(np.array, encoder.params)
+    other["projection"]["kernel"][0, 0] += 1e-3
+    embed(dataclasses.replace(encoder, params=other), "records/pictures", "mine", str(pictures))
+    changes: dict[str, Any] = {f"model.clip.{name}": value for name, value in TOWER.items()}
+    changes |= {"data.name": "embeddings/mine", "data.input": "embedding", "train.trainable": ("mapper",)}
+    with pytest.raises(UserError, match=r"name the weights that made them in config.train.pretrained.clip"):
+        make_config(pictures, changes, "pixels")
+    changes |= {"train.pretrained.clip": str(weights)}
+    with pytest.raises(UserError, match=r"holds embeddings from CLIP, weights \w+; the tower of the config is CLIP, w"):
+        train(pictures / "run", make_config(pictures, changes, "pixels"))
+    with pytest.raises(UserError, match=r"holds embeddings of width 24; config.model.clip makes them 8 wide"):
+        train(pictures / "run2", make_config(pictures, changes | {"model.clip.embedding_width": 8}, "pixels"))
