@@ -208,7 +208,7 @@ def _build(kind: Any, value: Any, path: str) -> Any:
     if dataclasses.is_dataclass(kind):
         return _build_dataclass([kind], value, path)
     if origin is types.UnionType:  # of dataclasses and perhaps None: the one whose fields are most like those given
-        if value is None and types.NoneType in arguments:
+        if value in (None, "none") and types.NoneType in arguments:  # "none": no flag can say None
             return None
         kinds = [argument for argument in arguments if argument is not types.NoneType]
         if isinstance(value, Mapping):

@@ -1,10 +1,10 @@
 """The paper's first variant on COCO: an MLP mapper, and GPT-2 tuned with it (arXiv 2111.09734, section 4).
 
-Reads stored CLIP embeddings, prepared as "records/coco".
+Reads CLIP's embeddings of COCO, which `clipcap prepare coco` and `clipcap embed coco` make. The tower that made them is
+part of the run, so that it captions pictures too.
 """
 
 from ml_collections import ConfigDict
-from ml_collections.config_dict import placeholder
 
 from clipcap_jax.convert.gpt2 import OPENAI
 
@@ -12,7 +12,7 @@ from clipcap_jax.convert.gpt2 import OPENAI
 def get_config() -> ConfigDict:
     config = ConfigDict()
     config.data = dict(
-        name="records/coco",
+        name="embeddings/coco",
         data_dir="data",
         input="embedding",
         max_tokens=68,
@@ -21,7 +21,7 @@ def get_config() -> ConfigDict:
     )
     config.tokenizer = dict(source=OPENAI)
     config.model = dict(
-        clip=placeholder(str),  # or the name of a tower, for data.input="image"
+        clip="RN50x4",  # or "none", for embeddings that something else made
         mapper=dict(kind="mlp", prefix_length=10, clip_length=10, layers=8, heads=8, dropout=0.0),
         gpt2=dict(vocab_size=50257, positions=1024, width=768, layers=12, heads=12, dropout=0.1),
         normalize_embedding=False,
@@ -42,7 +42,7 @@ def get_config() -> ConfigDict:
         epochs=10.0,
         batch_size=40,
         trainable=("mapper", "gpt2"),
-        pretrained=dict(clip="", gpt2=OPENAI),
+        pretrained=dict(clip="timm/resnet50x4_clip.openai", gpt2=OPENAI),
         init_from="",
         targets="all",
         label_smoothing=0.0,

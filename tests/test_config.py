@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 CONFIGS = [*(f"configs/{path.name}" for path in sorted((ROOT / "configs").glob("*.py"))), "configs/flickr8k.py:pixels"]
 # A config for each input: the second has a vision tower, the first none.
 RESNET = {"image_size": 64, "width": 8, "blocks": (1, 1, 1, 1), "heads": 4, "embedding_width": 16}
-EMBEDDINGS, PIXELS = "configs/coco_transformer.py", "configs/flickr8k.py:pixels"
+EMBEDDINGS, PIXELS = "configs/flickr8k.py", "configs/flickr8k.py:pixels"
 
 
 def load(*arguments: str) -> ConfigDict:
@@ -48,6 +48,8 @@ def changed(name: str, changes: dict[str, Any]) -> Config:
 def test_every_config_is_complete_and_consistent(name: str) -> None:
     values = load(f"--config={name}").to_dict()
     config = from_dict(values)
+    if isinstance(clip := values["model"]["clip"], str):
+        values["model"]["clip"] = dataclasses.asdict(PRESETS[clip])
     assert dataclasses.asdict(config) == values
     assert from_dict(dataclasses.asdict(config)) == config
     assert isinstance(config.train.trainable, tuple)
@@ -131,13 +133,14 @@ def test_documented_commands_are_accepted(arguments: list[str]) -> None:
         (PIXELS, {"model.clip": RESNET | {"image_size": 100}}, "clip.image_size is 100: it has to be a multiple of 32"),
         (PIXELS, {"model.clip": RESNET | {"heads": 7}}, "config.model.clip.heads is 7: it has to divide the width, 25"),
         (EMBEDDINGS, {"data.input": "image"}, 'config.data.input is "image", but config.model.clip is None'),
+        (EMBEDDINGS, {"model.clip": "RN50x4"}, "config.model.clip is set, but the model learns from stored embeddings"),
         (EMBEDDINGS, {"train.trainable": ("clip",)}, 'trainable names "clip", but the model reads stored embeddings'),
         (EMBEDDINGS, {"train.trainable": ()}, "config.train.trainable is empty: name at least one of clip, mapper"),
-        (EMBEDDINGS, {"model.gpt2.positions": 77}, "positions is 77, but prefix and caption take up to 78"),
-        (EMBEDDINGS, {"evaluate.decode.max_tokens": 1015}, "positions is 1024, but prefix and caption take up to 1025"),
+        (EMBEDDINGS, {"model.gpt2.positions": 45}, "positions is 45, but prefix and caption take up to 46"),
+        (EMBEDDINGS, {"evaluate.decode.max_tokens": 59}, "positions is 64, but prefix and caption take up to 65"),
         (PIXELS, {"evaluate.decode.beam_size": 3001}, "decode.beam_size is larger than config.model.gpt2.vocab_size"),
-        (EMBEDDINGS, {"model.gpt2.heads": 7}, "config.model.gpt2.heads is 7: it has to divide the width, 768"),
-        (EMBEDDINGS, {"model.mapper.heads": 7}, "config.model.mapper.heads is 7: it has to divide the width, 768"),
+        (EMBEDDINGS, {"model.gpt2.heads": 7}, "config.model.gpt2.heads is 7: it has to divide the width, 256"),
+        (EMBEDDINGS, {"model.mapper.heads": 7}, "config.model.mapper.heads is 7: it has to divide the width, 256"),
         (PIXELS, {"model.clip.heads": 7}, "config.model.clip.heads is 7: it has to divide the width, 256"),
         (PIXELS, {"model.clip.patch_size": 15}, "image_size is 128: it has to be a multiple of patch_size, 15"),
         (EMBEDDINGS, {"evaluate.every": 0}, "config.evaluate.every is 0: it has to be greater"),
@@ -194,10 +197,12 @@ def test_zeros_that_mean_something() -> None:
 
 
 def test_presets_by_name() -> None:
-    config = changed(EMBEDDINGS, {"model.clip": "RN50x4", "model.gpt2": "gpt2-medium"})
+    weights = {"train.pretrained.clip": "a file"}
+    config = changed(EMBEDDINGS, weights | {"model.clip": "RN50x4", "model.gpt2": "gpt2-medium"})
     assert config.model.clip == clip_resnet.PRESETS["RN50x4"]
     assert config.model.gpt2 == gpt2.PRESETS["gpt2-medium"]
-    assert changed(EMBEDDINGS, {"model.clip": "ViT-L/14"}).model.clip == clip_vit.PRESETS["ViT-L/14"]
+    assert changed(EMBEDDINGS, weights | {"model.clip": "ViT-L/14"}).model.clip == clip_vit.PRESETS["ViT-L/14"]
+    assert changed(EMBEDDINGS, {"model.clip": "none"}).model.clip is None  # as flags have to write it
 
 
 def test_a_tower_is_the_one_whose_fields_are_given() -> None:
