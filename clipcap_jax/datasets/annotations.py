@@ -170,14 +170,15 @@ def tidy(rows: Iterable[Record | Problem], captioned: bool = True) -> tuple[list
         if fault := _fault(row):
             problems.append(Problem(row.where, *fault))
             continue
-        first = by_id.get(row.image_id) or by_file.get(row.image)
+        rivals = [rival for rival in (by_id.get(row.image_id), by_file.get(row.image)) if rival is not None]
+        first = next((rival for rival in rivals if rival.split != "train" or row.split == "train"), None)
         if first is not None:
-            if first.split == "train" != row.split:
-                del by_id[first.image_id], by_file[first.image]
-                by_id[row.image_id] = by_file[row.image] = row
-                first, row = row, first
             problems.append(_twice(row, first))
             continue
+        for rival in rivals:
+            if by_id.pop(rival.image_id, None) is not None:
+                del by_file[rival.image]
+                problems.append(_twice(rival, row))
         by_id[row.image_id] = by_file[row.image] = row
     records = []
     for record in by_id.values():

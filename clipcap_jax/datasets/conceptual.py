@@ -233,18 +233,21 @@ def _shards(name: str, folder: Path, split: str, store_images: bool, held_out: t
         raise not_there(folder, f"the pictures of {listed.name}", LISTINGS[name])
     if place is None:
         return []
+    paths = []
+    has_pictures = False
     with os.scandir(place) as entries:  # of which there may be millions
-        paths = [
-            Path(entry.path)
-            for entry in entries
-            if re.fullmatch(r"\d+\.tar" if entry.is_file() else r"\d+", entry.name)
-        ]
+        for entry in entries:
+            has_pictures |= entry.name.endswith(".jpg")
+            if re.fullmatch(r"\d+\.tar" if entry.is_file() else r"\d+", entry.name):
+                paths.append(Path(entry.path))
     if len({path.stem for path in paths}) < len(paths):
         raise UserError(f"{place} holds shards both as .tar and as folders. Leave one of them there.")
     if paths:
         return [Shard(split, path, store_images, held_out) for path in sorted(paths)]
     if not listed.is_file():
         return []
+    if not has_pictures:
+        raise not_there(place, "pictures such as 00000000.jpg", LISTINGS[name])
     return [
         Shard(split, listed, store_images, held_out, rows) for rows in _index_list(listed, _URL_COLUMN[name], place)
     ]
@@ -271,7 +274,7 @@ def _read_tar(path: Path) -> Iterator[_Sample | Problem]:
                     if sample is not None:
                         count += 1
                         yield sample
-                    sample = _Sample(f"{path.name}: {key}", _image_id(path, key))
+                    sample = _Sample(f"{_where(path)}: {key}", _image_id(path, key))
                 file = tar.extractfile(member)
                 assert file is not None  # a regular file
                 _add(sample, suffix, file.read())
@@ -289,13 +292,13 @@ def _read_tar(path: Path) -> Iterator[_Sample | Problem]:
     if fault or lost > 0:
         fault = fault or f"it holds {count:,} samples"
         detail = f"{path}: {fault}; {lost:,} samples lost" if lost > 0 else f"{path}: {fault}"
-        yield Problem(path.name, "broken tar", detail, max(lost, 1))
+        yield Problem(_where(path), "broken tar", detail, max(lost, 1))
 
 
 def _read_folder(path: Path) -> Iterator[_Sample | Problem]:
     keys = sorted({name.partition(".")[0] for name in os.listdir(path)} - {""})
     for key in keys:
-        sample = _Sample(f"{path.name}/{key}", _image_id(path, key))
+        sample = _Sample(f"{_where(path)}/{key}", _image_id(path, key))
         for suffix in ("json", "txt", "jpg", "jpeg", "png", "webp"):
             file = path / f"{key}.{suffix}"
             if file.is_file():
@@ -304,6 +307,11 @@ def _read_folder(path: Path) -> Iterator[_Sample | Problem]:
                     sample.image_path = str(file)
                     break
         yield sample
+
+
+def _where(path: Path) -> str:
+    """Train and validation have shards of the same names."""
+    return f"{path.parent.name}/{path.name}"
 
 
 def _image_id(path: Path, key: str) -> str:
@@ -411,7 +419,7 @@ def _read_stats(parts: list[Shard]) -> tuple[list[Problem], list[str]]:
             continue
         stats = _stats(part.path)
         without += not stats
-        where = f"{part.path.parent.name}/{part.path.stem}_stats.json"
+        where = f"{_where(part.path.with_suffix(''))}_stats.json"
         for reason, key in zip(EXPECTED, ("failed_to_download", "failed_to_resize"), strict=True):
             if stats.get(key):
                 problems.append(Problem(where, reason, f"{stats[key]:,} of {stats['count']:,}", stats[key]))

@@ -101,7 +101,7 @@ def flickr_source(
     candidates = [Path(images)] if images else [folder / candidate for candidate in _FOLDERS[name]]
     where = next((candidate for candidate in candidates if candidate.is_dir()), None)
     if where is None:
-        raise annotations.not_there(folder, f"the pictures of {name}", listing)
+        raise annotations.not_there(Path(images or folder), f"the pictures of {name}", listing)
     return Source(
         name=name,
         origin={

@@ -123,6 +123,7 @@ def write_lists(folder: Path, name: str, rows: Mapping[str, list[tuple[str, str]
         text = "".join(f"{first}\t{second}\n" for first, second in columns)
         (folder / conceptual._LISTS[name][split]).write_text(text)
         (folder / split).mkdir(exist_ok=True)
+        (folder / split / "99999999.jpg").touch()  # no row's
 
 
 def numbered(*numbers: int) -> list[tuple[str, str]]:
@@ -280,7 +281,9 @@ def test_keys(tmp_path: Path) -> None:
                 tar.addfile(info, io.BytesIO(data))
     keys, problems = one_shard(tmp_path)
     assert keys == ["00000/a", "00000/b", "00001/a", "00001/b"]
-    assert [(problem.where, problem.reason) for problem in problems] == [("00001.tar: a", "duplicate image_id")]
+    assert [(problem.where, problem.reason) for problem in problems] == [
+        (f"{tmp_path.name}/00001.tar: a", "duplicate image_id")
+    ]
 
 
 def test_a_tar_that_was_cut_off(tmp_path: Path) -> None:
@@ -294,7 +297,7 @@ def test_a_tar_that_was_cut_off(tmp_path: Path) -> None:
         path.write_bytes(whole[:length])
         keys, problems = one_shard(tmp_path)
         broken = [problem for problem in problems if problem.reason == "broken tar"]
-        assert [(problem.where, problem.count) for problem in broken] == [("00000.tar", 1)], length
+        assert [(problem.where, problem.count) for problem in broken] == [(f"{tmp_path.name}/00000.tar", 1)], length
         assert str(path) in broken[0].detail
         assert keys == ["000000001", "000000002", "000000003"][: len(keys)]
         assert len(keys) + len(problems) >= (4 if length == end else 1)
@@ -317,6 +320,9 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"(?s)does not hold training data of cc3m. Put there:.*Train_GCC-training.tsv"):
         conceptual_source("cc3m", tmp_path)
     write_lists(tmp_path, "cc3m", {"train": numbered(0), "val": numbered(1)})
+    (tmp_path / "val" / "99999999.jpg").unlink()
+    with pytest.raises(UserError, match=r"val does not hold pictures such as 00000000.jpg"):
+        conceptual_source("cc3m", tmp_path)
     (tmp_path / "val").rmdir()
     with pytest.raises(UserError, match=r"does not hold the pictures of Validation_GCC-1.1.0-Validation.tsv"):
         conceptual_source("cc3m", tmp_path)
