@@ -73,8 +73,8 @@ def coco_source(manual_dir: str | Path, images: str | Path | None = None, store_
     if not notes:
         _check_ids(records)
     where = Path(images or folder).resolve()
-    for part in sorted({Path(record.image).parent for record in records}):
-        if not (where / part).is_dir():
+    for part in ("train2014", "val2014"):
+        if any(record.image.startswith(part) for record in records) and not (where / part).is_dir():
             raise annotations.not_there(where, f"COCO's pictures of {part}", LISTING)
     return Source(
         name="coco",

@@ -4,6 +4,7 @@ val has 4,500 pictures with ten captions each, and a domain by which scores are 
 or "out-domain". test has 10,600 pictures; its captions are on the evaluation server only.
 """
 
+import os
 from pathlib import Path
 
 from clipcap_jax.datasets import annotations
@@ -108,7 +109,7 @@ def _read(file: OwnersFile, split: str, where: Path) -> list[Record | Problem]:
             rows.append(Problem(location, "wrong domain", f"{domain!r} is none of {', '.join(DOMAINS)}"))
             continue
         name = image.get("file_name") or ""
-        if isinstance(image.get("open_images_id"), str) and not (where / str(name)).is_file():
+        if isinstance(image.get("open_images_id"), str) and not os.path.isfile(where / str(name)):
             name = f"{image['open_images_id']}.jpg"
         rows.append(Record(location, name, image_id, by_id[image_id], split, domain=domain))
     return rows

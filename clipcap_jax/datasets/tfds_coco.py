@@ -85,7 +85,8 @@ class Stretch:
         if builder.info.file_format.value == schema.FILE_FORMAT:
             rows = builder.as_data_source(**options)
         else:
-            rows = tfds.as_numpy(builder.as_dataset(**options))
+            in_order = tfds.ReadConfig(interleave_cycle_length=1)
+            rows = tfds.as_numpy(builder.as_dataset(**options, read_config=in_order))
         for number, row in enumerate(rows, start=self.start):
             where = f"{builder.info.full_name}: {self.tfds_split}[{number}]"
             texts = [" ".join(text.decode().split()) for text in row["captions"]["text"]]

@@ -10,7 +10,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 from sources import read
 
-from clipcap_jax.datasets import tfds_coco
+from clipcap_jax.datasets import schema, tfds_coco
 from clipcap_jax.datasets.schema import Example
 from clipcap_jax.datasets.tfds_coco import tfds_coco_source
 from clipcap_jax.errors import UserError
@@ -77,13 +77,16 @@ class CocoCaptions(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # 
             )
 
 
-def prepare(data_dir: Path, builder: type[CocoCaptions] = CocoCaptions) -> None:
-    builder(data_dir=data_dir, file_format="array_record").download_and_prepare()
+def prepare(data_dir: Path, builder: type[CocoCaptions] = CocoCaptions, file_format: str = schema.FILE_FORMAT) -> None:
+    builder(data_dir=data_dir, file_format=file_format).download_and_prepare()
 
 
-def test_array_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("file_format", [schema.FILE_FORMAT, "tfrecord"])
+def test_all_splits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file_format: str) -> None:
+    if file_format != schema.FILE_FORMAT:
+        pytest.importorskip("tensorflow", reason="pip install tensorflow to run this")
     monkeypatch.setattr(tfds_coco, "PICTURES_PER_SHARD", 2)
-    prepare(tmp_path)
+    prepare(tmp_path, file_format=file_format)
     source = tfds_coco_source(tmp_path)
     assert [(part.split, part.tfds_split) for part in source.parts] == [  # type: ignore[attr-defined]
         ("train", "train"),
