@@ -1,0 +1,439 @@
+"""Conceptual Captions: 3.3 million (CC3M, Sharma et al. 2018) and 12 million (CC12M, Changpinyo et al. 2021) links.
+
+They are lists of links, many of which are dead by now, so everyone's pictures are others. Read is what downloads leave:
+
+  - img2dataset's `webdataset`: 00000.tar with 000000012.jpg, .txt and .json, and 00000_stats.json beside it;
+  - img2dataset's `files`: folders 00000/ with the same, and 00000_stats.json beside them;
+  - the owners' list with a folder of pictures named after the row, counted from 0, in eight digits: 00000012.jpg. This
+    is how parse_conceptual.py of the original ClipCap names them.
+
+Whatever the format, a caption and its picture are joined by their name, never by their order.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import re
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from clipcap_jax.datasets.annotations import not_there
+from clipcap_jax.datasets.schema import Example
+from clipcap_jax.datasets.source import PICTURES_PER_SHARD, Problem, Source, broken_picture
+from clipcap_jax.errors import UserError
+
+EXPECTED = ("dead link", "link to no picture")  # the reasons that are no fault of anyone's files
+_LISTS = {
+    "cc3m": {"train": "Train_GCC-training.tsv", "val": "Validation_GCC-1.1.0-Validation.tsv"},
+    "cc12m": {"train": "cc12m.tsv"},
+}
+_URL_COLUMN = {"cc3m": 1, "cc12m": 0}  # the other one is the caption
+_FOLDERS = {"train": ("train", "training"), "val": ("val", "validation")}
+
+LISTINGS = {
+    "cc3m": """\
+  train/00000.tar, 00000_stats.json ...    img2dataset's output for Train_GCC-training.tsv, as webdataset or files
+  val/00000.tar, 00000_stats.json ...      the same for Validation_GCC-1.1.0-Validation.tsv
+
+or
+  Train_GCC-training.tsv                   both from https://ai.google.com/research/ConceptualCaptions/download
+  Validation_GCC-1.1.0-Validation.tsv
+  train/00000000.jpg ...                   the picture of each row, counted from 0
+  val/00000000.jpg ...""",
+    "cc12m": """\
+  train/00000.tar, 00000_stats.json ...    img2dataset's output for cc12m.tsv, as webdataset or files
+
+or
+  cc12m.tsv                                from https://github.com/google-research-datasets/conceptual-12m
+  train/00000000.jpg ...                   the picture of each row, counted from 0""",
+}
+_CITATIONS = {
+    "cc3m": """\
+@inproceedings{sharma2018conceptual,
+  title={Conceptual Captions: A Cleaned, Hypernymed, Image Alt-text Dataset For Automatic Image Captioning},
+  author={Sharma, Piyush and Ding, Nan and Goodman, Sebastian and Soricut, Radu},
+  booktitle={ACL},
+  year={2018}
+}""",
+    "cc12m": """\
+@inproceedings{changpinyo2021cc12m,
+  title={{Conceptual 12M}: Pushing Web-Scale Image-Text Pre-Training To Recognize Long-Tail Visual Concepts},
+  author={Changpinyo, Soravit and Sharma, Piyush and Ding, Nan and Soricut, Radu},
+  booktitle={CVPR},
+  year={2021}
+}""",
+}
+
+
+def conceptual_source(name: str, manual_dir: str | Path, store_images: bool = True) -> Source:
+    """CC3M or CC12M, as the data set of that name, read piece by piece while it is prepared.
+
+    A picture of train whose link or whose bytes are among validation's is left out of train.
+
+    Args:
+      name: "cc3m" or "cc12m".
+      manual_dir: a folder with the files in `LISTINGS`.
+      store_images: whether to copy the pictures into the data set.
+
+    Returns:
+      Its image_id is img2dataset's key, or the row in eight digits.
+
+    Raises:
+      UserError: there is no such file, or a list is another's.
+    """
+    folder = Path(manual_dir).resolve()
+    val = _shards(name, folder, "val", store_images)
+    train = _shards(name, folder, "train", store_images, held_out=tuple(val))
+    parts = train + val
+    if not train:
+        raise not_there(folder, f"training data of {name}", LISTINGS[name])
+    problems, notes = _read_stats(parts)
+    if name == "cc3m" and not val:
+        notes.append(f"no validation data: none of {', '.join(_FOLDERS['val'])} in {folder}")
+    if val and _size(val) > _size(train) > 0:
+        raise UserError(f"{folder} holds more for validation than for training. Are the two exchanged?")
+    return Source(
+        name=name,
+        origin={
+            "files": _described({part.path for part in parts}, folder),
+            "images": str(folder),
+            "store_images": store_images,
+        },
+        parts=parts,
+        has_images=store_images,
+        problems=problems,
+        expected=EXPECTED,
+        notes=notes,
+        description=f"Conceptual Captions {name.removeprefix('cc').upper()}: what was left of its links.",
+        homepage="https://ai.google.com/research/ConceptualCaptions",
+        citation=_CITATIONS[name],
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """A stretch of the owners' list.
+
+    Attributes:
+      offset: of its first line, in bytes.
+      line: number of its first line in the file, from 1.
+      first: number of its first row, from 0.
+      count: of its rows.
+      url_column: 0 or 1.
+      pictures: the folder that the pictures lie in.
+    """
+
+    offset: int
+    line: int
+    first: int
+    count: int
+    url_column: int
+    pictures: Path
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """A part: a tar or a folder of img2dataset's, or a stretch of the owners' list.
+
+    Attributes:
+      split: "train" or "val".
+      path: of the tar, the folder or the list.
+      store_images: whether examples hold the pictures.
+      held_out: shards whose links and pictures this one must not have.
+      rows: which part of the list; None where there is none.
+    """
+
+    split: str
+    path: Path
+    store_images: bool
+    held_out: tuple["Shard", ...] = ()
+    rows: Rows | None = None
+
+    def __iter__(self) -> Iterator[Example | Problem]:
+        keys = set()
+        marks = _marks(self.held_out)
+        for sample in _samples(self):
+            if isinstance(sample, Problem):
+                yield sample
+                continue
+            problem = _fault(sample) or _seen(sample, marks)
+            if problem is None and sample.key in keys:
+                problem = Problem(sample.where, "duplicate image_id", sample.key)
+            if problem is not None:
+                yield problem
+                continue
+            keys.add(sample.key)
+            yield Example(
+                image=sample.image if self.store_images else None,
+                embedding=None,
+                image_path=sample.image_path,
+                image_id=sample.key,
+                captions=(" ".join((sample.caption or "").split()),),
+                domain="",
+            )
+
+
+@dataclasses.dataclass
+class _Sample:
+    where: str
+    key: str
+    image: bytes | None = None
+    image_path: str = ""
+    caption: str | None = None
+    url: str = ""
+    fault: str = ""  # as the downloader noted it
+    missing: str = "image missing"  # the reason where there is no picture
+
+
+def _fault(sample: _Sample) -> Problem | None:
+    if not sample.key.isprintable():  # in a tar, a name may be any bytes
+        return Problem(sample.where, "broken text", repr(sample.key))
+    if sample.fault:
+        return Problem(sample.where, "download failed", sample.fault)
+    if sample.image is None:
+        return Problem(sample.where, sample.missing, sample.image_path or sample.key)
+    if sample.caption is None:
+        return Problem(sample.where, "no caption", f"{sample.key} has no .txt")
+    if not sample.caption.split():
+        return Problem(sample.where, "empty caption", sample.key)
+    return broken_picture(sample.image, sample.where, sample.image_path or sample.key)
+
+
+def _seen(sample: _Sample, marks: frozenset[bytes]) -> Problem | None:
+    for what, mark in (("link", _mark(sample.url.encode())), ("picture", _mark(sample.image or b""))):
+        if mark in marks:
+            return Problem(sample.where, "image in two splits", f"its {what} is in val: {sample.url or sample.key}")
+    return None
+
+
+@functools.lru_cache(maxsize=1)  # each process reads validation once, some 15,000 pictures
+def _marks(shards: tuple[Shard, ...]) -> frozenset[bytes]:
+    marks = set()
+    for shard in shards:
+        for sample in _samples(shard):
+            if isinstance(sample, _Sample):
+                marks |= {_mark(sample.url.encode()), _mark(sample.image or b"")}
+    return frozenset(marks - {_mark(b"")})
+
+
+def _mark(data: bytes) -> bytes:
+    return hashlib.sha256(data).digest()[:16]
+
+
+def _shards(name: str, folder: Path, split: str, store_images: bool, held_out: tuple[Shard, ...] = ()) -> list[Shard]:
+    candidates = [folder / candidate for candidate in _FOLDERS[split]]
+    place = next((candidate for candidate in candidates if candidate.is_dir()), None)
+    listed = folder / _LISTS[name].get(split, "none")
+    if place is None and split == "train":
+        place = folder  # img2dataset's own output folder
+    if place is None and listed.is_file():
+        raise not_there(folder, f"the pictures of {listed.name}", LISTINGS[name])
+    if place is None:
+        return []
+    paths = []
+    has_pictures = False
+    with os.scandir(place) as entries:  # of which there may be millions
+        for entry in entries:
+            has_pictures |= entry.name.endswith(".jpg")
+            if re.fullmatch(r"\d+\.tar" if entry.is_file() else r"\d+", entry.name):
+                paths.append(Path(entry.path))
+    if len({path.stem for path in paths}) < len(paths):
+        raise UserError(f"{place} holds shards both as .tar and as folders. Leave one of them there.")
+    if paths:
+        return [Shard(split, path, store_images, held_out) for path in sorted(paths)]
+    if not listed.is_file():
+        return []
+    if not has_pictures:
+        raise not_there(place, "pictures such as 00000000.jpg", LISTINGS[name])
+    return [
+        Shard(split, listed, store_images, held_out, rows) for rows in _index_list(listed, _URL_COLUMN[name], place)
+    ]
+
+
+def _samples(shard: Shard) -> Iterator[_Sample | Problem]:
+    if shard.rows is not None:
+        return _read_rows(shard.path, shard.rows)
+    return _read_folder(shard.path) if shard.path.is_dir() else _read_tar(shard.path)
+
+
+def _read_tar(path: Path) -> Iterator[_Sample | Problem]:
+    """Files of one sample follow each other, as webdataset wants it; not more than one sample is held."""
+    count = 0
+    fault = ""
+    try:
+        with tarfile.open(path, "r:") as tar:
+            sample: _Sample | None = None
+            for member in tar:
+                key, _, suffix = member.name.rpartition("/")[2].partition(".")
+                if not member.isfile() or not key:
+                    continue
+                if sample is None or sample.key != _image_id(path, key):
+                    if sample is not None:
+                        count += 1
+                        yield sample
+                    sample = _Sample(f"{_where(path)}: {key}", _image_id(path, key))
+                file = tar.extractfile(member)
+                assert file is not None  # a regular file
+                _add(sample, suffix, file.read())
+            end = tar.offset
+            if sample is not None:
+                count += 1
+                yield sample
+        with path.open("rb") as raw:
+            raw.seek(end)
+            if raw.read(512) != bytes(512):
+                fault = "it ends without the mark of its end"
+    except (tarfile.TarError, OSError, EOFError) as error:
+        fault = str(error)
+    lost = _stats(path).get("successes", 0) - count
+    if fault or lost > 0:
+        fault = fault or f"it holds {count:,} samples"
+        detail = f"{path}: {fault}; {lost:,} samples lost" if lost > 0 else f"{path}: {fault}"
+        yield Problem(_where(path), "broken tar", detail, max(lost, 1))
+
+
+def _read_folder(path: Path) -> Iterator[_Sample | Problem]:
+    keys = sorted({name.partition(".")[0] for name in os.listdir(path)} - {""})
+    for key in keys:
+        sample = _Sample(f"{_where(path)}/{key}", _image_id(path, key))
+        for suffix in ("json", "txt", "jpg", "jpeg", "png", "webp"):
+            file = path / f"{key}.{suffix}"
+            if file.is_file():
+                _add(sample, suffix, file.read_bytes())
+                if sample.image is not None:
+                    sample.image_path = str(file)
+                    break
+        yield sample
+
+
+def _where(path: Path) -> str:
+    """Train and validation have shards of the same names."""
+    return f"{path.parent.name}/{path.name}"
+
+
+def _image_id(path: Path, key: str) -> str:
+    """img2dataset's keys start with the name of the shard; others are made to."""
+    return key if key.startswith(path.stem) else f"{path.stem}/{key}"
+
+
+def _add(sample: _Sample, suffix: str, data: bytes) -> None:
+    """Adds one of the files of a sample."""
+    suffix = suffix.lower()
+    try:
+        if suffix == "txt":
+            sample.caption = data.decode("utf-8-sig")
+        elif suffix == "json":
+            fields = json.loads(data)
+            if not isinstance(fields, dict):
+                raise ValueError("no object {...}")
+            sample.url = str(fields.get("url") or "")
+            sample.url.encode()  # JSON can spell half a character
+            if fields.get("status", "success") != "success":
+                sample.fault = f"{fields['status']}: {fields.get('error_message')}"
+        elif suffix in ("jpg", "jpeg", "png", "webp"):
+            sample.image = data
+    except (ValueError, RecursionError) as error:
+        sample.url = ""
+        sample.fault = f"its .{suffix} cannot be read: {error}"
+
+
+def _index_list(path: Path, url_column: int, pictures: Path) -> Iterator[Rows]:
+    """Stretches of `PICTURES_PER_SHARD` rows. A header, which img2dataset wants, is no row.
+
+    Raises:
+      UserError: the columns come in another order.
+    """
+    offset = first = count = 0
+    start = 0, 1  # offset and line
+    with path.open("rb") as file:
+        for line, data in enumerate(file, start=1):
+            columns = _columns(data) or ["", ""]
+            if line == 1 and sorted(columns) == ["caption", "url"]:
+                url_column = columns.index("url")
+                offset = len(data)
+                start = offset, 2
+                continue
+            if line == 1 and columns[1 - url_column].startswith("http"):
+                raise UserError(f"{path}:1: a link where the caption should be. Is it the list of another data set?")
+            offset += len(data)
+            count += 1
+            if count == PICTURES_PER_SHARD:
+                yield Rows(*start, first, count, url_column, pictures)
+                first, count, start = first + count, 0, (offset, line + 1)
+    if count:
+        yield Rows(*start, first, count, url_column, pictures)
+
+
+def _columns(line: bytes) -> list[str]:
+    """Caption and link, or link and caption; nothing where these are not two texts."""
+    try:
+        columns = line.decode("utf-8-sig").rstrip("\r\n").split("\t")
+    except UnicodeDecodeError:
+        return []
+    return columns if len(columns) == 2 else []
+
+
+def _read_rows(path: Path, rows: Rows) -> Iterator[_Sample | Problem]:
+    with path.open("rb") as file:
+        file.seek(rows.offset)
+        for index, data in zip(range(rows.count), file, strict=False):
+            where = f"{path.name}:{rows.line + index}"
+            columns = _columns(data)
+            if not columns:
+                yield Problem(where, "bad line", f"not two columns of UTF-8: {data[:80]!r}")
+                continue
+            key = f"{rows.first + index:08}"
+            picture = rows.pictures / f"{key}.jpg"
+            url, caption = columns[rows.url_column], columns[1 - rows.url_column]
+            sample = _Sample(where, key, None, str(picture), caption, url, missing="dead link")
+            try:
+                sample.image = picture.read_bytes()
+            except FileNotFoundError:
+                pass
+            except OSError as error:
+                sample.fault = str(error)
+            yield sample
+
+
+def _stats(path: Path) -> dict[str, int]:
+    """The counts that img2dataset writes beside a shard, none where there is no such file."""
+    try:
+        content = json.loads(path.with_name(f"{path.stem}_stats.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    counts = ("count", "successes", "failed_to_download", "failed_to_resize")
+    if not isinstance(content, dict) or not all(isinstance(content.get(key), int) for key in counts):
+        return {}
+    return {key: content[key] for key in counts}
+
+
+def _read_stats(parts: list[Shard]) -> tuple[list[Problem], list[str]]:
+    """The links that did not become pictures, and a note on shards that tell nothing of theirs."""
+    problems = []
+    without = 0
+    for part in parts:
+        if part.rows is not None:
+            continue
+        stats = _stats(part.path)
+        without += not stats
+        where = f"{_where(part.path.with_suffix(''))}_stats.json"
+        for reason, key in zip(EXPECTED, ("failed_to_download", "failed_to_resize"), strict=True):
+            if stats.get(key):
+                problems.append(Problem(where, reason, f"{stats[key]:,} of {stats['count']:,}", stats[key]))
+    note = f"shards without a readable _stats.json, whose dead links are not counted: {without:,}"
+    return problems, [note] if without else []
+
+
+def _described(paths: set[Path], folder: Path) -> str:
+    """Names and sizes, as the files are too large for a checksum of what they hold."""
+    lines = [f"{path.relative_to(folder)} {0 if path.is_dir() else path.stat().st_size}" for path in sorted(paths)]
+    return f"{len(lines):,}, names and sizes with SHA-256 {hashlib.sha256(repr(lines).encode()).hexdigest()[:16]}"
+
+
+def _size(parts: list[Shard]) -> int:
+    """Links in the lists; 0 where that is not known of all."""
+    sizes = [part.rows.count if part.rows else _stats(part.path).get("count", 0) for part in parts]
+    return sum(sizes) if all(sizes) else 0
