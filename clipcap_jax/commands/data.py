@@ -8,6 +8,17 @@ from rich.console import Console
 
 from clipcap_jax.cli import positive
 
+# Data sets that are read from their owners' files; docs/ has a page for each.
+_PUBLISHED = {
+    "coco": "COCO Captions with Karpathy's splits",
+    "tfds-coco": "the same from TFDS's own coco_captions",
+    "flickr8k": "Flickr8k",
+    "flickr30k": "Flickr30k",
+    "cc3m": "Conceptual Captions, from img2dataset's output or the owners' list",
+    "cc12m": "Conceptual 12M, from img2dataset's output or the owners' list",
+    "nocaps": "nocaps val with its domains, and test",
+}
+
 
 def add(commands: Any) -> None:
     """Add them to the parser's commands."""
@@ -26,7 +37,16 @@ def add(commands: Any) -> None:
         "--split", help="the split of pictures that name none [shares drawn by a hash of the image id]"
     )
     records.add_argument("--max-skipped", type=float, default=0.01, help="share of records that may be bad [0.01]")
-    for command in (shapes, records):
+    for name, description in _PUBLISHED.items():
+        published = kinds.add_parser(name, help=description)
+        published.set_defaults(run=_prepare_published, name=name)
+        published.add_argument("--manual-dir", required=True, help="the folder with the owners' files; see docs/")
+        if name in ("coco", "nocaps"):
+            published.add_argument("--download", action="store_true", help="fetch to it what the owners offer")
+        published.add_argument(
+            "--max-skipped", type=float, default=0.01, help="share of pictures that may be bad [0.01]"
+        )
+    for command in kinds.choices.values():
         _add_options(command)
         command.add_argument(
             "--processes", type=positive, default=os.cpu_count() or 1, help="how many write shards [one per core]"
@@ -58,6 +78,32 @@ def _share(text: str) -> tuple[int, int]:
     if not (number.isdecimal() and shares.isdecimal() and int(number) < int(shares)):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number and how many there are, such as 0/4")
     return int(number), int(shares)
+
+
+def _prepare_published(arguments: argparse.Namespace) -> None:
+    from clipcap_jax.datasets import coco as karpathy
+    from clipcap_jax.datasets import conceptual, downloads, flickr, nocaps, prepare, tfds_coco
+    from clipcap_jax.datasets.source import first_problems
+
+    name, folder, console = arguments.name, arguments.manual_dir, Console()
+    if name == "coco" and arguments.download:
+        downloads.download_coco(folder, pictures=True)
+    if name == "nocaps" and arguments.download and (lost := downloads.download_nocaps(folder)):
+        console.print(f"{len(lost)} pictures could not be fetched; the same command tries them again. The first:")
+        console.print(first_problems(lost), highlight=False, markup=False)
+    if name == "coco":
+        source = karpathy.coco_source(folder)
+    elif name == "tfds-coco":
+        source = tfds_coco.tfds_coco_source(folder)
+    elif name == "nocaps":
+        source = nocaps.nocaps_source(folder)
+    elif name.startswith("flickr"):
+        source = flickr.flickr_source(name, folder)
+    else:
+        source = conceptual.conceptual_source(name, folder)
+    console.print(
+        prepare.prepare(source, arguments.data_dir, max_skipped=arguments.max_skipped, processes=arguments.processes)
+    )
 
 
 def _prepare_shapes(arguments: argparse.Namespace) -> None:

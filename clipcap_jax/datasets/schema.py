@@ -169,11 +169,14 @@ def fingerprint(builder: tfds.core.DatasetBuilder) -> str:
 
 
 def _how_to_prepare(name: str, data_dir: str) -> str:
-    if name == "shapes":
-        return f"Prepare it with: clipcap prepare shapes --data-dir {data_dir}"
-    if name.startswith("records/"):
-        return (
-            f"Prepare it with: clipcap prepare records --name {name.removeprefix('records/')} --captions FILE "
-            f"--images FOLDER (or --embeddings FILE, or both) --data-dir {data_dir}"
-        )
-    return 'There are "shapes", and "records/<name>" for data of your own.'
+    kind, _, rest = name.partition("/")
+    options = {
+        "records": f" --name {rest} --captions FILE --images FOLDER (or --embeddings FILE, or both)",
+        "shapes": "",
+    }
+    if kind == "embeddings":
+        return f"Make it with: clipcap embed DATASET --clip WEIGHTS --name {rest} --data-dir {data_dir}"
+    if kind in options or kind in ("coco", "flickr8k", "flickr30k", "cc3m", "cc12m", "nocaps"):
+        given = options.get(kind, " --manual-dir FOLDER")
+        return f"Prepare it with: clipcap prepare {kind}{given} --data-dir {data_dir}"
+    return "`clipcap prepare --help` lists what can be prepared."

@@ -109,8 +109,12 @@ def test_what_is_not_there_is_said(data_dir: str, tmp_path: Path) -> None:
         open_split("shapes", "train", str(tmp_path))
     with pytest.raises(UserError, match=r"'records/mine' is not prepared.*clipcap prepare records --name mine"):
         open_split("records/mine", "train", data_dir)
-    with pytest.raises(UserError, match=r"'coco' is not prepared.*data of your own"):
+    with pytest.raises(UserError, match=r"'coco' is not prepared.*clipcap prepare coco --manual-dir FOLDER --data-dir"):
         open_split("coco", "train", data_dir)
+    with pytest.raises(UserError, match=r"'embeddings/coco' is not.*clipcap embed DATASET --clip WEIGHTS --name coco"):
+        open_split("embeddings/coco", "train", data_dir)
+    with pytest.raises(UserError, match=r"'koko' is not prepared.*`clipcap prepare --help` lists"):
+        open_split("koko", "train", data_dir)
 
 
 def test_another_schema_is_said(tmp_path: Path) -> None:
