@@ -109,7 +109,7 @@ def find_file(folder: Path, name: str, archive: str = "") -> OwnersFile | None:
 
 def not_there(folder: Path, dataset: str, listing: str) -> UserError:
     """The error that says what to put where."""
-    return UserError(f"{folder} does not hold {dataset}. Put there:\n\n{listing.strip()}\n")
+    return UserError(f"{folder} does not hold {dataset}. Put there:\n\n{listing}\n")
 
 
 def read_karpathy(file: OwnersFile, dataset: str) -> list[Record | Problem]:

@@ -39,7 +39,9 @@ or, in place of dataset_coco.json, all of
   captions_train2014.json, captions_val2014.json  from, or still in,
       http://images.cocodataset.org/annotations/annotations_trainval2014.zip
   karpathy_val_images.txt, karpathy_test_images.txt, a picture a line:
-      val2014/COCO_val2014_000000391895.jpg 391895"""
+      val2014/COCO_val2014_000000391895.jpg 391895
+
+--download fetches dataset_coco.json and the pictures."""
 
 
 def coco_source(manual_dir: str | Path, images: str | Path | None = None, store_images: bool = True) -> Source:
