@@ -31,6 +31,9 @@ class Server(http.server.ThreadingHTTPServer):
         self.ranges = True
         self.requests: list[tuple[str, str]] = []  # path and Range
 
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        pass  # a client that has had enough hangs up
+
     def remote(self, name: str, **changes: Any) -> Remote:
         data = self.files.get(f"/{name}", b"")
         known: dict[str, Any] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()} | changes
