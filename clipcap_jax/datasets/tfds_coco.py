@@ -42,7 +42,8 @@ def tfds_coco_source(manual_dir: str | Path, store_images: bool = True) -> Sourc
         raise UserError(f"{folder} holds {info.full_name}, not coco_captions with the splits {', '.join(_SPLITS)}.")
     if info.file_format.value != schema.FILE_FORMAT and importlib.util.find_spec("tensorflow") is None:
         raise UserError(
-            f"{folder} is in the format {info.file_format.value}, which needs TensorFlow: pip install tensorflow. "
+            f"{folder} is in the format {info.file_format.value}, which needs TensorFlow: "
+            'pip install "clipcap_jax[tensorflow]". '
             f"Or build it again with --file_format={schema.FILE_FORMAT}."
         )
     sizes = {name: info.splits[name].num_examples for name in _SPLITS}
