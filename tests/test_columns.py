@@ -1,4 +1,3 @@
-import fcntl
 import os
 import shutil
 import signal
@@ -16,7 +15,6 @@ import tensorflow_datasets as tfds
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clipcap_jax import cache
 from clipcap_jax import data as data_lib
 from clipcap_jax.columns import ArrayWriter, Ragged, TextWriter, load, open_columns
 from clipcap_jax.data import CaptionData, make_pairs
@@ -309,42 +307,6 @@ def test_killed_while_writing(tmp_path: Path, folder: Path) -> None:
         assert len(list((folder / "columns").glob(".*.tmp"))) == 1  # the one before is gone
     assert_whole(read(tmp_path))
     assert not list((folder / "columns").glob(".*.tmp"))
-
-
-def make_slowly(home: Path, locks: bool) -> str:
-    """Make a folder when two processes have asked for it; returns how often this one made it, and what it got."""
-
-    def write(folder: Path) -> None:
-        made.append(folder)
-        if not locks:
-            meet("writing")  # both are
-        (folder / "by").write_text(str(os.getpid()))
-
-    def meet(where: str) -> None:
-        (home / f"{where}-{os.getpid()}").touch()
-        while len(list(home.glob(f"{where}-*"))) < 2:
-            pass
-
-    made: list[Path] = []
-    if not locks:
-        fcntl.flock = refuse
-    meet("asking")
-    by = (cache.once("name", [home], write) / "by").read_text()
-    return f"{len(made)} {by}"
-
-
-def refuse(*arguments: Any) -> None:
-    raise OSError("no locks here")
-
-
-@pytest.mark.parametrize("locks", [True, False])
-def test_two_processes_at_once(tmp_path: Path, locks: bool) -> None:
-    with ProcessPoolExecutor(2, get_context("spawn")) as pool:
-        found = list(pool.map(make_slowly, 2 * [tmp_path], 2 * [locks]))
-    times, by = zip(*(each.split() for each in found), strict=True)
-    assert sorted(times) == (["0", "1"] if locks else ["1", "1"])
-    assert len(set(by)) == 1
-    assert not list(tmp_path.glob(".*.tmp"))
 
 
 @pytest.mark.parametrize("at_once", [1, 4, 5])
