@@ -4,8 +4,8 @@
 
     params      the model's parameters, frozen parts included: nested dicts of float32 arrays
     optimizer   Optax's state, for the trained parts
-    position    JSON: the step and the run's total, the random key's data, Grain's position in the data, the losses
-                since the last line of the log
+    position    JSON: the step and the run's total, the random key's data, the losses since the last
+                line of the log
     metadata    JSON: format_version, config, tokenizer, encoder, embedding_width, decoding end token
 
 `params` and `metadata` are all that captioning needs; plain Orbax restores them without this package.

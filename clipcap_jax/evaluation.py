@@ -11,7 +11,6 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from clipcap_jax import data as data_lib
 from clipcap_jax.captioner import Caption, Captioner
 from clipcap_jax.data import CaptionData
 from clipcap_jax.datasets import shapes
@@ -78,7 +77,7 @@ def evaluate(captioner: Captioner, data: CaptionData, *, batch_size: int, meteor
     )
     references = References(dict(zip(data.image_ids, data.captions, strict=True)))
     by_id = {image_id: caption.text for image_id, caption in zip(data.image_ids, captions, strict=True)}
-    pairs = data_lib.make_pairs(data.captions, metadata.tokenizer, config.data.max_tokens, config.train.targets)
+    pairs = data.pairs(metadata.tokenizer, config.data.max_tokens, config.train.targets)
     loss = LossMeter(captioner.model, config.train.targets)
     return Evaluation(
         data=data,

@@ -4,15 +4,17 @@ Batches are split over devices along their first axis; parameters and optimiser 
 stay ordinary arrays, without a device axis (`in_axes=None`, `out_axes=None`).
 """
 
+import collections
+import itertools
 import os
 import platform
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
 
+from clipcap_jax import cache
 from clipcap_jax.errors import UserError
 
 AXIS = "data"
@@ -26,7 +28,7 @@ def keep_compiled_programs() -> None:
     """
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "clipcap_jax" / platform.node()
+    folder = cache.home() / platform.node()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:
@@ -41,7 +43,17 @@ def device_count() -> int:
 
 def is_first_process() -> bool:
     """True in the process that prints and writes logs."""
-    return jax.process_index() == 0
+    return process_index() == 0
+
+
+def process_index() -> int:
+    """This process's number, from 0; its devices take that block of every batch."""
+    return jax.process_index()
+
+
+def process_count() -> int:
+    """How many processes share every batch."""
+    return jax.process_count()
 
 
 def describe_devices() -> str:
@@ -77,9 +89,32 @@ def replicate(tree: Any) -> Any:
     return copies(tree, np.zeros(jax.local_device_count()))
 
 
+def send(batch: Any) -> Any:
+    """Begin to send every device its share of this process's part of a batch.
+
+    The shares lie as the mapped functions take them, which therefore neither send nor copy them again. A batch of
+    arrays on the host those send by themselves, and wait for it.
+    """
+    mesh = jax.sharding.Mesh(np.array(jax.local_devices()), (AXIS,))
+    return jax.device_put(_split(batch), jax.NamedSharding(mesh, jax.P(AXIS)))
+
+
+def send_ahead(batches: Iterator[Any]) -> Iterator[Any]:
+    """The batches, sent: each before the one ahead of it is handed out, so that it travels during that one's step."""
+    sent = collections.deque(map(send, itertools.islice(batches, 1)))
+    for batch in batches:
+        sent.append(send(batch))
+        yield sent.popleft()
+    yield from sent
+
+
 def _split(batch: Any) -> Any:
     local = jax.local_device_count()
-    return jax.tree.map(lambda x: np.reshape(x, (local, x.shape[0] // local, *x.shape[1:])), batch)
+
+    def split(x: Any) -> Any:
+        return x if isinstance(x, jax.Array) else np.reshape(x, (local, x.shape[0] // local, *x.shape[1:]))
+
+    return jax.tree.map(split, batch)
 
 
 def _wait_on_cpu(result: Any) -> Any:
@@ -91,7 +126,7 @@ def _wait_on_cpu(result: Any) -> Any:
 
 
 def map_step(step: Callable[..., Any]) -> Callable[..., Any]:
-    """Run `step(state, constants, batch) -> (state, metrics)` on every device's share of the batch.
+    """Run `step(state, constants, batch) -> (state, metrics)` on every device's share of a batch, sent or not.
 
     `step` must return the same on every device, that is: sum over devices whatever depends on the batch. The state is
     donated: its buffers are reused for the new one.

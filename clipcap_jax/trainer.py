@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import signal
 import threading
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ from clipcap_jax import checkpoint, optim, parallel
 from clipcap_jax.checkpoint import Checkpoints, Metadata
 from clipcap_jax.config import Config
 from clipcap_jax.convert import clip, files, gpt2
-from clipcap_jax.data import CaptionData, Pairs, make_pairs, steps_per_epoch, training_batches
+from clipcap_jax.data import CaptionData, Pairs, steps_per_epoch, training_batches
 from clipcap_jax.datasets.schema import open_split
 from clipcap_jax.embed import encoder_name
 from clipcap_jax.errors import UserError
@@ -143,6 +143,9 @@ class _Run:
             seed=config.train.seed,
             steps=self.total,
             workers=config.data.workers,
+            start=self.start,
+            host=parallel.process_index(),
+            hosts=parallel.process_count(),
         )
         self.model = ClipCap(config.model)
         clip, width = config.model.clip, self.data.embedding_width
@@ -189,9 +192,10 @@ class _Run:
             )
             stack.enter_context(contextlib.closing(monitor))
             stop = stack.enter_context(_stop_signals())
+            batches = parallel.send_ahead(self.batches)
             step, stopping = self.start, False
             while step < self.total and not stopping:
-                self.state, metrics = take_step(self.state, self.frozen, next(self.batches))
+                self.state, metrics = take_step(self.state, self.frozen, next(batches))
                 step += 1
                 monitor.push(step, metrics)
                 stopping = stop.is_set()  # asked once, so that no step is the last without being saved
@@ -217,7 +221,6 @@ class _Run:
                 "total": self.total,
                 "key": np.asarray(self.state.key).tolist(),
                 "losses": self.losses,
-                "data": self.batches.get_state(),
             },
             metadata=self.metadata,
             metrics=metrics,
@@ -253,7 +256,7 @@ class _Run:
         return CaptionData(open_split(config.data.name, split, config.data.data_dir), clip.image_size if clip else None)
 
     def _pairs(self, data: CaptionData, tokenizer: Tokenizer) -> Pairs:
-        pairs = make_pairs(data.captions, tokenizer, self.config.data.max_tokens, self.config.train.targets)
+        pairs = data.pairs(tokenizer, self.config.data.max_tokens, self.config.train.targets)
         if pairs.cut:
             self.console.print(
                 f"{pairs.cut} of the {len(pairs)} captions of {data.name} are longer than config.data.max_tokens="
@@ -310,7 +313,6 @@ class _Run:
                 f"{self.data.name} is not what it was: the run was started with {position['total']} steps, and now "
                 f"there are {self.total}. Prepare it as it was, or give another --workdir."
             )
-        self.batches.set_state(position["data"])
         self.losses = position["losses"]
         state = TrainState(
             step=jnp.int32(position["step"]),
@@ -377,7 +379,7 @@ def load_pretrained(config: Config, console: Console) -> Params:
     return parts
 
 
-def choose_tokenizer(config: Config, base: Metadata | None, captions: list[tuple[str, ...]]) -> Tokenizer:
+def choose_tokenizer(config: Config, base: Metadata | None, captions: Sequence[tuple[str, ...]]) -> Tokenizer:
     """The run's tokenizer: the one the base checkpoint was trained with, or else what the config names.
 
     Raises:

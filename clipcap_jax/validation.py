@@ -66,10 +66,7 @@ class Validator:
         self._data, self._batch_size = data, config.evaluate.batch_size
         count = min(config.evaluate.images, len(data))
         self._indices = np.linspace(0, len(data) - 1, count).round().astype(int)
-        chosen = np.isin(pairs.examples, self._indices)
-        self._pairs = dataclasses.replace(
-            pairs, examples=pairs.examples[chosen], tokens=pairs.tokens[chosen], lengths=pairs.lengths[chosen]
-        )
+        self._pairs = pairs.select(np.isin(pairs.examples, self._indices))
         self._references = References({data.image_ids[i]: data.captions[i] for i in self._indices})
         self._loss = LossMeter(model, config.train.targets)
         self._generate = Generator(model, tokenizer, config.evaluate.decode)

@@ -1,8 +1,9 @@
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -77,7 +78,7 @@ def test_pairs_teach_an_end_unless_they_are_cut() -> None:
     assert pairs.examples.tolist() == [0, 0, 2]
     assert pairs.lengths.tolist() == [len(short) + 1, limit, limit]
     padding = [END] * (limit - len(short))
-    assert pairs.tokens.tolist() == [short + padding, [*exact, END], long[:limit]]
+    assert pairs.padded(np.arange(3), limit).tolist() == [short + padding, [*exact, END], long[:limit]]
     assert END not in long
     assert (len(pairs), pairs.cut) == (3, 1)
 
@@ -87,19 +88,19 @@ def test_the_originals_pairs_have_no_end() -> None:
     limit = len(long)
     pairs = make_pairs([("red",), ("a picture of dark blue",)], TOKENIZER, limit, "original")
     assert pairs.lengths.tolist() == [len(short), len(long)]
-    assert [row[:length].tolist() for row, length in zip(pairs.tokens, pairs.lengths, strict=True)] == [short, long]
+    assert pairs.padded(np.arange(2), limit).tolist() == [short + [END] * (limit - len(short)), long]
     assert pairs.cut == 0
     # The original's `tokenizer.encode(caption)` keeps white space around, which tokens hold.
     (around,) = TOKENIZER.encode([" red "], strip=False)
     assert around not in (short, TOKENIZER.encode([" red"])[0])
-    assert make_pairs([(" red ",)], TOKENIZER, limit, "original").tokens[0, : len(around)].tolist() == around
+    assert make_pairs([(" red ",)], TOKENIZER, limit, "original").padded(np.arange(1), len(around)).tolist() == [around]
 
 
 @pytest.mark.parametrize("captions", [[], [()], [(), ()]])
 def test_pairs_of_nothing(captions: Any) -> None:
     pairs = make_pairs(captions, TOKENIZER, 5)
     assert len(pairs) == pairs.cut == 0
-    assert pairs.tokens.shape == (0, 5)
+    assert pairs.padded(np.arange(0), 5).shape == (0, 5)
 
 
 ORDERS = st.tuples(
@@ -167,7 +168,7 @@ def test_a_batch(embeddings: CaptionData, pairs: Pairs) -> None:
     assert longest in (4, 8, MAX_TOKENS)
     assert longest - 4 < max(batch["lengths"]) <= longest
     for i in (0, 2, 3):
-        np.testing.assert_array_equal(batch["tokens"][i], pairs.tokens[rows[i], :longest])
+        np.testing.assert_array_equal(batch["tokens"][i], pairs.padded(rows[[i]], longest)[0])
         np.testing.assert_array_equal(batch["inputs"][i], embeddings.inputs([pairs.examples[rows[i]]])[0])
 
     other = data_lib.make_batch(embeddings, pairs, rows, np.array([5, 0, 6, 7]))
@@ -183,18 +184,19 @@ def test_the_longest_caption_has_room(embeddings: CaptionData, pairs: Pairs) -> 
 
 
 BATCH_SIZE, STEPS_PER_EPOCH = 8, 5  # 33 pairs: the last batch of an epoch holds 1
+STEPS = 2 * STEPS_PER_EPOCH + 2
 
 
-def batches(data: CaptionData, pairs: Pairs, workers: int = 0, seed: int = 3) -> Any:
-    steps = 2 * STEPS_PER_EPOCH + 2
-    return training_batches(data, pairs, batch_size=BATCH_SIZE, pool_batches=2, seed=seed, steps=steps, workers=workers)
+def batches(data: CaptionData, pairs: Pairs, workers: int = 0, seed: int = 3, **options: int) -> Iterator[Batch]:
+    settings = {"batch_size": BATCH_SIZE, "pool_batches": 2, "seed": seed, "steps": STEPS, "workers": workers}
+    return training_batches(data, pairs, **(settings | options))
 
 
 @pytest.mark.parametrize("kind", ["embeddings", "pictures"])
 def test_training_reads_every_pair_once_an_epoch(kind: str, pairs: Pairs, request: pytest.FixtureRequest) -> None:
     data = request.getfixturevalue(kind)
     read = list(batches(data, pairs))
-    assert len(read) == 2 * STEPS_PER_EPOCH + 2
+    assert len(read) == STEPS
     epochs = [read[:STEPS_PER_EPOCH], read[STEPS_PER_EPOCH : 2 * STEPS_PER_EPOCH]]
     assert [read_pairs(data, epoch) for epoch in epochs] == 2 * [all_pairs(data)]
     assert {len(batch["lengths"]) for batch in read} == {BATCH_SIZE}
@@ -209,18 +211,73 @@ def test_going_on_gives_the_batches_that_would_have_come(
     embeddings: CaptionData, pairs: Pairs, taken: int, workers: int
 ) -> None:
     whole = list(batches(embeddings, pairs))
-    stopped = batches(embeddings, pairs, workers)
-    for expected in whole[:taken]:
-        assert_same(next(stopped), expected)
-    state = json.loads(json.dumps(stopped.get_state()))  # as checkpoints store it
-
-    going_on = batches(embeddings, pairs, workers)
-    next(going_on)
-    going_on.set_state(state)
-    rest = list(going_on)
+    rest = list(batches(embeddings, pairs, workers, start=taken))
     assert len(rest) == len(whole) - taken
     for batch, expected in zip(rest, whole[taken:], strict=True):
         assert_same(batch, expected)
+
+
+@pytest.mark.parametrize("hosts", [1, 2, 4, 8])
+def test_hosts_read_shares_of_what_one_reads(embeddings: CaptionData, pairs: Pairs, hosts: int) -> None:
+    """Also when they go on from what another number of hosts has read."""
+    whole = list(batches(embeddings, pairs))
+    for taken in (0, 7):
+        shares = [batches(embeddings, pairs, host % 3, start=taken, host=host, hosts=hosts) for host in range(hosts)]
+        for blocks, expected in zip(zip(*shares, strict=True), whole[taken:], strict=True):
+            assert {len(block["lengths"]) for block in blocks} == {BATCH_SIZE // hosts}
+            assert_same({name: np.concatenate([block[name] for block in blocks]) for name in expected}, expected)
+
+
+@given(ORDERS)
+def test_the_order_is_that_of_sorted_pools(order: tuple[np.ndarray, int, int, int, int]) -> None:
+    """As a loop over the pools makes it."""
+    lengths, batch_size, pool_batches, seed, epoch = order
+    random = np.random.default_rng((seed, epoch))
+    rows = [*random.permutation(len(lengths)), *[-1] * (-len(lengths) % batch_size)]
+    expected: list[int] = []
+    pool = pool_batches * batch_size
+    for i in range(0, len(rows), pool):
+        expected += (
+            sorted(rows[i : i + pool], key=lambda row: 0 if row < 0 else lengths[row])
+            if pool_batches > 1
+            else rows[i : i + pool]
+        )
+    found = training_order(*order)
+    assert found.dtype == np.int32
+    np.testing.assert_array_equal(found, random.permutation(np.reshape(expected, (-1, batch_size))))
+
+
+# How many of the captions of COCO's validation split have how many of GPT-2's tokens, the end included: 8, 9, 10, ...
+COCO_LENGTHS = [66, 793, 3056, 4333, 4736, 4052, 2930, 1851, 1150, 717, 434, 278, 187, 108, 94, 51, 38, 27, 29, 27, 16]
+COCO_LENGTHS += [11, 1, 6, 3, 3, 3, 2, 2, 1, 0, 0, 2, 0, 0, 1, 1, 0, 0, 2, 0, 0, 0, 0, 0, 1, 1, 0, 0, 0, 1]
+
+
+def padding(lengths: np.ndarray, batch_size: int, prefix: int = 10) -> tuple[float, set[int]]:
+    """The share of an epoch's computed positions that are padding, and the lengths that batches have."""
+    pairs = Pairs(np.zeros_like(lengths), lengths, np.zeros(len(lengths), np.int64), np.zeros(99, np.uint16), 68, 0)
+    data = mock.create_autospec(CaptionData, instance=True)
+    computed, shapes = 0, set()
+    for rows in training_order(lengths, batch_size, 50, 0, 0):
+        batch = data_lib.make_batch(data, pairs, rows)
+        computed += batch_size * (prefix + batch["tokens"].shape[1])
+        shapes.add(batch["tokens"].shape[1])
+    return 1 - (len(lengths) * prefix + lengths.sum()) / computed, shapes
+
+
+@pytest.mark.parametrize(("batch_size", "compiled"), [(40, 8), (256, 6)])
+def test_little_is_padding(batch_size: int, compiled: int) -> None:
+    share, shapes = padding(np.repeat(np.arange(8, 8 + len(COCO_LENGTHS)), COCO_LENGTHS), batch_size)
+    assert share < 0.08
+    assert len(shapes) <= compiled
+
+
+def test_little_is_padding_on_coco(shared: Path) -> None:
+    file = shared / "data" / "coco_captions" / "captions_val2017.json"
+    texts = [annotation["caption"] for annotation in json.loads(file.read_text())["annotations"]]
+    lengths = make_pairs([(text,) for text in texts], Tokenizer.load(str(shared / "data/tokenizers/gpt2")), 68).lengths
+    assert np.bincount(lengths)[8:].tolist() == COCO_LENGTHS
+    assert padding(lengths, 40)[0] < 0.08
+    assert padding(lengths, 256)[0] < 0.08
 
 
 @pytest.mark.parametrize("batch_size", [4, 33, 40])
@@ -268,7 +325,7 @@ def test_texts_and_the_encoder(source: Source, pictures: CaptionData, embeddings
     expected = {record["image_id"]: record for record in records if record["split"] == "train"}
     for data in (pictures, embeddings):
         assert data.name == "records/both/train"
-        assert data.domains == 17 * [""]
+        assert list(data.domains) == 17 * [""]
         assert sorted(data.image_ids) == sorted(expected)
         for i, image_id in enumerate(data.image_ids):
             assert data.captions[i] == tuple(expected[image_id]["captions"])

@@ -39,6 +39,7 @@ def test_there_are_several_devices() -> None:
     assert parallel.device_count() == jax.local_device_count() == DEVICES
     assert parallel.describe_devices() == "4 cpu devices"
     assert parallel.is_first_process()
+    assert (parallel.process_index(), parallel.process_count()) == (0, 1)
 
 
 @pytest.mark.parametrize("batch_size", [4, 8, 400])
@@ -118,6 +119,54 @@ def test_map_step_equals_one_device() -> None:
     np.testing.assert_allclose(state["weights"], weights, atol=1e-6)
     assert np.abs(weights - WEIGHTS).max() > 0.1
     assert state["weights"].is_fully_replicated
+
+
+def double(constants: Any, batch: Any) -> Any:
+    return {"x": 2 * batch["x"], "device": jnp.full(batch["x"].shape[0], parallel.device_index())}
+
+
+def test_sent_batches_are_not_sent_again() -> None:
+    batch: dict[str, Any] = {
+        "x": np.arange(BATCH, dtype=np.float32),
+        "y": RANDOM.normal(size=(BATCH, 2, 3)).astype(np.float16),
+    }
+    sent = parallel.send(batch)
+    mapped = parallel.map_rows(double)
+    constants = parallel.replicate(np.int32(0))
+    mapped(constants, batch)  # compiled
+    with jax.transfer_guard("disallow"), jax.transfer_guard_device_to_host("allow"):
+        found = mapped(constants, sent)
+        with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
+            mapped(constants, batch)
+    np.testing.assert_array_equal(found["x"], 2 * batch["x"])
+    np.testing.assert_array_equal(found["device"], [0, 0, 1, 1, 2, 2, 3, 3])
+    for name, leaf in sent.items():
+        assert leaf.dtype == batch[name].dtype
+        for i, shard in enumerate(leaf.addressable_shards):
+            assert shard.device == jax.local_devices()[i]
+            np.testing.assert_array_equal(shard.data, batch[name][None, 2 * i : 2 * i + 2])
+
+
+def test_sent_batches_give_what_others_give() -> None:
+    sent, mapped = parallel.send(CAPTIONS), parallel.map_sum(loss)
+    for _ in range(2):  # they are not used up
+        np.testing.assert_array_equal(mapped(WEIGHTS, sent), mapped(WEIGHTS, CAPTIONS))
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 5])
+def test_batches_are_sent_one_ahead(count: int) -> None:
+    asked: list[int] = []
+
+    def batches() -> Any:
+        for i in range(count):
+            asked.append(i)
+            yield {"x": np.full(BATCH, i)}
+
+    seen = []
+    for sent in parallel.send_ahead(batches()):
+        seen.append(int(sent["x"][0, 0]))
+        assert len(asked) == min(len(seen) + 1, count)
+    assert seen == list(range(count))
 
 
 COMPILE = """

@@ -1,0 +1,96 @@
+"""Folders of files that are made once and from then on only read."""
+
+import fcntl
+import hashlib
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from clipcap_jax.errors import UserError
+
+
+def home() -> Path:
+    """Where this user's caches lie: `~/.cache/clipcap_jax`, or where `XDG_CACHE_HOME` says."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "clipcap_jax"
+
+
+def once(name: str, homes: Sequence[Path], write: Callable[[Path], None]) -> Path:
+    """The folder `name` in the first of `homes` that holds it, made in the first that can be written to if none does.
+
+    `write` gets a temporary folder, which gets its name when all is in it: what a crash leaves is never taken for it.
+    Of several processes one writes, while the others wait.
+
+    Raises:
+      UserError: it could not be made: nothing can be written there, or the disk is full.
+    """
+    for folder in homes:
+        if (folder / name).is_dir():
+            return folder / name
+    for folder in homes:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = (folder / f".{name}.lock").open("w")
+        except OSError:
+            continue
+        with lock:
+            _write(folder / name, write, locked=_lock(lock))
+        return folder / name
+    raise UserError(
+        f"nothing can be written to {' or '.join(map(str, homes))}: set XDG_CACHE_HOME to a folder of yours"
+    )
+
+
+def _lock(file: IO[str]) -> bool:
+    """Wait for a lock, which the system takes back when the process ends, however it does; false: there are none."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError:  # some network file systems
+        return False
+    return True
+
+
+def _write(target: Path, write: Callable[[Path], None], *, locked: bool) -> None:
+    if target.is_dir():
+        return  # by the process that had the lock before
+    if locked:
+        for left in target.parent.glob(f".{target.name}.*.tmp"):  # by a process that was killed
+            shutil.rmtree(left, ignore_errors=True)
+    temporary = target.parent / f".{target.name}.{uuid.uuid4().hex}.tmp"
+    try:
+        temporary.mkdir()
+        write(temporary)
+        for path in temporary.iterdir():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())  # or in a power cut the name might survive, but not all that it stands for
+        try:
+            temporary.rename(target)
+        except OSError:
+            if not target.is_dir():  # else another process was faster
+                raise
+    except OSError as error:
+        raise UserError(
+            f"{target} could not be made: {error}. Mend that, for instance make room, and start again."
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def is_remote(path: Any) -> bool:
+    """Whether a path of TFDS's (etils.epath) is such as gs://, which array_record cannot read and nothing can map."""
+    return "://" in os.fspath(path)
+
+
+def local_copy(path: Any) -> Path:
+    """The file itself, or the copy of a remote one, made once."""
+    if not is_remote(path):
+        return Path(path)
+    stat = path.stat()
+    name = hashlib.sha256(f"{path} {stat.length} {stat.mtime}".encode()).hexdigest()[:16]
+
+    def write(folder: Path) -> None:
+        path.copy(folder / path.name)
+
+    return once(name, [home() / "files"], write) / path.name

@@ -1,0 +1,101 @@
+"""Data sets on gs://: always in a folder that stands in for it, and in an emulator where there is one
+(`pip install gcp-storage-emulator gcsfs`)."""
+
+import importlib
+import importlib.util
+import shutil
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from tiny import IMAGE_SIZE
+
+from clipcap_jax import cache
+from clipcap_jax.data import CaptionData
+from clipcap_jax.datasets import open_split
+from clipcap_jax.errors import UserError
+from clipcap_jax.tokenizer import Tokenizer
+
+# They have no types.
+backend, gpath = map(importlib.import_module, ("etils.epath.backend", "etils.epath.gpath"))
+
+
+class Folder:
+    """A backend of etils.epath that keeps gs://bucket/ in a folder."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+
+    def __getattr__(self, name: str) -> Any:
+        def method(*arguments: Any, **options: Any) -> Any:
+            local = [str(argument).replace("gs:/", str(self._folder)) for argument in arguments]
+            found = getattr(backend.os_backend, name)(*local, **options)
+            return [path.replace(str(self._folder), "gs:/") for path in found] if name == "glob" else found
+
+        return method
+
+
+@pytest.fixture(params=["folder", "emulator"])
+def bucket(
+    request: pytest.FixtureRequest, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[str]:
+    """The tiny data sets on gs://."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    if request.param == "folder":
+        monkeypatch.setitem(gpath._PREFIX_TO_BACKEND, "gs", Folder(tmp_path))
+        shutil.copytree(data_dir, tmp_path / "bucket" / "data", ignore=shutil.ignore_patterns("columns"))
+        yield "gs://bucket/data"
+        return
+    pytest.importorskip("gcsfs", reason="needs gcsfs and gcp-storage-emulator")
+    emulator = pytest.importorskip("gcp_storage_emulator.server", reason="needs gcsfs and gcp-storage-emulator")
+    with socket.create_server(("localhost", 0)) as free:
+        port = free.getsockname()[1]
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://localhost:{port}")
+    server = emulator.create_server("localhost", port, in_memory=True, default_bucket="bucket")
+    server.start()
+    for path in data_dir.rglob("*"):
+        if path.is_file() and "columns" not in path.parts:
+            tfds.core.Path("gs://bucket/data", path.relative_to(data_dir)).write_bytes(path.read_bytes())
+    yield "gs://bucket/data"
+    server.stop()
+
+
+def test_a_data_set_on_gs(bucket: str, data_dir: Path) -> None:
+    tokenizer = Tokenizer.train(["a dog"], 260)
+    for size in (None, IMAGE_SIZE):
+        there, here = (CaptionData(open_split("records/both", "train", str(at)), size) for at in (bucket, data_dir))
+        assert list(there.captions) == list(here.captions)
+        assert list(there.image_ids) == list(here.image_ids)
+        np.testing.assert_array_equal(there.inputs(range(17)), here.inputs(range(17)))
+        pairs, expected = there.pairs(tokenizer, 8), here.pairs(tokenizer, 8)
+        np.testing.assert_array_equal(pairs.tokens, expected.tokens)
+    assert there.image(3) == here.image(3)
+
+    made = sorted(path.name for path in (cache.home() / "columns").iterdir() if path.name.startswith("train"))
+    assert len(made) == 2  # columns and tokens
+    (copied,) = (cache.home() / "files").glob("*/*")  # for the pictures
+    assert ".array_record" in copied.name
+    assert not list(cache.home().glob("columns/*/*.array_record*"))
+
+
+def test_a_part_on_gs(bucket: str, data_dir: Path) -> None:
+    name, part = "records/embeddings", "val[2:4]"
+    there, here = (CaptionData(open_split(name, part, str(at)), None) for at in (bucket, data_dir))
+    assert len(there) == 2
+    assert list(there.image_ids) == list(here.image_ids)
+    np.testing.assert_array_equal(there.inputs([0, 1]), here.inputs([0, 1]))
+
+
+def test_what_is_not_on_gs(bucket: str) -> None:
+    with pytest.raises(UserError, match="'records/none' is not prepared in gs://bucket/data"):
+        open_split("records/none", "train", bucket)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("gcsfs") is not None, reason="gcsfs is installed")
+def test_without_gcsfs() -> None:
+    with pytest.raises(UserError, match=r"gs://bucket/data cannot be read: .*pip install clipcap_jax\[gcs\]"):
+        open_split("records/both", "train", "gs://bucket/data")
