@@ -1,6 +1,8 @@
-"""What a source of examples gives."""
+"""Sources of given examples, and what a source gives."""
 
+import dataclasses
 import pickle
+from collections.abc import Iterator, Sequence
 
 from clipcap_jax.datasets.schema import Example
 from clipcap_jax.datasets.source import Problem, Source
@@ -18,3 +20,25 @@ def read(source: Source) -> tuple[dict[tuple[str, str], Example], list[Problem]]
                 assert (part.split, example.image_id) not in examples
                 examples[part.split, example.image_id] = example
     return examples, problems
+
+
+@dataclasses.dataclass(frozen=True)
+class _Listed:
+    split: str
+    examples: tuple[Example, ...]
+
+    def __iter__(self) -> Iterator[Example]:
+        yield from self.examples
+
+
+def listed(name: str, split: str, examples: Sequence[Example]) -> Source:
+    """A source of these examples, in one part; they all hold what the first one holds."""
+    first = examples[0]
+    return Source(
+        name,
+        origin={},
+        parts=[_Listed(split, tuple(examples))],
+        has_images=first.image is not None,
+        embedding_width=None if first.embedding is None else len(first.embedding),
+        encoder="an encoder",
+    )

@@ -2,7 +2,7 @@ import os
 import shutil
 import signal
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
@@ -11,48 +11,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tensorflow_datasets as tfds
 from hypothesis import given
 from hypothesis import strategies as st
+from sources import listed
 
 from clipcap_jax import data as data_lib
 from clipcap_jax.columns import ArrayWriter, Ragged, TextWriter, load, open_columns
 from clipcap_jax.data import CaptionData, make_pairs
-from clipcap_jax.datasets import open_split, prepare, schema
+from clipcap_jax.datasets import Example, open_split, prepare, schema
 from clipcap_jax.errors import UserError
 from clipcap_jax.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer.train(["a dog"], 260)
 CAPTIONS = [("a dog.", "ein Hündchen 🐕"), (), ('it\'s\na "dog"', "", "a dog."), (" b ",), ("日本語",), ()]
-
-
-class Given(prepare.Builder):
-    """One split "val" of pictures "ä0", "ä1", ... with captions, and embeddings perhaps."""
-
-    def __init__(self, data_dir: str, captions: Sequence[tuple[str, ...]], embeddings: np.ndarray | None):
-        self.captions, self.embeddings = captions, embeddings
-        super().__init__(data_dir)
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        width = None if self.embeddings is None else self.embeddings.shape[1]
-        features = schema.features(has_images=self.embeddings is None, embedding_width=width)
-        return tfds.core.DatasetInfo(
-            builder=self, features=features, metadata=prepare.metadata(source={}, captions={"val": 0})
-        )
-
-    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator[tuple[int, Any]]]:
-        return {"val": self._generate_examples()}
-
-    def _generate_examples(self) -> Iterator[tuple[int, Any]]:
-        for i, captions in enumerate(self.captions):
-            example: dict[str, Any] = {
-                "image_path": f"/ö/{i}.jpg",
-                "image_id": f"ä{i}",
-                "split": "val",
-                "domain": f"d{i}",
-            }
-            kind = {"image": b"no picture"} if self.embeddings is None else {"embedding": self.embeddings[i]}
-            yield i, example | kind | {"captions": captions}
 
 
 EMBEDDINGS = np.arange(18, dtype=np.float16).reshape(6, 3) + 1
@@ -61,8 +32,19 @@ EMBEDDINGS = np.arange(18, dtype=np.float16).reshape(6, 3) + 1
 def write(
     data_dir: Path, captions: Sequence[tuple[str, ...]] = CAPTIONS, embeddings: np.ndarray | None = EMBEDDINGS
 ) -> Path:
-    """Prepare the data set "given"; returns its folder."""
-    prepare.write(Given(str(data_dir), captions, embeddings))
+    """Prepare the data set "given" of pictures "ä0", "ä1", ..., or their embeddings; returns its folder."""
+    examples = [
+        Example(
+            image=b"no picture" if embeddings is None else None,
+            embedding=None if embeddings is None else embeddings[i],
+            image_path=f"/ö/{i}.jpg",
+            image_id=f"ä{i}",
+            captions=some,
+            domain=f"d{i}",
+        )
+        for i, some in enumerate(captions)
+    ]
+    prepare.prepare(listed("given", "val", examples), str(data_dir))
     return data_dir / "given" / "1.0.0"
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from original import load_clip
 from safetensors.numpy import save_file
+from sources import listed
 from tiny import SPLITS, Source, make_config, train
 
 from clipcap_jax import embed as embed_module
@@ -16,7 +17,6 @@ from clipcap_jax.captioner import Captioner
 from clipcap_jax.datasets import RecordsSource, open_split, prepare, prepare_records
 from clipcap_jax.datasets.schema import Example
 from clipcap_jax.datasets.shards import Writer
-from clipcap_jax.datasets.source import Source as DataSource
 from clipcap_jax.embed import Encoder, embed, encoder_name
 from clipcap_jax.errors import UserError
 from clipcap_jax.evaluation import open_data
@@ -158,15 +158,8 @@ def test_a_picture_that_cannot_be_decoded(encoder: Encoder, pictures: Path) -> N
     """Our own preparation lets none in; others' may."""
     good = open_split("records/pictures", "train", str(pictures))[0]
 
-    @dataclasses.dataclass(frozen=True)
-    class Part:
-        split: str = "train"
-
-        def __iter__(self) -> Any:
-            yield good
-            yield dataclasses.replace(good, image_id="bad", image=b"\xff\xd8\xff")
-
-    prepare.prepare(DataSource("foreign", {}, [Part()], has_images=True), str(pictures))
+    bad = dataclasses.replace(good, image_id="bad", image=b"\xff\xd8\xff")
+    prepare.prepare(listed("foreign", "train", [good, bad]), str(pictures))
     with pytest.raises(UserError, match=r"1 problems in 2 records.*\(image broken 1\)"):
         embed(encoder, "foreign", "mine", str(pictures))
     summary = embed(encoder, "foreign", "mine", str(pictures), max_skipped=0.5)

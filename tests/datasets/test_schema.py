@@ -1,46 +1,17 @@
-import dataclasses
 import json
 import pickle
 import subprocess
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from sources import listed
 
 from clipcap_jax.datasets import Example, open_split, prepare, prepare_shapes, schema
-from clipcap_jax.datasets.source import Source
 from clipcap_jax.errors import UserError
-
-
-@dataclasses.dataclass(frozen=True)
-class Part:
-    """Examples that are given."""
-
-    examples: tuple[Example, ...]
-    split: str = "train"
-
-    def __iter__(self) -> Iterator[Example]:
-        yield from self.examples
-
-
-def write(data_dir: Path, example: Example) -> None:
-    """A data set "tiny" of one example."""
-    prepare.prepare(
-        Source(
-            "tiny",
-            origin={},
-            parts=[Part((example,))],
-            has_images=example.image is not None,
-            embedding_width=None if example.embedding is None else len(example.embedding),
-            encoder="an encoder",
-        ),
-        str(data_dir),
-    )
-
 
 TEXTS = {"image_path": "/photos/ä 1.jpg", "image_id": "ä-1", "domain": "out-domain"}
 IMAGE = bytes(range(256)) + b"\0\0"  # no picture: its bytes must come back untouched
@@ -52,7 +23,7 @@ EMBEDDING = np.array([1.5, -65504, 2**-24, 0], np.float16)
 @pytest.mark.parametrize("has_images", [False, True])
 def test_examples_come_back_as_they_were(tmp_path: Path, has_images: bool, width: int | None, captions: Any) -> None:
     image, embedding = IMAGE if has_images else None, EMBEDDING if width else None
-    write(tmp_path, Example(image, embedding, captions=captions, **TEXTS))
+    prepare.prepare(listed("tiny", "train", [Example(image, embedding, captions=captions, **TEXTS)]), str(tmp_path))
 
     split = open_split("tiny", "train", str(tmp_path))
     assert (split.name, split.split, split.encoder) == ("tiny", "train", "an encoder")
@@ -118,7 +89,7 @@ def test_what_is_not_there_is_said(data_dir: str, tmp_path: Path) -> None:
 
 
 def test_another_schema_is_said(tmp_path: Path) -> None:
-    write(tmp_path, Example(None, None, captions=(), **TEXTS))
+    prepare.prepare(listed("tiny", "train", [Example(None, None, captions=(), **TEXTS)]), str(tmp_path))
     folder = tmp_path / "tiny" / "1.0.0"
 
     info = json.loads((folder / "dataset_info.json").read_text())
