@@ -1,5 +1,11 @@
 import dataclasses
 import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +20,7 @@ from tiny import SPLITS, Source, make_config, train
 from clipcap_jax import embed as embed_module
 from clipcap_jax import images
 from clipcap_jax.captioner import Captioner
-from clipcap_jax.datasets import RecordsSource, open_split, prepare, prepare_records
+from clipcap_jax.datasets import RecordsSource, open_split, prepare, prepare_records, prepare_shapes
 from clipcap_jax.datasets.schema import Example
 from clipcap_jax.datasets.shards import Writer
 from clipcap_jax.embed import Encoder, embed, encoder_name
@@ -218,3 +224,42 @@ def test_embeddings_of_another_tower(encoder: Encoder, weights: Path, pictures: 
         train(pictures / "run", make_config(pictures, changes, "pixels"))
     with pytest.raises(UserError, match=r"holds embeddings of width 24; config.model.clip makes them 8 wide"):
         train(pictures / "run2", make_config(pictures, changes | {"model.clip.embedding_width": 8}, "pixels"))
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment(encoder: Encoder, weights: Path, tmp_path: Path) -> None:
+    """20 kills: what comes out in the end is what an uninterrupted run gives, by the embedding of each id."""
+    data_dir = tmp_path / "data"
+    prepare_shapes(str(data_dir), {"train": 400, "val": 30})
+    script = tmp_path / "script.py"
+    script.write_text(f"""
+from clipcap_jax import embed
+from clipcap_jax.convert.clip import load_clip
+embed.EMBEDDINGS_PER_SHARD = 40
+print("begins", flush=True)
+embed.embed(embed.Encoder(*load_clip({str(weights)!r})), "shapes", "killed", {str(data_dir)!r}, batch_size=8, workers=2)
+""")
+    environment = os.environ | {
+        "PYTHONPATH": str(Path(embed_module.__file__).parents[1]),
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled"),
+    }
+    drawn, kills, finished = random.Random(0), 0, data_dir / "embeddings" / "killed" / "1.0.0"
+    subprocess.run([sys.executable, script], env=environment, check=True)
+    expected = {split: list(open_split("embeddings/killed", split, str(data_dir))) for split in ("train", "val")}
+    shutil.rmtree(finished)
+    while kills < 20:
+        started = subprocess.Popen([sys.executable, script], env=environment, stdout=subprocess.PIPE)
+        assert started.stdout is not None
+        assert started.stdout.readline() == b"begins\n"
+        time.sleep(drawn.uniform(0, 4))
+        kills += started.poll() is None
+        started.kill()
+        started.communicate()
+        if finished.exists() and kills < 20:
+            shutil.rmtree(finished)
+    if not finished.exists():
+        subprocess.run([sys.executable, script], env=environment, check=True)
+    for split, examples in expected.items():
+        for example, one in zip(open_split("embeddings/killed", split, str(data_dir)), examples, strict=True):
+            assert without_embedding(example) == without_embedding(one)
+            np.testing.assert_array_equal(example.embedding, one.embedding)

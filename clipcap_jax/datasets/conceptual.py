@@ -3,6 +3,7 @@
 They are lists of links, many of which are dead by now, so everyone's pictures are others. Read is what downloads leave:
 
   - img2dataset's `webdataset`: 00000.tar with 000000012.jpg, .txt and .json, and 00000_stats.json beside it;
+    (or, as they lie on the Hugging Face hub, cc3m-train-0000.tar and cc3m-validation-00.tar in one folder);
   - img2dataset's `files`: folders 00000/ with the same, and 00000_stats.json beside them;
   - the owners' list with a folder of pictures named after the row, counted from 0, in eight digits: 00000012.jpg. This
     is how parse_conceptual.py of the original ClipCap names them.
@@ -225,20 +226,17 @@ def _mark(data: bytes) -> bytes:
 
 def _shards(name: str, folder: Path, split: str, store_images: bool, held_out: tuple[Shard, ...] = ()) -> list[Shard]:
     candidates = [folder / candidate for candidate in _FOLDERS[split]]
-    place = next((candidate for candidate in candidates if candidate.is_dir()), None)
+    place = next((candidate for candidate in candidates if candidate.is_dir()), folder)
     listed = folder / _LISTS[name].get(split, "none")
-    if place is None and split == "train":
-        place = folder  # img2dataset's own output folder
-    if place is None and listed.is_file():
-        raise not_there(folder, f"the pictures of {listed.name}", LISTINGS[name])
-    if place is None:
-        return []
     paths = []
     has_pictures = False
     with os.scandir(place) as entries:  # of which there may be millions
         for entry in entries:
             has_pictures |= entry.name.endswith(".jpg")
-            if re.fullmatch(r"\d+\.tar" if entry.is_file() else r"\d+", entry.name):
+            # In a folder for both splits, the name of a shard says which it is of, or it is of train.
+            if (place != folder or _split_of(entry.name) == split) and re.fullmatch(
+                r"(.*[-_])?\d+\.tar" if entry.is_file() else r"\d+", entry.name
+            ):
                 paths.append(Path(entry.path))
     if len({path.stem for path in paths}) < len(paths):
         raise UserError(f"{place} holds shards both as .tar and as folders. Leave one of them there.")
@@ -246,11 +244,17 @@ def _shards(name: str, folder: Path, split: str, store_images: bool, held_out: t
         return [Shard(split, path, store_images, held_out) for path in sorted(paths)]
     if not listed.is_file():
         return []
+    if place == folder and split == "val":
+        raise not_there(folder, f"the pictures of {listed.name}", LISTINGS[name])
     if not has_pictures:
         raise not_there(place, "pictures such as 00000000.jpg", LISTINGS[name])
     return [
         Shard(split, listed, store_images, held_out, rows) for rows in _index_list(listed, _URL_COLUMN[name], place)
     ]
+
+
+def _split_of(name: str) -> str:
+    return "val" if re.search(r"(^|[-_])(val|validation)[-_]", name) else "train"
 
 
 def _samples(shard: Shard) -> Iterator[_Sample | Problem]:

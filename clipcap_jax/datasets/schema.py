@@ -15,6 +15,7 @@ What is absent is absent from the whole data set: its TFDS features say so befor
 """
 
 import bisect
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -138,7 +139,8 @@ class Split(Sequence[Example]):
         shard = bisect.bisect_right(self._ends, place)
         if shard not in self._opened:  # if two threads come here at once, the second's is thrown away
             self._opened.setdefault(shard, self._open(shard, cache.local_copy(self.shards[shard])))
-        return _parse(self._opened[shard][place - self._ends[shard] + self.shard_lengths[shard]])
+        with _reading(self.shards[shard]):
+            return _parse(self._opened[shard][place - self._ends[shard] + self.shard_lengths[shard]])
 
     def _open(self, shard: int, path: Path) -> ArrayRecordDataSource:
         return ArrayRecordDataSource(
@@ -152,12 +154,23 @@ class Split(Sequence[Example]):
             local = scratch / path.name if remote else Path(path)
             if remote:
                 path.copy(local)
-            with self._open(shard, local) as records:
+            with _reading(path), self._open(shard, local) as records:
                 for start in range(0, length, READ_AT_ONCE):
                     stop = min(start + READ_AT_ONCE, length)
                     yield [_parse(record) for record in records.__getitems__(range(start, stop))]
             if remote:
                 local.unlink()
+
+
+@contextlib.contextmanager
+def _reading(shard: Any) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # array_record's word for whatever is wrong with a file
+        raise UserError(
+            f"The shard {shard} is missing or damaged: {error}. Delete the folder it lies in and prepare the data set "
+            "again."
+        ) from error
 
 
 def _parse(record: bytes) -> Example:

@@ -81,6 +81,19 @@ def keyed(*numbers: int) -> dict[str, Sample]:
 WRITERS = {"tar": lambda path, samples: write_tar(path.with_suffix(".tar"), samples), "files": write_folder}
 
 
+def test_both_splits_in_one_folder(tmp_path: Path) -> None:
+    """As pixparse/cc3m-wds on the Hugging Face hub has them; its keys start anew in each split."""
+    write_tar(tmp_path / "cc3m-train-0000.tar", keyed(0, 1))
+    write_tar(tmp_path / "cc3m-train-0001.tar", keyed(5))
+    write_tar(tmp_path / "cc3m-validation-00.tar", {"000000000": sample(7)})
+    examples, problems = read(conceptual_source("cc3m", tmp_path))
+    assert problems == []
+    found = {(split, number_of(example.image or b"")): example for (split, _), example in examples.items()}
+    assert found.keys() == {("train", 0), ("train", 1), ("train", 5), ("val", 7)}
+    for (_, number), example in found.items():
+        assert example.captions == (f"Picture {number}.",)
+
+
 @pytest.mark.parametrize("name", ["cc3m", "cc12m"])
 @pytest.mark.parametrize("kind", WRITERS)
 @pytest.mark.parametrize("val", ["val", "validation"])

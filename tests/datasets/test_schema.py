@@ -2,6 +2,7 @@ import json
 import pickle
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from sources import listed
 
+from clipcap_jax.columns import open_columns
 from clipcap_jax.datasets import Example, open_split, prepare, prepare_shapes, schema
 from clipcap_jax.errors import UserError
 
@@ -125,3 +127,27 @@ print(open_split("records/r", "test", {str(tmp_path)!r})[0].captions, "tensorflo
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "('a dog.',) False"
+
+
+def truncated(data: bytes) -> bytes:
+    return data[: len(data) // 2]
+
+
+def flipped(data: bytes) -> bytes:
+    middle = len(data) // 3
+    return data[:middle] + bytes([data[middle] ^ 0xFF]) + data[middle + 1 :]
+
+
+@pytest.mark.parametrize("damage", [truncated, flipped, lambda data: b""])
+def test_a_damaged_shard_is_named(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
+    prepare_shapes(str(tmp_path), {"train": 300})
+    (shard,) = (tmp_path / "shapes" / "1.0.0").glob("*.array_record-*")
+    shard.write_bytes(damage(shard.read_bytes()))
+    with pytest.raises(UserError, match=rf"The shard {shard} is missing or damaged: .* prepare the data set again"):
+        list(open_split("shapes", "train", str(tmp_path)))
+    with pytest.raises(UserError, match=rf"The shard {shard} is missing or damaged"):
+        open_columns(open_split("shapes", "train", str(tmp_path)))
+    assert not list((tmp_path / "shapes" / "1.0.0" / "columns").glob("[!.]*"))
+    shard.unlink()
+    with pytest.raises(UserError, match="is missing or damaged"):
+        open_split("shapes", "train", str(tmp_path))[0]
