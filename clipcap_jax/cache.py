@@ -1,13 +1,14 @@
 """Folders of files that are made once and from then on only read."""
 
+import contextlib
 import fcntl
 import hashlib
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from clipcap_jax.errors import UserError
 
@@ -32,30 +33,41 @@ def once(name: str, homes: Sequence[Path], write: Callable[[Path], None]) -> Pat
     for folder in homes:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            lock = (folder / f".{name}.lock").open("w")
+            with locked(folder / f".{name}.lock") as alone:
+                _write(folder / name, write, alone=alone)
         except OSError:
-            continue
-        with lock:
-            _write(folder / name, write, locked=_lock(lock))
+            continue  # it cannot be written to
         return folder / name
     raise UserError(
         f"nothing can be written to {' or '.join(map(str, homes))}: set XDG_CACHE_HOME to a folder of yours"
     )
 
 
-def _lock(file: IO[str]) -> bool:
-    """Wait for a lock, which the system takes back when the process ends, however it does; false: there are none."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX)
-    except OSError:  # some network file systems
-        return False
-    return True
+@contextlib.contextmanager
+def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
+    """Hold a lock, which the system takes back when the process ends, however it does; false where there are none.
+
+    The file stays: to remove it would let in a third process beside one that is just opening it.
+
+    Raises:
+      BlockingIOError: another process holds it, and this shall not `wait`.
+      OSError: the file cannot be made.
+    """
+    with path.open("a") as file:
+        alone = True
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            raise
+        except OSError:  # some network file systems
+            alone = False
+        yield alone
 
 
-def _write(target: Path, write: Callable[[Path], None], *, locked: bool) -> None:
+def _write(target: Path, write: Callable[[Path], None], *, alone: bool) -> None:
     if target.is_dir():
         return  # by the process that had the lock before
-    if locked:
+    if alone:
         for left in target.parent.glob(f".{target.name}.*.tmp"):  # by a process that was killed
             shutil.rmtree(left, ignore_errors=True)
     temporary = target.parent / f".{target.name}.{uuid.uuid4().hex}.tmp"

@@ -5,7 +5,7 @@
     params      the model's parameters, frozen parts included: nested dicts of float32 arrays
     optimizer   Optax's state, for the trained parts
     position    JSON: the step and the run's total, the random key's data, the losses since the last
-                line of the log
+                line of the log, the fingerprint of the data set
     metadata    JSON: format_version, config, tokenizer, encoder, embedding_width, decoding end token
 
 `params` and `metadata` are all that captioning needs; plain Orbax restores them without this package.

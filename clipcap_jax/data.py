@@ -49,6 +49,7 @@ class CaptionData:
       captions: a tuple of strings per example, read when asked for.
       embedding_width: E of the stored embeddings; None where the model reads pictures.
       encoder: what made the stored embeddings, if that is known.
+      fingerprint: of the data set, as it was prepared.
     """
 
     def __init__(self, split: Split, image_size: int | None):
@@ -68,6 +69,7 @@ class CaptionData:
             raise UserError(f'{self.name} holds no pictures: set config.data.input to "embedding"')
         self.embedding_width = split.embedding_width if image_size is None else None
         self.encoder = split.encoder if image_size is None else None
+        self.fingerprint = split.fingerprint
         self._split = split
         self._image_size = image_size
         # A picture comes up once for each of its captions, and in every epoch.

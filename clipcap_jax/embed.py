@@ -5,7 +5,9 @@ in every epoch. Splits, captions and the order of the examples are those of the 
 """
 
 import dataclasses
+import functools
 import hashlib
+import re
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -41,16 +43,16 @@ class Encoder:
     params: Any
     dtype: str = "float32"
 
-    @property
+    @functools.cached_property
     def name(self) -> str:
         """See `encoder_name`."""
         return encoder_name(self.config, self.params)
 
 
 def encoder_name(config: ClipConfig, params: Any) -> str:
-    """What embeddings are told apart by: "ViT-B/32, weights 1f2e3d4c5b6a". The weights' is the start of a SHA-256 of
-    their names and float32 values, whatever file they came in."""
-    digest = hashlib.sha256()
+    """What embeddings are told apart by: "ViT-B/32, weights 1f2e3d4c5b6a". The second is the start of a SHA-256 of the
+    sizes and of the parameters' names and float32 values, whatever file they came in."""
+    digest = hashlib.sha256(repr(dataclasses.astuple(config)).encode())
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):  # in the order of their names
         digest.update(jax.tree_util.keystr(path).encode())
         digest.update(np.asarray(leaf, np.float32).tobytes())
@@ -91,6 +93,8 @@ def embed(
       UserError: the data set is not there or holds no pictures; "embeddings/<output>" was made from something else, or
         is just being made; an embedding is not finite; a file could not be read or written.
     """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", output):
+        raise UserError(f"The name {output!r} must be made of letters, digits, '_', '.' and '-'.")
     splits = {split: open_split(name, split, data_dir) for split in open_builder(name, data_dir).info.splits}
     if not all(split.has_images for split in splits.values()):
         raise UserError(f"{name} holds no pictures: there is nothing to embed")

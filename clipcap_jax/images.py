@@ -45,6 +45,8 @@ def decode(data: bytes) -> Image.Image:
         raise UserError(f"The image is too large. {error} Raise PIL.Image.MAX_IMAGE_PIXELS to read it.") from None
     except UnidentifiedImageError:
         raise UserError(f"Not an image that Pillow can read: it starts with {data[:12]!r}.") from None
+    except MemoryError:
+        raise
     except Exception as error:  # on broken data Pillow raises OSError, SyntaxError, ValueError, struct.error, ...
         raise UserError(f"The image is truncated or broken: {error}.") from error
     if max(image.size) > MAX_ASPECT_RATIO * min(image.size):

@@ -221,6 +221,7 @@ class _Run:
                 "total": self.total,
                 "key": np.asarray(self.state.key).tolist(),
                 "losses": self.losses,
+                "fingerprint": self.data.fingerprint,
             },
             metadata=self.metadata,
             metrics=metrics,
@@ -308,10 +309,12 @@ class _Run:
         if not self.start:
             return state, frozen
         params, opt_state, position = self.checkpoints.training_state(self.start, params, state.opt_state)
-        if position["total"] != self.total:
+        same = position.get("fingerprint") in (None, self.data.fingerprint)  # None: an older version did not store it
+        if position["total"] != self.total or not same:
             raise UserError(
                 f"{self.data.name} is not what it was: the run was started with {position['total']} steps, and now "
-                f"there are {self.total}. Prepare it as it was, or give another --workdir."
+                f"there are {self.total}, of {'the same' if same else 'other'} data. Prepare it as it was, or give "
+                "another --workdir."
             )
         self.losses = position["losses"]
         state = TrainState(

@@ -202,7 +202,7 @@ def test_columns_that_an_administrator_made(
     open_path = Path.open
 
     def refuse(path: Path, mode: str = "r", *options: Any) -> Any:
-        if path.parent == folder / "columns" and mode == "w":  # as root may write everywhere
+        if path.parent == folder / "columns" and mode == "a":  # as root may write everywhere
             raise PermissionError(13, "Permission denied")
         return open_path(path, mode, *options)
 

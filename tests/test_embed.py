@@ -102,6 +102,8 @@ def test_the_name_tells_weights_apart(encoder: Encoder) -> None:
     assert encoder_name(encoder.config, other) == encoder.name
     other["projection"]["kernel"][0, 0] += 1e-6
     assert encoder_name(encoder.config, other) != encoder.name
+    heads = dataclasses.replace(encoder.config, heads=4)  # no parameter shows them
+    assert encoder_name(heads, encoder.params) != encoder.name
 
 
 def test_it_goes_on_where_it_stopped(encoder: Encoder, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,6 +149,15 @@ def test_each_host_does_its_share(encoder: Encoder, pictures: Path, monkeypatch:
     assert again.already_prepared
 
 
+def test_hosts_that_do_not_agree(encoder: Encoder, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embed_module, "EMBEDDINGS_PER_SHARD", 5)
+    embed(encoder, "records/pictures", "mine", str(pictures), share=(0, 2))
+    other = dataclasses.replace(encoder, dtype="bfloat16")
+    with pytest.raises(UserError, match=r"was begun, but not finished, from something else: dtype was float32"):
+        embed(other, "records/pictures", "mine", str(pictures), share=(1, 2))
+    assert embed(encoder, "records/pictures", "mine", str(pictures), share=(1, 2)) is not None
+
+
 def test_what_cannot_be_embedded(encoder: Encoder, pictures: Path, source: Source) -> None:
     given = RecordsSource("numbers", str(source.captions), embeddings=str(source.embeddings))
     prepare_records(given, str(pictures))
@@ -155,6 +166,7 @@ def test_what_cannot_be_embedded(encoder: Encoder, pictures: Path, source: Sourc
     broken = dataclasses.replace(encoder, params=jax.tree.map(lambda leaf: np.full_like(leaf, np.nan), encoder.params))
     with pytest.raises(UserError, match=r"the embedding of .* is not finite"):
         embed(broken, "records/pictures", "mine", str(pictures))
+    shutil.rmtree(pictures / "embeddings")
     embed(encoder, "records/pictures", "mine", str(pictures))
     with pytest.raises(UserError, match=r"from something else: encoder was CLIP, weights .*, is now CLIP, weights"):
         embed(broken, "records/pictures", "mine", str(pictures))
@@ -193,10 +205,21 @@ def test_training_on_embeddings_equals_training_on_pictures(
     }
     train(pictures / "from pixels", make_config(pictures, changes, "pixels"))
     changes |= {"data.name": "embeddings/mine", "data.input": "embedding"}
-    train(pictures / "from embeddings", make_config(pictures, changes, "pixels"))
+    settings = make_config(pictures, changes, "pixels")
+    train(pictures / "from embeddings", settings)
     expected, found = losses(pictures / "from pixels"), losses(pictures / "from embeddings")
     assert len(expected) == 15
     np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=1e-3)
+
+    # A run that goes on does so with the same embeddings alone.
+    shutil.rmtree(pictures / "embeddings" / "mine")
+    other = dataclasses.replace(encoder, params=jax.tree.map(lambda leaf: 1.01 * leaf, encoder.params))
+    embed(other, "records/pictures", "mine", str(pictures))
+    with pytest.raises(UserError, match=r"embeddings/mine/train is not what it was: .* of other data"):
+        train(pictures / "from embeddings", settings)
+    shutil.rmtree(pictures / "embeddings" / "mine")
+    embed(encoder, "records/pictures", "mine", str(pictures))
+    assert "Going on after step 15 of 15" in train(pictures / "from embeddings", settings)
 
     captioner = Captioner.load(pictures / "from embeddings", "latest")
     assert captioner.image_size == 32

@@ -7,6 +7,7 @@ from typing import Any
 from rich.console import Console
 
 from clipcap_jax.cli import positive
+from clipcap_jax.errors import UserError
 
 # Data sets that are read from their owners' files; docs/ has a page for each.
 _PUBLISHED = {
@@ -18,6 +19,7 @@ _PUBLISHED = {
     "cc12m": "Conceptual 12M, from img2dataset's output or the owners' list",
     "nocaps": "nocaps val with its domains, and test",
 }
+_KARPATHY = ("coco", "flickr8k", "flickr30k")  # whose captions are in Karpathy's archive
 
 
 def add(commands: Any) -> None:
@@ -41,8 +43,11 @@ def add(commands: Any) -> None:
         published = kinds.add_parser(name, help=description)
         published.set_defaults(run=_prepare_published, name=name)
         published.add_argument("--manual-dir", required=True, help="the folder with the owners' files; see docs/")
+        published.set_defaults(download=False, download_images=False)
+        if name in _KARPATHY:
+            published.add_argument("--download", action="store_true", help="fetch Karpathy's captions to it")
         if name in ("coco", "nocaps"):
-            published.add_argument("--download", action="store_true", help="fetch to it what the owners offer")
+            published.add_argument("--download-images", action="store_true", help="fetch the pictures to it")
         published.add_argument(
             "--max-skipped", type=float, default=0.01, help="share of pictures that may be bad [0.01]"
         )
@@ -66,6 +71,7 @@ def add(commands: Any) -> None:
     embed.add_argument(
         "--share", type=_share, default=(0, 1), help="this host's number, from 0, and how many there are: 0/4 [0/1]"
     )
+    embed.add_argument("--max-skipped", type=float, default=0.01, help="share of pictures that may be bad [0.01]")
     _add_options(embed)
 
 
@@ -86,11 +92,13 @@ def _prepare_published(arguments: argparse.Namespace) -> None:
     from clipcap_jax.datasets.source import first_problems
 
     name, folder, console = arguments.name, arguments.manual_dir, Console()
-    if name == "coco" and arguments.download:
-        downloads.download_coco(folder, pictures=True)
-    if name == "nocaps" and arguments.download and (lost := downloads.download_nocaps(folder)):
-        console.print(f"{len(lost)} pictures could not be fetched; the same command tries them again. The first:")
-        console.print(first_problems(lost), highlight=False, markup=False)
+    if name in _KARPATHY and (arguments.download or arguments.download_images):
+        downloads.download_karpathy(folder, name, pictures=arguments.download_images)
+    if name == "nocaps" and arguments.download_images and (lost := downloads.download_nocaps(folder)):
+        raise UserError(
+            f"{len(lost):,} pictures could not be fetched. Run this again to try again, or without --download-images "
+            f"to go on without them. The first:\n{first_problems(lost)}"
+        )
     if name == "coco":
         source = karpathy.coco_source(folder)
     elif name == "tfds-coco":
@@ -145,6 +153,7 @@ def _embed(arguments: argparse.Namespace) -> None:
         batch_size=arguments.batch_size,
         workers=arguments.workers,
         share=arguments.share,
+        max_skipped=arguments.max_skipped,
     )
     console = Console()
     if summary is None:

@@ -26,7 +26,9 @@ from clipcap_jax.datasets.schema import Example
 from clipcap_jax.datasets.source import PICTURES_PER_SHARD, Problem, Source, broken_picture
 from clipcap_jax.errors import UserError
 
-EXPECTED = ("dead link", "link to no picture")  # the reasons that are no fault of anyone's files
+_DEAD = ("dead link", "link to no picture")
+# What is no fault of anyone's files. Servers' "not found" pictures make many a picture occur in both splits.
+EXPECTED = (*_DEAD, "image in two splits")
 _LISTS = {
     "cc3m": {"train": "Train_GCC-training.tsv", "val": "Validation_GCC-1.1.0-Validation.tsv"},
     "cc12m": {"train": "cc12m.tsv"},
@@ -99,7 +101,7 @@ def conceptual_source(name: str, manual_dir: str | Path, store_images: bool = Tr
     return Source(
         name=name,
         origin={
-            "files": _described({part.path for part in parts}, folder),
+            "files": _described(parts, folder),
             "images": str(folder),
             "store_images": store_images,
         },
@@ -234,9 +236,8 @@ def _shards(name: str, folder: Path, split: str, store_images: bool, held_out: t
         for entry in entries:
             has_pictures |= entry.name.endswith(".jpg")
             # In a folder for both splits, the name of a shard says which it is of, or it is of train.
-            if (place != folder or _split_of(entry.name) == split) and re.fullmatch(
-                r"(.*[-_])?\d+\.tar" if entry.is_file() else r"\d+", entry.name
-            ):
+            pattern = r"\d+" if entry.is_dir() else r"(.*[-_])?\d+\.tar"
+            if re.fullmatch(pattern, entry.name) and (place != folder or _split_of(entry.path) == split):
                 paths.append(Path(entry.path))
     if len({path.stem for path in paths}) < len(paths):
         raise UserError(f"{place} holds shards both as .tar and as folders. Leave one of them there.")
@@ -253,8 +254,12 @@ def _shards(name: str, folder: Path, split: str, store_images: bool, held_out: t
     ]
 
 
-def _split_of(name: str) -> str:
-    return "val" if re.search(r"(^|[-_])(val|validation)[-_]", name) else "train"
+def _split_of(path: str) -> str:
+    """The split that the name of a tar says, "train" where it is but a number."""
+    words = re.findall(r"[a-z]+", os.path.basename(path).removesuffix(".tar"))
+    if {"test", "dev", "valid"} & set(words):
+        raise UserError(f"{path}: is it of train or of validation? Put it into a folder of that name.")
+    return "val" if {"val", "validation"} & set(words) else "train"
 
 
 def _samples(shard: Shard) -> Iterator[_Sample | Problem]:
@@ -270,14 +275,17 @@ def _read_tar(path: Path) -> Iterator[_Sample | Problem]:
     try:
         with tarfile.open(path, "r:") as tar:
             sample: _Sample | None = None
+            group = ""
             for member in tar:
-                key, _, suffix = member.name.rpartition("/")[2].partition(".")
+                place, _, name = member.name.rpartition("/")
+                key, _, suffix = name.partition(".")
                 if not member.isfile() or not key:
                     continue
-                if sample is None or sample.key != _image_id(path, key):
+                if sample is None or group != f"{place}/{key}":
                     if sample is not None:
                         count += 1
                         yield sample
+                    group = f"{place}/{key}"
                     sample = _Sample(f"{_where(path)}: {key}", _image_id(path, key))
                 file = tar.extractfile(member)
                 assert file is not None  # a regular file
@@ -311,6 +319,10 @@ def _read_folder(path: Path) -> Iterator[_Sample | Problem]:
                     sample.image_path = str(file)
                     break
         yield sample
+    if (lost := _stats(path).get("successes", 0) - len(keys)) > 0:
+        yield Problem(
+            _where(path), "samples missing", f"{path} holds {len(keys):,}, {lost:,} fewer than were made", lost
+        )
 
 
 def _where(path: Path) -> str:
@@ -415,25 +427,31 @@ def _stats(path: Path) -> dict[str, int]:
 
 
 def _read_stats(parts: list[Shard]) -> tuple[list[Problem], list[str]]:
-    """The links that did not become pictures, and a note on shards that tell nothing of theirs."""
+    """The links that did not become pictures, shards that are lost, and a note on those that tell nothing of theirs."""
+    paths = [part.path for part in parts if part.rows is None]
+    there = {path.with_name(f"{path.stem}_stats.json") for path in paths}
+    told = {file for place in {path.parent for path in paths} for file in place.glob("*_stats.json")}
     problems = []
-    without = 0
-    for part in parts:
-        if part.rows is not None:
-            continue
-        stats = _stats(part.path)
-        without += not stats
-        where = f"{_where(part.path.with_suffix(''))}_stats.json"
-        for reason, key in zip(EXPECTED, ("failed_to_download", "failed_to_resize"), strict=True):
+    for file in sorted(told | there):
+        stats = _stats(file.with_name(file.name.replace("_stats.json", ".tar")))
+        for reason, key in zip(_DEAD, ("failed_to_download", "failed_to_resize"), strict=True):
             if stats.get(key):
-                problems.append(Problem(where, reason, f"{stats[key]:,} of {stats['count']:,}", stats[key]))
+                problems.append(Problem(_where(file), reason, f"{stats[key]:,} of {stats['count']:,}", stats[key]))
+        if stats.get("successes") and file not in there:
+            detail = f"there is no {file.name.replace('_stats.json', '.tar')}, nor a folder"
+            problems.append(Problem(_where(file), "shard missing", detail, stats["successes"]))
+    without = sum(not _stats(path) for path in paths)
     note = f"shards without a readable _stats.json, whose dead links are not counted: {without:,}"
     return problems, [note] if without else []
 
 
-def _described(paths: set[Path], folder: Path) -> str:
-    """Names and sizes, as the files are too large for a checksum of what they hold."""
-    lines = [f"{path.relative_to(folder)} {0 if path.is_dir() else path.stat().st_size}" for path in sorted(paths)]
+def _described(parts: list[Shard], folder: Path) -> str:
+    """Names, sizes and counts, as the files are too large for a checksum of what they hold."""
+    paths = {part.path for part in parts} | {part.rows.pictures for part in parts if part.rows}
+    lines = []
+    for path in sorted(paths):
+        size = len(os.listdir(path)) if path.is_dir() else path.stat().st_size
+        lines.append(f"{path.relative_to(folder)} {size} {sorted(_stats(path).items())}")
     return f"{len(lines):,}, names and sizes with SHA-256 {hashlib.sha256(repr(lines).encode()).hexdigest()[:16]}"
 
 

@@ -4,6 +4,7 @@ A file bears its name only once its size and SHA-256 are right; until then it is
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import hashlib
 import http.client
@@ -28,7 +29,7 @@ from rich.progress import (
     track,
 )
 
-from clipcap_jax import images
+from clipcap_jax import cache, images
 from clipcap_jax.datasets import nocaps
 from clipcap_jax.datasets.annotations import find_file, not_there
 from clipcap_jax.datasets.source import Problem
@@ -87,22 +88,35 @@ COCO_PICTURES = {
 }
 
 
-def download_coco(manual_dir: str | Path, pictures: bool = False) -> None:
-    """What `coco.coco_source` reads, unless it is there already.
+def download_karpathy(manual_dir: str | Path, dataset: str, pictures: bool = False) -> None:
+    """What `coco.coco_source` and `flickr.flickr_source` read, unless captions and pictures are there already.
 
     Args:
       manual_dir: the folder to download to.
-      pictures: whether to fetch and unpack the pictures as well (20 GB, and as much again while the zips are there).
+      dataset: "coco", "flickr8k" or "flickr30k".
+      pictures: whether to fetch and unpack COCO's pictures (20 GB, and as much again while the zips are there).
 
     Raises:
-      UserError: see `download` and `unpack`.
+      UserError: see `download` and `unpack`; or another process is downloading to the same folder.
     """
     folder = Path(manual_dir)
-    if find_file(folder, "dataset_coco.json") is None:
-        download(KARPATHY, folder)
-    for name, (remote, count) in COCO_PICTURES.items():
-        if pictures and (not (folder / name).is_dir() or sum(1 for _ in (folder / name).glob("*.jpg")) < count):
-            unpack(download(remote, folder), folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _alone(folder):
+        owners = ("captions_train2014.json", "annotations_trainval2014.zip", "Flickr8k.token.txt", "results.csv")
+        if not any(find_file(folder, name) for name in (f"dataset_{dataset}.json", *owners)):
+            download(KARPATHY, folder)
+        for name, (remote, count) in COCO_PICTURES.items():
+            if pictures and (not (folder / name).is_dir() or sum(1 for _ in (folder / name).glob("*.jpg")) < count):
+                unpack(download(remote, folder), folder)
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    try:
+        with cache.locked(folder / ".download.lock", wait=False):
+            yield
+    except BlockingIOError:
+        raise UserError(f"another process is downloading to {folder}") from None
 
 
 def download_nocaps(manual_dir: str | Path, workers: int = 16) -> list[Problem]:
@@ -126,7 +140,7 @@ def download_nocaps(manual_dir: str | Path, workers: int = 16) -> list[Problem]:
         target.mkdir(parents=True, exist_ok=True)
         for index, image in enumerate(file.objects(file.json(), "images")):
             jobs.append((f"{file.name}: images[{index}]", image.get("coco_url"), image.get("file_name"), target))
-    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+    with _alone(folder), concurrent.futures.ThreadPoolExecutor(workers) as pool:
         done = pool.map(lambda job: _download_picture(*job), jobs)
         return [problem for problem in track(done, "Fetching pictures", total=len(jobs)) if problem]
 

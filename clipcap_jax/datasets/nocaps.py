@@ -23,7 +23,7 @@ LISTING = """\
   nocaps_test_image_info.json        "Test Set Image Info" there } where test
   test/0000d67245642c5f.jpg ...      (or images/) its pictures   } is wanted
 
-The two .json files name the pictures' addresses; --download fetches them."""
+The two .json files name the pictures' addresses; --download-images fetches them."""
 
 
 def nocaps_source(manual_dir: str | Path, images: str | Path | None = None, store_images: bool = True) -> Source:

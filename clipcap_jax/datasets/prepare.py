@@ -1,6 +1,7 @@
 """Preparing a data set: its shards are written in several processes, what was kept and skipped is told."""
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import json
 import multiprocessing
@@ -9,7 +10,7 @@ import re
 import signal
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,9 @@ from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
-from clipcap_jax import report
+from clipcap_jax import cache, report
 from clipcap_jax.datasets import schema
-from clipcap_jax.datasets.shards import VERSION, Shard, Writer
+from clipcap_jax.datasets.shards import VERSION, Shard, Writer, changes, tidy
 from clipcap_jax.datasets.source import Problem, Source, first_problems
 from clipcap_jax.errors import UserError
 
@@ -116,33 +117,36 @@ def _write(writer: Writer, processes: int, max_skipped: float) -> list[Shard]:
     source = writer.source
     shards = {index: shard for index in range(len(source.parts)) if (shard := writer.finished(index))}
     left = [index for index in range(len(source.parts)) if index not in shards]
-    tasks = run(writer, left, processes) if left else iter(())
-    for index, shard in track(tasks, f"Preparing {source.name}", total=len(left)):
-        shards[index] = shard
-        problems = _problems(source, shards.values())
-        if source.records is not None and len(problems) > 1000:  # enough to know, without writing the rest
-            _check_share(writer, problems, source.records, max_skipped)
+    problems = 0
+    with contextlib.closing(run(writer, left, processes)) as tasks:
+        for index, shard in track(tasks, f"Preparing {source.name}", total=len(left)):
+            shards[index] = shard
+            problems += sum(problem.count for problem in shard.problems if problem.reason not in source.expected)
+            if source.records is not None and problems > max(1000, max_skipped * source.records):
+                break  # it need not write the rest to know that there are too many
+    if len(shards) < len(source.parts):
+        _check_share(writer, shards, source.records or 0, max_skipped)
     return [shards[index] for index in range(len(source.parts))]
 
 
-def run(writer: Writer, indices: Sequence[int], processes: int) -> Iterator[tuple[int, Shard]]:
+def run(writer: Writer, indices: Sequence[int], processes: int) -> Generator[tuple[int, Shard], None, None]:
     """Write shards, in this process or in several; each is given with its number when it is finished.
 
     Raises:
       UserError: one of the processes was killed.
     """
-    if processes == 1 or len(indices) == 1:
+    if processes == 1 or len(indices) < 2:
         for index in indices:
             yield index, writer.write(index)
         return
     # Spawned: a process that is forked from one in which JAX has started may hang.
     with concurrent.futures.ProcessPoolExecutor(
-        min(processes, len(indices)), multiprocessing.get_context("spawn"), _end_with_parent
+        min(processes, len(indices)), multiprocessing.get_context("spawn"), _begin_worker, (writer,)
     ) as pool:
-        waiting = {pool.submit(writer.write, index): index for index in indices}
+        waiting = {pool.submit(_write_shard, index): index for index in indices}
         try:
             for future in concurrent.futures.as_completed(waiting):
-                yield waiting[future], future.result()
+                yield waiting.pop(future), future.result()
         except concurrent.futures.process.BrokenProcessPool:
             raise UserError(
                 "One of the processes that prepare was killed, perhaps for want of memory. The same command goes on "
@@ -155,8 +159,13 @@ def run(writer: Writer, indices: Sequence[int], processes: int) -> Iterator[tupl
             raise
 
 
-def _end_with_parent() -> None:
+_writer: Writer  # of a worker: sent once, as it holds every record
+
+
+def _begin_worker(writer: Writer) -> None:
     """In a worker: end when the process that started it does, whatever ended that, and say nothing at Ctrl-C."""
+    global _writer
+    _writer = writer
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -168,12 +177,17 @@ def _end_with_parent() -> None:
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 
+def _write_shard(index: int) -> Shard:
+    return _writer.write(index)
+
+
 def finish(writer: Writer, shards: list[Shard], max_skipped: float) -> Summary:
     """Put finished shards together; see `prepare`."""
     source = writer.source
     problems = _problems(source, shards)
     kept = sum(shard.images for shard in shards)
-    _check_share(writer, problems, source.records or kept + sum(problem.count for problem in problems), max_skipped)
+    records = source.records or kept + sum(problem.count for problem in problems)
+    _check_share(writer, dict(enumerate(shards)), records, max_skipped)
     if not kept:
         writer.discard()
         raise UserError(f"{source.name}: there is nothing to prepare.{_then(problems)}")
@@ -211,17 +225,24 @@ def finish(writer: Writer, shards: list[Shard], max_skipped: float) -> Summary:
     return _summary(tfds.builder_from_directory(writer.folder))
 
 
-def _check_share(writer: Writer, problems: Sequence[Problem], records: int, max_skipped: float) -> None:
-    counted = [problem for problem in problems if problem.reason not in writer.source.expected]
+def _check_share(writer: Writer, shards: Mapping[int, Shard], records: int, max_skipped: float) -> None:
+    source = writer.source
+    counted = [problem for problem in _problems(source, shards.values()) if problem.reason not in source.expected]
     total = sum(problem.count for problem in counted)
-    if total > max_skipped * records:
-        writer.discard()  # so that what is mended is not taken for skipped the next time
-        reasons = ", ".join(f"{reason} {count:,}" for reason, count in _counts(counted).items())
-        raise UserError(
-            f"{writer.source.name}: {total:,} problems in {records:,} records, more than max_skipped={max_skipped:g} "
-            f"allows ({reasons}). Nothing was prepared. Mend them, or raise max_skipped to go on without them."
-            f"{_then(counted)}"
-        )
+    if total <= max_skipped * records:
+        return
+    # What is mended shall be read again the next time: all of it where the captions file has to change, or else the
+    # shards that have problems.
+    if any(problem.reason not in source.expected for problem in source.problems):
+        writer.discard()
+    for index, shard in shards.items():
+        if any(problem.reason not in source.expected for problem in shard.problems):
+            writer.forget(index)
+    reasons = ", ".join(f"{reason} {count:,}" for reason, count in _counts(counted).items())
+    raise UserError(
+        f"{source.name}: {total:,} problems in {records:,} records, more than max_skipped={max_skipped:g} allows "
+        f"({reasons}). Mend them, or raise max_skipped to go on without them.{_then(counted)}"
+    )
 
 
 def _repeated(writer: Writer, indices: Sequence[int]) -> list[str]:
@@ -242,15 +263,16 @@ def find_prepared(name: str, data_dir: str, origin: Mapping[str, Any]) -> Summar
       UserError: it was prepared from another `origin`.
     """
     folder = Path(data_dir).expanduser() / name / VERSION
-    if not folder.exists():
+    if cache.is_remote(data_dir) or not folder.exists():
         return None
+    tidy(folder)  # in case the process that finished it was killed before it had
     builder = tfds.builder_from_directory(folder)
-    before, now = builder.info.metadata.get("source", {}), json.loads(json.dumps(origin))
+    if "words" not in builder.info.metadata:
+        raise UserError(f"{folder} was prepared by an earlier version: delete it to prepare it again.")
+    before, now = builder.info.metadata["source"], json.loads(json.dumps(origin))
     if before != now:
-        keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
-        changes = "; ".join(f"{key} was {before.get(key)}, is now {now.get(key)}" for key in keys)
         raise UserError(
-            f"{name} was prepared before, but from something else: {changes}. "
+            f"{name} was prepared before, but from something else{changes(before, now)}. "
             f"Delete {folder} to prepare it again, or choose another name or data_dir."
         )
     return dataclasses.replace(_summary(builder), already_prepared=True)

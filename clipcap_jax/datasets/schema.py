@@ -35,6 +35,8 @@ FILE_FORMAT = "array_record"  # random access, and readable without TensorFlow
 
 READ_AT_ONCE = 1000  # examples, when all are read
 
+_OPEN_SHARDS = 256  # at the same time; a process may often have 1024 files open
+
 _TEXTS = ("image_path", "image_id", "split", "domain")
 
 
@@ -94,6 +96,7 @@ class Split(Sequence[Example]):
       has_images: whether its examples hold the encoded picture.
       embedding_width: E, or None where its examples hold no embedding.
       encoder: what made the embeddings, such as "ViT-B/32"; None where that is not known or there are none.
+      fingerprint: of the data set, as `fingerprint` gives it.
       folder: where the data set lies.
       whole: the split that it is, or that it is a part of.
       start, stop: its place in the whole split.
@@ -109,6 +112,7 @@ class Split(Sequence[Example]):
             builder.info.features["embedding"].shape[0] if "embedding" in builder.info.features else None
         )
         self.encoder: str | None = builder.info.metadata.get("encoder")
+        self.fingerprint = fingerprint(builder)
         self.folder: tfds.core.Path = builder.data_path
         parts = tfds.core.ReadInstruction.from_spec(split).to_absolute(dict(builder.info.splits))
         if len(parts) > 1:
@@ -137,15 +141,18 @@ class Split(Sequence[Example]):
         # The range: negative indices, and IndexError at the end.
         place = self.start + range(len(self))[index]
         shard = bisect.bisect_right(self._ends, place)
-        if shard not in self._opened:  # if two threads come here at once, the second's is thrown away
-            self._opened.setdefault(shard, self._open(shard, cache.local_copy(self.shards[shard])))
+        opened = self._opened.get(shard)
+        if opened is None:
+            if len(self._opened) >= _OPEN_SHARDS:
+                self._opened.clear()  # which closes them, once the threads that read them are done
+            # If two threads come here at once, the second's is thrown away.
+            opened = self._opened.setdefault(shard, self._open(shard, cache.local_copy(self.shards[shard])))
         with _reading(self.shards[shard]):
-            return _parse(self._opened[shard][place - self._ends[shard] + self.shard_lengths[shard]])
+            return _parse(opened[place - self._ends[shard] + self.shard_lengths[shard]])
 
     def _open(self, shard: int, path: Path) -> ArrayRecordDataSource:
-        return ArrayRecordDataSource(
-            f"{path}[0:{self.shard_lengths[shard]}]"
-        )  # with its length: opened when first read
+        # With its length, it is opened when it is first read.
+        return ArrayRecordDataSource(f"{path}[0:{self.shard_lengths[shard]}]")
 
     def read_whole(self, scratch: Path) -> Iterator[list[Example]]:
         """All examples of the whole split, at most `READ_AT_ONCE` at a time; remote shards pass through `scratch`."""
@@ -168,8 +175,8 @@ def _reading(shard: Any) -> Iterator[None]:
         yield
     except RuntimeError as error:  # array_record's word for whatever is wrong with a file
         raise UserError(
-            f"The shard {shard} is missing or damaged: {error}. Delete the folder it lies in and prepare the data set "
-            "again."
+            f"The shard {shard} cannot be read: {error}. If it is missing or damaged, delete the folder it lies in and "
+            "prepare the data set again."
         ) from error
 
 
@@ -180,6 +187,8 @@ def _parse(record: bytes) -> Example:
     def value(key: str) -> bytes | None:
         return feature[key].bytes_list.value[0] if key in feature else None
 
+    if "image_id" not in feature:  # array_record gives this for a file that ends after 64 KiB
+        raise RuntimeError("a record is empty")
     image_path, image_id, domain = (str(value(key) or b"", "utf-8") for key in ("image_path", "image_id", "domain"))
     embedding = value("embedding")
     return Example(

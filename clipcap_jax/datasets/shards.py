@@ -7,10 +7,11 @@ added and the folder gets its own name: whoever reads sees a whole data set or n
 
 import contextlib
 import dataclasses
-import errno
-import fcntl
+import hashlib
 import json
 import os
+import shutil
+import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -20,6 +21,7 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core import example_serializer, file_adapters, naming
 from tensorflow_datasets.core import splits as tfds_splits
 
+from clipcap_jax import cache
 from clipcap_jax.datasets import schema
 from clipcap_jax.datasets.schema import Example
 from clipcap_jax.datasets.source import Problem, Source
@@ -92,6 +94,11 @@ class Writer:
     """
 
     def __init__(self, source: Source, data_dir: str) -> None:
+        if cache.is_remote(data_dir):
+            raise UserError(
+                f"data sets cannot be written to {data_dir}, only read from there: write to a disk, then copy the "
+                "folder of the data set"
+            )
         self.source = source
         self.data_dir = Path(data_dir).expanduser()
         self.folder = self.data_dir / source.name / VERSION
@@ -105,6 +112,8 @@ class Writer:
             )
             self.names.append(path.name)
             numbers[part.split] += 1
+        self._plan = {"origin": json.loads(json.dumps(source.origin)), "shards": self.names}
+        self._digest = hashlib.sha256(json.dumps(self._plan, sort_keys=True).encode()).hexdigest()
 
     @contextlib.contextmanager
     def locked(self, work: str = "", *, wait: bool = False) -> Iterator[None]:
@@ -114,43 +123,52 @@ class Writer:
           UserError: there is one; unless this shall `wait` for it.
         """
         self.folder.parent.mkdir(parents=True, exist_ok=True)
-        path = self.folder.with_name(f"{VERSION}{work}.lock")
-        with path.open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            except OSError as error:
-                if error.errno not in (errno.EAGAIN, errno.EACCES):
-                    raise
-                raise UserError(
-                    f"{self.source.name} is being prepared in {self.data_dir} by another process."
-                ) from None
-            yield  # the file stays: to remove it would let in a third one beside one that is just opening it
+        try:
+            with cache.locked(self.folder.with_name(f"{VERSION}{work}.lock"), wait=wait):
+                yield
+        except BlockingIOError:
+            busy = f"{self.source.name} is being prepared in {self.data_dir} by another process."
+            raise UserError(busy) from None
 
     def begin(self) -> None:
-        """Make the folder, or go on with one that was begun for the same source."""
-        plan = json.dumps({"origin": self.source.origin, "shards": self.names}, sort_keys=True)
+        """Make the folder, or go on with one that was begun for the same source.
+
+        Raises:
+          UserError: it was begun for another one.
+        """
         path = self.unfinished / "plan.json"
-        if path.exists() and path.read_text() != plan:
-            self.discard()  # it is half of something else
-        self.unfinished.mkdir(parents=True, exist_ok=True)
         if not path.exists():
-            _write_whole(path, plan)
+            self.discard()  # it may be what another deletion has left
+            self.unfinished.mkdir(parents=True)
+            _write_whole(path, json.dumps(self._plan))
+        begun = json.loads(path.read_text())
+        if begun != self._plan:
+            raise UserError(
+                f"{self.source.name} was begun, but not finished, from something else"
+                f"{changes(begun['origin'], self._plan['origin'])}. Go on with that, or delete {self.unfinished}."
+            )
 
     def discard(self) -> None:
         """Remove what was written so far."""
         if self.unfinished.exists():
-            tfds.core.Path(self.unfinished).rmtree()
+            shutil.rmtree(self.unfinished)
+
+    def forget(self, index: int) -> None:
+        """Take the shard of a part for not written."""
+        self._note(index).unlink(missing_ok=True)
 
     def finished(self, index: int) -> Shard | None:
         """What the shard of a part holds, if it is whole."""
         try:
-            fields = json.loads(self._note(index).read_text())["shard"]
+            note = json.loads(self._note(index).read_text())
+            fields = note["shard"]
             fields["words"] = {int(length): count for length, count in fields["words"].items()}
             fields["problems"] = [Problem(**problem) for problem in fields["problems"]]
             shard = Shard(**fields)
-            return shard if (self.unfinished / self.names[index]).stat().st_size == shard.bytes else None
+            whole = (self.unfinished / self.names[index]).stat().st_size == shard.bytes
         except (FileNotFoundError, ValueError, TypeError, KeyError):
             return None
+        return shard if whole and note["plan"] == self._digest else None  # the plan: it may be left of another one
 
     def ids(self, index: int) -> list[str]:
         """The image_id of every example of a finished shard."""
@@ -177,7 +195,11 @@ class Writer:
         words: Counter[int] = Counter()
         problems: list[Problem] = []
 
+        failed = False  # here, not in array_record
+
         def records() -> Iterator[tuple[int, bytes]]:
+            nonlocal failed
+            failed = True
             for example in part if examples is None else examples:
                 if isinstance(example, Problem):
                     problems.append(example)
@@ -186,22 +208,30 @@ class Writer:
                 words.update(len(caption.split()) for caption in example.captions)
                 fields = schema.to_fields(example, part.split)
                 # As `serialize_example` does, but the same bytes every time: a proto's map has no order.
-                proto = serializer.get_tf_example(features.encode_example(fields))
-                yield len(ids), proto.SerializeToString(deterministic=True)
+                record = serializer.get_tf_example(features.encode_example(fields)).SerializeToString(
+                    deterministic=True
+                )
+                failed = False
+                yield len(ids), record
+                failed = True
+            failed = False
 
-        # A name of its own: a process that was taken for dead may still be writing the same shard.
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        temporary = _temporary(path)
         try:
             try:
                 _WRITER.write_examples(temporary, records())
             except RuntimeError as error:  # array_record's word for whatever the system refuses
+                if failed:
+                    raise
                 raise OSError(str(error)) from error
             _to_disk(temporary)
             shard = Shard(len(ids), words.total(), temporary.stat().st_size, dict(words), problems)
             temporary.rename(path)
         finally:
             temporary.unlink(missing_ok=True)
-        _write_whole(self._note(index), json.dumps({"shard": dataclasses.asdict(shard), "ids": ids}))
+        _write_whole(
+            self._note(index), json.dumps({"plan": self._digest, "shard": dataclasses.asdict(shard), "ids": ids})
+        )
         return shard
 
     def describe(self, shards: list[Shard], metadata: Mapping[str, Any]) -> None:
@@ -233,10 +263,22 @@ class Writer:
 
     def publish(self) -> None:
         """Give the folder its name."""
-        for pattern in ("*.tmp", "*.note.json", "plan.json"):
-            for path in self.unfinished.glob(pattern):
-                path.unlink()
         self.unfinished.rename(self.folder)
+        tidy(self.folder)
+
+
+def tidy(folder: Path) -> None:
+    """Remove from a finished data set what was of use while it was written."""
+    for pattern in ("*.tmp", "*.note.json", "plan.json"):
+        for path in folder.glob(pattern):
+            path.unlink(missing_ok=True)
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What differs between two origins, such as ": seed was 1, is now 2"."""
+    keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    told = "; ".join(f"{key} was {before.get(key)}, is now {now.get(key)}" for key in keys)
+    return f": {told}" if told else ""
 
 
 def _template(source: Source, folder: Path, split: str) -> naming.ShardedFileTemplate:
@@ -247,10 +289,15 @@ def _template(source: Source, folder: Path, split: str) -> naming.ShardedFileTem
 
 
 def _write_whole(path: Path, text: str) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = _temporary(path)
     temporary.write_text(text)
     _to_disk(temporary)
     temporary.rename(path)
+
+
+def _temporary(path: Path) -> Path:
+    """A name of its own: a process that was taken for dead may still be writing the same file."""
+    return path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
 
 
 def _to_disk(path: Path) -> None:

@@ -5,6 +5,7 @@ are sent to the processes that write them, so they say where pictures lie rather
 """
 
 import dataclasses
+import errno
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -164,12 +165,20 @@ def pictures(records: Sequence[Record], folder: Path | None, **options: Any) -> 
 
 
 def read_picture(path: Path, where: str, missing: str = "image missing") -> bytes | Problem:
-    """The bytes of a picture file that can be decoded, or why there are none."""
+    """The bytes of a picture file that can be decoded, or why there are none.
+
+    Raises:
+      OSError: the disk or the network failed, so that another time it may be there.
+    """
     try:
         data = path.read_bytes()
     except FileNotFoundError:
         return Problem(where, missing, str(path))
-    except (OSError, ValueError) as error:  # a folder, no permission, no possible file name
+    except (IsADirectoryError, NotADirectoryError, PermissionError, ValueError) as error:
+        return Problem(where, "image unreadable", str(error))
+    except OSError as error:
+        if error.errno not in (errno.ENAMETOOLONG, errno.ELOOP):
+            raise
         return Problem(where, "image unreadable", str(error))
     return broken_picture(data, where, str(path)) or data
 

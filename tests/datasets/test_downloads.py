@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from clipcap_jax.datasets import downloads, nocaps
-from clipcap_jax.datasets.downloads import Remote, download, download_coco, download_nocaps, unpack
+from clipcap_jax.datasets.downloads import Remote, download, download_karpathy, download_nocaps, unpack
 from clipcap_jax.errors import UserError
 
 CONTENT = random.Random(0).randbytes(3_000_000)
@@ -83,7 +83,9 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 
 
 def names(folder: Path) -> list[str]:
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    """Of all files but the lock's."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != ".download.lock"]
+    return sorted(str(path.relative_to(folder)) for path in files)
 
 
 def test_download(server: Server, tmp_path: Path) -> None:
@@ -213,11 +215,11 @@ def test_coco(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     server.files["/train2014.zip"] = zipped({"train2014/1.jpg": b"1", "train2014/2.jpg": b"2"})
     monkeypatch.setattr(downloads, "KARPATHY", server.remote("caption_datasets.zip"))
     monkeypatch.setattr(downloads, "COCO_PICTURES", {"train2014": (server.remote("train2014.zip"), 2)})
-    download_coco(tmp_path)
+    download_karpathy(tmp_path, "coco")
     assert names(tmp_path) == ["caption_datasets.zip"]
-    download_coco(tmp_path, pictures=True)
+    download_karpathy(tmp_path, "coco", pictures=True)
     (tmp_path / "train2014.zip").unlink()
-    download_coco(tmp_path, pictures=True)  # it is all there
+    download_karpathy(tmp_path, "coco", pictures=True)  # it is all there
     assert names(tmp_path) == ["caption_datasets.zip", "train2014/1.jpg", "train2014/2.jpg"]
     assert len(server.requests) == 2
 

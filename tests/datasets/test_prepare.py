@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import os
 import random
 import shutil
@@ -126,8 +127,69 @@ def test_half_of_something_else_is_not_used(tmp_path: Path) -> None:
     log, parts = tmp_path / "log", [("a",), ("fail",), ("b",)]
     with pytest.raises(UserError):
         prepare.prepare(source(log, *parts, origin={"x": 1}), str(tmp_path))
-    prepare.prepare(source(log, ("other",), *parts[1:], origin={"x": 2}), str(tmp_path))
+    other = source(log, ("other",), *parts[1:], origin={"x": 2})
+    with pytest.raises(UserError, match=r"made was begun, but not finished, from something else: x was 1, is now 2"):
+        prepare.prepare(other, str(tmp_path))
+    # Somebody deletes the folder, but not all of it.
+    (tmp_path / "made" / "1.0.0.unfinished" / "plan.json").unlink()
+    prepare.prepare(other, str(tmp_path))
     assert read(tmp_path) == ["other", "fail"]
+
+
+def test_a_shard_of_another_plan_is_not_finished(tmp_path: Path) -> None:
+    log, parts = tmp_path / "log", [("a",), ("b",)]
+    for x in (1, 2):
+        writer = Writer(source(log, *parts, origin={"x": x}), str(tmp_path))
+        writer.unfinished.mkdir(parents=True, exist_ok=True)
+        assert writer.finished(0) is None
+        writer.write(0)
+        assert writer.finished(0) is not None
+
+
+def test_killed_when_it_had_just_got_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = source(tmp_path / "log", ("a",), ("b",))
+    with monkeypatch.context() as patch:
+        patch.setattr("clipcap_jax.datasets.shards.tidy", lambda folder: None)
+        prepare.prepare(made, str(tmp_path))
+    assert list((tmp_path / "made" / "1.0.0").glob("*.note.json"))
+    assert prepare.prepare(made, str(tmp_path)).already_prepared
+    assert not list((tmp_path / "made" / "1.0.0").glob("*.note.json"))
+    assert (tmp_path / "log").read_text().count("a") == 1
+
+
+def test_too_many_problems_cost_only_the_shards_that_have_them(tmp_path: Path) -> None:
+    log, parts = tmp_path / "log", [("a",), ("b", "problem"), ("c",)]
+    with pytest.raises(UserError, match=r"more than max_skipped=0\.01 allows"):
+        prepare.prepare(source(log, *parts), str(tmp_path))
+    assert prepare.prepare(source(log, *parts), str(tmp_path), max_skipped=0.9).skipped == {"a reason": 3}
+    assert log.read_text().splitlines().count("('a',)") == 1
+    assert log.read_text().splitlines().count("('b', 'problem')") == 2
+
+
+def test_an_error_of_the_source_is_not_taken_for_the_disks(tmp_path: Path) -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Broken:
+        split: str = "train"
+
+        def __iter__(self) -> Iterator[Example]:
+            raise RuntimeError("a mistake in the program")
+
+    with pytest.raises(RuntimeError, match="a mistake in the program"):
+        prepare.prepare(Source("made", {}, [Broken()], has_images=False), str(tmp_path))
+
+
+def test_no_disk(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot be written to gs://bucket/data, only read from there"):
+        prepare.prepare(source(tmp_path / "log", ("a",), ("b",)), "gs://bucket/data")
+
+
+def test_prepared_by_an_earlier_version(tmp_path: Path) -> None:
+    made = source(tmp_path / "log", ("a",), ("b",))
+    prepare.prepare(made, str(tmp_path))
+    path = tmp_path / "made" / "1.0.0" / "metadata.json"
+    path.write_text(json.dumps({"source": {}, "captions": {"train": 2}, "problems": [], "notes": []}))
+    with pytest.raises(UserError, match=r"made/1.0.0 was prepared by an earlier version: delete it"):
+        prepare.prepare(made, str(tmp_path))
 
 
 def test_two_at_once(tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 from sources import listed
 
 from clipcap_jax.columns import open_columns
-from clipcap_jax.datasets import Example, open_split, prepare, prepare_shapes, schema
+from clipcap_jax.datasets import Example, open_split, prepare, prepare_shapes, schema, shapes
 from clipcap_jax.errors import UserError
 
 TEXTS = {"image_path": "/photos/ä 1.jpg", "image_id": "ä-1", "domain": "out-domain"}
@@ -138,16 +139,27 @@ def flipped(data: bytes) -> bytes:
     return data[:middle] + bytes([data[middle] ^ 0xFF]) + data[middle + 1 :]
 
 
-@pytest.mark.parametrize("damage", [truncated, flipped, lambda data: b""])
+@pytest.mark.parametrize("damage", [truncated, flipped, lambda data: b"", lambda data: data[:65536]])
 def test_a_damaged_shard_is_named(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
     prepare_shapes(str(tmp_path), {"train": 300})
     (shard,) = (tmp_path / "shapes" / "1.0.0").glob("*.array_record-*")
     shard.write_bytes(damage(shard.read_bytes()))
-    with pytest.raises(UserError, match=rf"The shard {shard} is missing or damaged: .* prepare the data set again"):
+    with pytest.raises(UserError, match=rf"The shard {shard} cannot be read: .* prepare the data set again"):
         list(open_split("shapes", "train", str(tmp_path)))
-    with pytest.raises(UserError, match=rf"The shard {shard} is missing or damaged"):
+    with pytest.raises(UserError, match=rf"The shard {shard} cannot be read"):
         open_columns(open_split("shapes", "train", str(tmp_path)))
     assert not list((tmp_path / "shapes" / "1.0.0" / "columns").glob("[!.]*"))
     shard.unlink()
-    with pytest.raises(UserError, match="is missing or damaged"):
+    with pytest.raises(UserError, match="cannot be read"):
         open_split("shapes", "train", str(tmp_path))[0]
+
+
+def test_shards_are_not_all_open_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shapes, "PICTURES_PER_SHARD", 3)
+    monkeypatch.setattr(schema, "_OPEN_SHARDS", 4)
+    prepare_shapes(str(tmp_path), {"train": 60})
+    split = open_split("shapes", "train", str(tmp_path))
+    open_files = len(os.listdir("/proc/self/fd"))
+    for index in [*range(60), *range(0, 60, 7)]:
+        assert split[index].image_id.startswith("train-")
+        assert len(os.listdir("/proc/self/fd")) <= open_files + 5
