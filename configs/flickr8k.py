@@ -57,6 +57,9 @@ def get_config(variant: str = "embeddings") -> ConfigDict:
     if variant == "pixels":
         config.data.name = "records/flickr8k_pixels"
         config.data.input = "image"
-        config.model.clip = dict(image_size=128, patch_size=16, width=256, layers=6, heads=4, embedding_width=512)
+        config.model.clip = dict(image_size=128, patch_size=32, width=256, layers=4, heads=4, embedding_width=512)
+        config.model.mapper.kind = "mlp"
+        config.model.mapper.dropout = 0.0
+        config.train.epochs = 3.0
         config.train.trainable = ("clip", "mapper", "gpt2")
     return config
