@@ -63,6 +63,9 @@ def assert_close(actual: dict[str, Any], expected: dict[str, Any]) -> None:
     """To 1e-5 of the largest value."""
     assert actual.keys() == expected.keys()
     for name in expected:
+        if np.asarray(expected[name]).dtype.kind == "U":
+            assert actual[name] == expected[name], name
+            continue
         largest = np.max(np.abs(expected[name]), initial=0.0)
         np.testing.assert_allclose(actual[name], expected[name], rtol=0, atol=1e-5 * largest, err_msg=name)
 
