@@ -160,10 +160,8 @@ def test_exchanged_and_missing_files(folder: Path, tmp_path_factory: pytest.Temp
 def test_real_captions_and_domains(shared: Path, tmp_path: Path) -> None:
     """All of val, from the corpus of the ViECap repository, written in the owners' format."""
     real = shared / "data" / "nocaps"
-    corpus = {
-        int(entry["image_id"].removesuffix(".jpg")): entry for entry in read_json(real / "nocaps_val_corpus.json")
-    }
-    names = {entry["img_id"]: Path(entry["image"]).stem for entry in read_json(real / "nocaps_val_image_ids.json")}
+    corpus = {int(row["image_id"].removesuffix(".jpg")): row for row in read_json(real / "nocaps_val_corpus.json")}
+    names = {row["img_id"]: Path(row["image"]).stem for row in read_json(real / "nocaps_val_image_ids.json")}
     content = {
         "images": [
             entry(number, names[number], domain=corpus[number]["split"].replace("_", "-")) for number in sorted(corpus)
