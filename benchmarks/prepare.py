@@ -1,6 +1,6 @@
 """Preparing and embedding pictures: clipcap_jax against plain ways to do the same, in one run.
 
-    python benchmarks/prepare.py --photos FOLDER [--pictures 2000] [--folder SCRATCH]
+    python benchmarks/prepare.py --photos FOLDER [--pictures 8000] [--embedded 1000] [--folder SCRATCH]
 
 The photos are shrunk to a short side of 256 pixels and repeated, in tars as img2dataset writes them. Measured are
 
@@ -104,7 +104,8 @@ def measure_embedding(folder: Path, count: int) -> None:
     pixels = jnp.zeros((1, config.image_size, config.image_size, 3))
     params = jax.jit(model.init)(jax.random.key(0), pixels)["params"]
     one = jax.jit(lambda params, pixels: model.apply({"params": params}, normalize_pixels(pixels)))
-    split = open_split("cc12m", "train", str(folder / "data1"))
+    prepare.prepare(conceptual_source("cc12m", folder / "few"), str(folder / "few"))
+    split = open_split("cc12m", "train", str(folder / "few"))
 
     def alone(index: int) -> np.ndarray:
         image = split[index].image
@@ -116,7 +117,7 @@ def measure_embedding(folder: Path, count: int) -> None:
     theirs = some / seconds(lambda: [alone(i) for i in range(some)])
     encoder = Encoder(config, params)
     options: dict[str, Any] = {"batch_size": 64, "workers": os.cpu_count() or 1}
-    taken = seconds(embed, encoder, "cc12m", "mine", str(folder / "data1"), **options)  # compiling included
+    taken = seconds(embed, encoder, "cc12m", "mine", str(folder / "few"), **options)  # compiling included
     print(
         f"embedding: {count / taken:,.1f} pictures/s, one at a time {theirs:,.1f}, ratio {count / taken / theirs:.2f}"
     )
@@ -125,7 +126,8 @@ def measure_embedding(folder: Path, count: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--photos", type=Path, required=True, help="a folder of JPEG files")
-    parser.add_argument("--pictures", type=int, default=2000)
+    parser.add_argument("--pictures", type=int, default=8000)
+    parser.add_argument("--embedded", type=int, default=1000)
     parser.add_argument("--folder", type=Path, help="for what is prepared; a temporary one by default")
     arguments = parser.parse_args()
     if arguments.folder is not None:
@@ -134,7 +136,8 @@ def main() -> None:
         folder = Path(name)
         write_tars(folder / "tars", arguments.photos, arguments.pictures)
         measure_preparing(folder, arguments.pictures)
-        measure_embedding(folder, arguments.pictures)
+        write_tars(folder / "few", arguments.photos, arguments.embedded)
+        measure_embedding(folder, arguments.embedded)
 
 
 if __name__ == "__main__":
