@@ -27,7 +27,7 @@ from clipcap_jax import config as config_lib
 from clipcap_jax.errors import UserError
 from clipcap_jax.tokenizer import Tokenizer
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 BEST_METRIC = "CIDEr"
 FOLDER = "checkpoints"
 _LOOKS = 10
@@ -79,13 +79,18 @@ class Metadata:
 
 def _upgraded(stored: dict[str, Any]) -> dict[str, Any]:
     """Metadata of an older format, with what was the only way then for each setting that has come since."""
-    if stored.get("format_version") != 1:
-        return stored
-    config = stored["config"]
-    model = {**config["model"], "mapper": {**config["model"]["mapper"], "dropout": 0.0}}
-    train = {**config["train"], "pretrained": {"clip": "", "gpt2": ""}, "targets": "all"}
-    evaluate = {**config["evaluate"], "decode": {**config["evaluate"]["decode"], "stop": ""}}
-    return {**stored, "format_version": 2, "config": {**config, "model": model, "train": train, "evaluate": evaluate}}
+    if stored.get("format_version") == 1:
+        config = stored["config"]
+        model = {**config["model"], "mapper": {**config["model"]["mapper"], "dropout": 0.0}}
+        train = {**config["train"], "pretrained": {"clip": "", "gpt2": ""}, "targets": "all"}
+        evaluate = {**config["evaluate"], "decode": {**config["evaluate"]["decode"], "stop": ""}}
+        config = {**config, "model": model, "train": train, "evaluate": evaluate}
+        stored = {**stored, "format_version": 2, "config": config}
+    if stored.get("format_version") == 2:
+        config = stored["config"]
+        config = {**config, "optimizer": {**config["optimizer"], "average_decay": 0.0}}
+        stored = {**stored, "format_version": 3, "config": config}
+    return stored
 
 
 def _best_metric(metrics: dict[str, float]) -> float:

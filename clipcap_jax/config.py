@@ -26,6 +26,7 @@ PRESETS: dict[str, Any] = {**clip_vit.PRESETS, **clip_resnet.PRESETS, **gpt2.PRE
 
 # Fields whose 0 has a meaning; every other number is greater.
 _MAY_BE_0 = {
+    "average_decay",
     "beta1",
     "beta2",
     "clip_norm",
@@ -39,7 +40,7 @@ _MAY_BE_0 = {
     "weight_decay",
     "workers",
 }
-_BELOW_1 = {"beta1", "beta2", "dropout", "label_smoothing"}
+_BELOW_1 = {"average_decay", "beta1", "beta2", "dropout", "label_smoothing"}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -209,13 +209,14 @@ class _Run:
             self.console.print(f"Trained {self.total} steps. The run is in {self.folder}")
 
     def _params(self) -> Params:
-        return {**self.frozen, **self.state.params}
+        """What is validated: the averages, where they are kept."""
+        return {**self.frozen, **optim.swap_average(self.state.params, self.state.opt_state)[0]}
 
     def _save(self, step: int, metrics: dict[str, float]) -> None:
         self.checkpoints.save(
             step,
             params=jax.device_get(self._params()),
-            optimizer=jax.device_get(self.state.opt_state),
+            optimizer=jax.device_get(optim.swap_average(self.state.params, self.state.opt_state)[1]),
             position={
                 "step": step,
                 "total": self.total,
@@ -317,10 +318,11 @@ class _Run:
                 "another --workdir."
             )
         self.losses = position["losses"]
+        trained, opt_state = optim.swap_average({name: params[name] for name in trained}, opt_state)
         state = TrainState(
             step=jnp.int32(position["step"]),
             key=jnp.array(position["key"], jnp.uint32),
-            params={name: params[name] for name in trained},
+            params=trained,
             opt_state=opt_state,
         )
         return state, {name: params[name] for name in frozen}

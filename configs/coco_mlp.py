@@ -36,6 +36,7 @@ def get_config() -> ConfigDict:
         beta2=0.999,
         epsilon=1e-6,
         clip_norm=0.0,
+        average_decay=0.0,
     )
     config.train = dict(
         seed=0,

@@ -30,6 +30,7 @@ def get_config() -> ConfigDict:
         beta2=0.99,
         epsilon=1e-8,
         clip_norm=1.0,
+        average_decay=0.0,
     )
     config.train = dict(
         seed=0,

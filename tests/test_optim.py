@@ -10,10 +10,17 @@ from random_models import clipcap_config
 
 from clipcap_jax.models.clip_vit import ClipVitConfig
 from clipcap_jax.models.clipcap import ClipCap
-from clipcap_jax.optim import OptimizerConfig, optimizer, schedule
+from clipcap_jax.optim import OptimizerConfig, optimizer, schedule, swap_average
 
 CONFIG = OptimizerConfig(
-    learning_rate=0.1, warmup_steps=2, weight_decay=0.3, beta1=0.9, beta2=0.99, epsilon=1e-6, clip_norm=0.0
+    learning_rate=0.1,
+    warmup_steps=2,
+    weight_decay=0.3,
+    beta1=0.9,
+    beta2=0.99,
+    epsilon=1e-6,
+    clip_norm=0.0,
+    average_decay=0.0,
 )
 
 
@@ -103,3 +110,26 @@ def test_only_kernels_decay(mapper: Any) -> None:
     constants = {"constants"} if mapper == "transformer" else set()
     still = {"bias", "scale", "class_token", "positions", "token_embeddings", "position_embeddings"} | constants
     assert moved == {name: {0.0} for name in still}
+
+
+@pytest.mark.parametrize("clip_norm", [0.0, 0.5])
+def test_the_average_of_the_parameters(clip_norm: float) -> None:
+    """It follows its recurrence, and the parameters are what they would be without it."""
+    config = dataclasses.replace(CONFIG, clip_norm=clip_norm)
+    params = {"kernel": jnp.array([1.0, -2.0])}
+    plain, averaging = optimizer(config, 40), optimizer(dataclasses.replace(config, average_decay=0.9), 40)
+    states = plain.init(params), averaging.init(params)
+    average, alone = np.array([1.0, -2.0]), params
+    for step in range(40):
+        grads = {"kernel": jnp.array([np.cos(step), 0.1 * step])}
+        updates, plain_state = plain.update(grads, states[0], alone)
+        alone = optax.apply_updates(alone, updates)
+        updates, state = averaging.update(grads, states[1], params)
+        params = optax.apply_updates(params, updates)
+        states = plain_state, state
+        average += max(0.1, 3 / (step + 3)) * (np.asarray(params["kernel"]) - average)
+        np.testing.assert_array_equal(params["kernel"], alone["kernel"])
+        np.testing.assert_allclose(swap_average(params, state)[0]["kernel"], average, rtol=1e-5)
+    assert np.abs(average - np.asarray(params["kernel"])).max() > 0.01
+    assert swap_average(*swap_average(params, states[1])) == (params, states[1])
+    assert swap_average(params, states[0]) == (params, states[0])

@@ -203,6 +203,22 @@ def test_stopping_after_any_step_and_going_on_gives_the_same_bits(
     assert_ends_like(tmp_path, unstopped)
 
 
+def test_averages_of_the_parameters(unstopped: Path, data_dir: Path, tmp_path: Path) -> None:
+    """They are what is saved, beside what training goes on with, which is as without them."""
+    averaging = settings(data_dir, {"optimizer.average_decay": 0.9})
+    train(tmp_path / "whole", averaging)
+    train_until(tmp_path / "stopped", averaging, 5)
+    train(tmp_path / "stopped", averaging)
+    found, plain = saved(tmp_path / "whole", STEPS), saved(unstopped, STEPS)
+    assert_same(saved(tmp_path / "stopped", STEPS), found)
+    params = [name.removeprefix("params.") for name in plain if name.startswith("params.")]
+    for name in params:
+        np.testing.assert_array_equal(found[f"optimizer.1.average.{name}"], plain[f"params.{name}"])
+    assert any(np.any(found[f"params.{name}"] != plain[f"params.{name}"]) for name in params)
+    assert Captioner.load(tmp_path / "whole", "latest").metadata.config == averaging
+    assert len(logged(tmp_path / "whole")) == len(logged(unstopped))
+
+
 def test_a_killed_run_goes_on_from_its_last_checkpoint(unstopped: Path, data_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(BrokenProcessPool):
         in_process(train_until, tmp_path, settings(data_dir), 9, signal.SIGKILL)

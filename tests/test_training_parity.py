@@ -109,7 +109,7 @@ def torch_losses(mapper: Any, language_model: Any, parameters: Any) -> list[floa
 
 def our_losses(config: ClipCapConfig, params: dict[str, Any], trainable: tuple[str, ...]) -> list[float]:
     settings = OptimizerConfig(
-        LEARNING_RATE, WARMUP, weight_decay=0.0, beta1=0.9, beta2=0.999, epsilon=1e-6, clip_norm=0.0
+        LEARNING_RATE, WARMUP, weight_decay=0.0, beta1=0.9, beta2=0.999, epsilon=1e-6, clip_norm=0.0, average_decay=0.0
     )
     optimizer = optim.optimizer(settings, STEPS)
     step = parallel.map_step(make_step(ClipCap(config), optimizer, dropout=(), label_smoothing=0.0, targets="original"))

@@ -98,6 +98,7 @@ def get_config(variant: str = "embeddings") -> ConfigDict:
                 "beta2": 0.99,
                 "epsilon": 1e-8,
                 "clip_norm": 1.0,
+                "average_decay": 0.0,
             },
             "train": {
                 "seed": 0,

@@ -96,7 +96,9 @@ def from_original(
         ),
         tokenizer=TokenizerConfig(tokenizer),
         model=model,
-        optimizer=OptimizerConfig(2e-5, 5000, weight_decay=0.0, beta1=0.9, beta2=0.999, epsilon=1e-6, clip_norm=0.0),
+        optimizer=OptimizerConfig(
+            2e-5, 5000, 0.0, beta1=0.9, beta2=0.999, epsilon=1e-6, clip_norm=0.0, average_decay=0.0
+        ),
         train=TrainConfig(
             seed=0,
             epochs=10.0,
