@@ -35,7 +35,7 @@ def get_config(variant: str = "embeddings") -> ConfigDict:
         beta2=0.98,
         epsilon=1e-8,
         clip_norm=1.0,
-        average_decay=0.9995,
+        average_decay=0.0,
     )
     config.train = dict(
         seed=0,
