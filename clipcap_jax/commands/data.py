@@ -160,4 +160,5 @@ def _embed(arguments: argparse.Namespace) -> None:
         console.print(f"Share {number} of {shares} is finished, others are not yet: the last one puts them together.")
     else:
         console.print(summary)
-        console.print(f"To train on it: --config.data.name={summary.name} --config.data.input=embedding")
+        settings = f"--config.data.name={summary.name} --config.data.input=embedding"
+        console.print(f"To train on it: {settings}", soft_wrap=True, highlight=False)
