@@ -112,6 +112,21 @@ def not_there(folder: Path, dataset: str, listing: str) -> UserError:
     return UserError(f"{folder} does not hold {dataset}. Put there:\n\n{listing}\n")
 
 
+def join_captions(
+    file: OwnersFile, images: Sequence[Mapping[str, Any]], captions: Sequence[Mapping[str, Any]]
+) -> tuple[dict[str, list[Any]], list[Problem]]:
+    """The captions of each image of a file in COCO's format, by its id; and those of images that it does not list."""
+    by_id: dict[str, list[Any]] = {str(image.get("id")): [] for image in images}
+    problems = []
+    for index, annotation in enumerate(captions):
+        if (image_id := str(annotation.get("image_id"))) in by_id:
+            by_id[image_id].append(annotation.get("caption", ""))
+        else:
+            where = f"{file.name}: annotations[{index}]"
+            problems.append(Problem(where, "caption of an unknown image", f"image_id {image_id}"))
+    return by_id, problems
+
+
 def read_karpathy(file: OwnersFile, dataset: str) -> list[Record | Problem]:
     """The pictures of one of the files in Karpathy's caption_datasets.zip; "restval" is "train".
 

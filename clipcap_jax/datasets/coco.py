@@ -111,14 +111,9 @@ def _read_official(train: OwnersFile, val: OwnersFile, *lists: OwnersFile) -> li
     for part, file in (("train2014", train), ("val2014", val)):
         content = file.json()
         images, captions = (file.objects(content, key) for key in ("images", "annotations"))
-        by_id: dict[str, list[str]] = {str(image.get("id")): [] for image in images}
+        by_id, problems = annotations.join_captions(file, images, captions)
+        rows += problems
         known.update(by_id)
-        for index, annotation in enumerate(captions):
-            if (image_id := str(annotation.get("image_id"))) in by_id:
-                by_id[image_id].append(annotation.get("caption", ""))
-            else:
-                where = f"{file.name}: annotations[{index}]"
-                rows.append(Problem(where, "caption of an unknown image", f"image_id {image_id}"))
         for index, image in enumerate(images):
             where = f"{file.name}: images[{index}]"
             name, image_id = str(image.get("file_name")), str(image.get("id"))

@@ -94,14 +94,8 @@ def _read(file: OwnersFile, split: str, where: Path) -> list[Record | Problem]:
         )
     images = file.objects(content, "images")
     captions = file.objects(content, "annotations") if has_captions else []
-    rows: list[Record | Problem] = []
-    by_id: dict[str, list[str]] = {str(image.get("id")): [] for image in images}
-    for index, annotation in enumerate(captions):
-        if (image_id := str(annotation.get("image_id"))) in by_id:
-            by_id[image_id].append(annotation.get("caption", ""))
-        else:
-            location = f"{file.name}: annotations[{index}]"
-            rows.append(Problem(location, "caption of an unknown image", f"image_id {image_id}"))
+    by_id, problems = annotations.join_captions(file, images, captions)
+    rows: list[Record | Problem] = [*problems]
     for index, image in enumerate(images):
         location = f"{file.name}: images[{index}]"
         image_id, domain = str(image.get("id")), image.get("domain", "")
