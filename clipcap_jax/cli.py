@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from absl import app, flags, logging
@@ -20,6 +21,7 @@ def run_script(main: Callable[[], Any]) -> None:
         Console(stderr=True).print(f"[red]Error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(2)
     except KeyboardInterrupt:
+        Console(stderr=True).print("Stopped.")
         sys.exit(130)
 
 
@@ -27,9 +29,17 @@ def run_flags_script(main: Callable[[list[str]], None]) -> None:
     """Run a program that has absl flags, `ml_collections` configs among them, as `run_script` does."""
 
     def parse(arguments: list[str]) -> list[str]:
+        for argument in arguments:  # ml_collections tells what is wrong with one too late, and at length
+            name, _, value = argument.partition("=")
+            if name.lstrip("-") == "config" and value and not Path(value.split(":")[0]).is_file():
+                raise UserError(f"there is no config file {value.split(':')[0]}")
         try:
             return flags.FLAGS(arguments)
         except flags.Error as error:
+            raise UserError(str(error)) from error
+        except ValueError as error:
+            if not str(error).startswith("Override "):
+                raise
             raise UserError(str(error)) from error
         except AttributeError as error:
             # A setting that does not exist; ml_collections' own message is in the KeyError that it wraps.

@@ -106,7 +106,7 @@ def embed(
     try:
         with writer.locked(f"share{number}of{shares}"):
             with writer.locked(wait=True):
-                writer.begin()
+                writer.begin(alone=shares == 1)
             mine = [i for i in range(number, len(source.parts), shares) if writer.finished(i) is None]
             _write(encoder, writer, mine, splits, parallel.round_up(batch_size), workers)
         with writer.locked(wait=True):

@@ -19,7 +19,7 @@ from clipcap_jax.checkpoint import Checkpoints, Metadata
 from clipcap_jax.config import Config
 from clipcap_jax.convert import clip, files, gpt2
 from clipcap_jax.data import CaptionData, Pairs, steps_per_epoch, training_batches
-from clipcap_jax.datasets.schema import open_split
+from clipcap_jax.datasets.schema import open_builder, open_split
 from clipcap_jax.embed import encoder_name
 from clipcap_jax.errors import UserError
 from clipcap_jax.logs import MetricsLog, Monitor
@@ -110,7 +110,13 @@ def train(config: Config, run: Path, console: Console) -> None:
       UserError: for anything the user can mend, such as a missing data set or a loss that is not finite.
     """
     parallel.check_batch_size(config.train.batch_size, "config.train.batch_size")
-    open_split(config.data.name, "train", config.data.data_dir)  # before the run's folder is made: it may not be there
+    # Before the run's folder is made, and data are unpacked: they may not be there.
+    open_split(config.data.name, "train", config.data.data_dir)
+    if config.evaluate.images and "val" not in open_builder(config.data.name, config.data.data_dir).info.splits:
+        raise UserError(
+            f"{config.data.name} has no split 'val' to validate on: prepare it with one, or train without: "
+            "--config.evaluate.images=0"
+        )
     with contextlib.closing(Checkpoints(run, keep=config.checkpoint.keep)) as checkpoints:
         _Run(config, run, checkpoints, console).train()
 

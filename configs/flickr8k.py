@@ -20,7 +20,7 @@ def get_config(variant: str = "embeddings") -> ConfigDict:
     )
     config.tokenizer = dict(source="captions")
     config.model = dict(
-        clip=None,
+        clip="none",
         mapper=dict(kind="transformer", prefix_length=6, clip_length=6, layers=2, heads=4, dropout=0.4),
         gpt2=dict(vocab_size=3000, positions=64, width=256, layers=4, heads=4, dropout=0.2),
         normalize_embedding=False,
@@ -58,6 +58,7 @@ def get_config(variant: str = "embeddings") -> ConfigDict:
     if variant == "pixels":
         config.data.name = "records/flickr8k_pixels"
         config.data.input = "image"
+        del config.model.clip  # a text until now
         config.model.clip = dict(image_size=128, patch_size=32, width=256, layers=4, heads=4, embedding_width=512)
         config.model.mapper.kind = "mlp"
         config.model.mapper.dropout = 0.0

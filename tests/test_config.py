@@ -49,7 +49,7 @@ def test_every_config_is_complete_and_consistent(name: str) -> None:
     values = load(f"--config={name}").to_dict()
     config = from_dict(values)
     if isinstance(clip := values["model"]["clip"], str):
-        values["model"]["clip"] = dataclasses.asdict(PRESETS[clip])
+        values["model"]["clip"] = None if clip == "none" else dataclasses.asdict(PRESETS[clip])
     assert dataclasses.asdict(config) == values
     assert from_dict(dataclasses.asdict(config)) == config
     assert isinstance(config.train.trainable, tuple)

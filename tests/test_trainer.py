@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import re
@@ -20,7 +21,7 @@ from original import load_clip
 from random_models import clipcap_config, random_embeddings, random_params, random_tokens
 from rich.console import Console
 from safetensors.numpy import save_file
-from tiny import assert_same, in_process, make_config, named, saved, train, train_until
+from tiny import Source, assert_same, in_process, make_config, named, saved, train, train_until
 
 from clipcap_jax import parallel, trainer
 from clipcap_jax.captioner import Captioner
@@ -28,6 +29,7 @@ from clipcap_jax.checkpoint import Checkpoints, Metadata
 from clipcap_jax.config import Config
 from clipcap_jax.convert.gpt2 import load_gpt2, save_gpt2
 from clipcap_jax.data import CaptionData
+from clipcap_jax.datasets import RecordsSource, prepare_records
 from clipcap_jax.datasets.schema import open_split
 from clipcap_jax.errors import UserError
 from clipcap_jax.logs import Monitor
@@ -557,6 +559,19 @@ def test_a_data_set_that_is_not_there_leaves_no_folder(data_dir: Path, tmp_path:
     with pytest.raises(UserError, match="'records/nothing' is not prepared"):
         train(tmp_path / "run", settings(data_dir, {"data.name": "records/nothing"}))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_data_set_without_validation_pictures(source: Source, tmp_path: Path) -> None:
+    given = RecordsSource("alone", str(source.captions), embeddings=str(source.embeddings), split="train")
+    lines = [json.loads(line) for line in source.captions.read_text().splitlines()]
+    captions = tmp_path / "captions.jsonl"
+    captions.write_text("".join(json.dumps({**line, "split": ""}) + "\n" for line in lines))
+    prepare_records(dataclasses.replace(given, captions=str(captions)), str(tmp_path))
+    changes: dict[str, Any] = {"data.name": "records/alone", "train.epochs": 0.2}
+    with pytest.raises(UserError, match=r"records/alone has no split 'val' .*--config.evaluate.images=0"):
+        train(tmp_path / "run", settings(tmp_path, changes))
+    assert not (tmp_path / "run").exists()
+    assert "Trained" in train(tmp_path / "run", settings(tmp_path, changes | {"evaluate.images": 0}))
 
 
 def test_a_batch_that_does_not_divide(data_dir: Path, tmp_path: Path) -> None:

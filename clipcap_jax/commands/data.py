@@ -38,7 +38,7 @@ def add(commands: Any) -> None:
     records.add_argument(
         "--split", help="the split of pictures that name none [shares drawn by a hash of the image id]"
     )
-    records.add_argument("--max-skipped", type=float, default=0.01, help="share of records that may be bad [0.01]")
+    records.add_argument("--max-skipped", type=_fraction, default=0.01, help="share of records that may be bad [0.01]")
     for name, description in _PUBLISHED.items():
         published = kinds.add_parser(name, help=description)
         published.set_defaults(run=_prepare_published, name=name)
@@ -49,7 +49,7 @@ def add(commands: Any) -> None:
         if name in ("coco", "nocaps"):
             published.add_argument("--download-images", action="store_true", help="fetch the pictures to it")
         published.add_argument(
-            "--max-skipped", type=float, default=0.01, help="share of pictures that may be bad [0.01]"
+            "--max-skipped", type=_fraction, default=0.01, help="share of pictures that may be bad [0.01]"
         )
     for command in kinds.choices.values():
         _add_options(command)
@@ -62,7 +62,7 @@ def add(commands: Any) -> None:
     embed.add_argument("data", help='a prepared data set that holds pictures, such as "coco" or "records/mine"')
     embed.add_argument("--clip", required=True, help="the tower's weights: a file, a folder or a name on the hub")
     embed.add_argument("--clip-heads", type=positive, help="of the tower [as its config says, or the width over 64]")
-    embed.add_argument("--name", help='the new data set will be "embeddings/<name>" [the old one\'s name]')
+    embed.add_argument("--name", help='the new data set will be "embeddings/<name>" [the old one\'s, with _ for /]')
     embed.add_argument("--batch-size", type=positive, default=256, help="pictures a step, over all devices [256]")
     embed.add_argument(
         "--workers", type=positive, default=os.cpu_count() or 1, help="threads that decode [one per core]"
@@ -71,12 +71,22 @@ def add(commands: Any) -> None:
     embed.add_argument(
         "--share", type=_share, default=(0, 1), help="this host's number, from 0, and how many there are: 0/4 [0/1]"
     )
-    embed.add_argument("--max-skipped", type=float, default=0.01, help="share of pictures that may be bad [0.01]")
+    embed.add_argument("--max-skipped", type=_fraction, default=0.01, help="share of pictures that may be bad [0.01]")
     _add_options(embed)
 
 
 def _add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--data-dir", default="data", help="where prepared data sets lie [data]")
+
+
+def _fraction(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
+    return value
 
 
 def _share(text: str) -> tuple[int, int]:
@@ -161,4 +171,6 @@ def _embed(arguments: argparse.Namespace) -> None:
     else:
         console.print(summary)
         settings = f"--config.data.name={summary.name} --config.data.input=embedding"
+        if preset := encoder.name.partition(",")[0].removeprefix("CLIP"):  # with the tower, to caption pictures too
+            settings += f" --config.model.clip={preset} --config.train.pretrained.clip={arguments.clip}"
         console.print(f"To train on it: {settings}", soft_wrap=True, highlight=False)

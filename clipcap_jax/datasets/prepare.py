@@ -75,8 +75,7 @@ class Summary:
         lines = [f"words in a caption: {self.lengths}"] if self.words else []
         lines += [f"skipped {count:,}: {reason}" for reason, count in self.skipped.items()]
         lines += [f"  {problem}" for problem in self.problems[:10]]
-        if len(self.problems) > 10:
-            lines.append(f"  and more, all in {self.folder}/problems.jsonl")
+        lines += [f"all that was skipped: {self.folder}/problems.jsonl"] * bool(self.problems)
         lines += [f"note: {note}" for note in self.notes]
         lines.append(f"sample pictures and the lengths of captions: {self.folder}/report.html")
         return Group(Text(f"{self.name} {state}: {self.folder}"), table, *map(Text, lines))
@@ -106,7 +105,7 @@ def prepare(source: Source, data_dir: str, *, max_skipped: float = 0.01, process
         with writer.locked():
             if done := find_prepared(source.name, data_dir, source.origin):
                 return done  # by another process, just now
-            writer.begin()
+            writer.begin(alone=True)
             shards = _write(writer, processes, max_skipped)
             return finish(writer, shards, max_skipped)
     except OSError as error:

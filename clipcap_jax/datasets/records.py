@@ -79,6 +79,8 @@ def prepare_records(
     notes = _assign_splits(file.records, source.split)
     if file.unused_fields:
         notes.append(f"fields of {source.captions} that were not used: {', '.join(file.unused_fields)}")
+    if odd := sorted({record.split for record in file.records} - {"train", "val", "test"}):
+        notes.append(f"splits that are none of train, val and test: {', '.join(odd)}")
     kept, problems = [record for record in file.records if record.captions], file.problems
     checks = [_check_files_differ]
     if matrix is not None:
@@ -118,7 +120,7 @@ def _check_source(source: RecordsSource) -> None:
     if source.images is None and source.embeddings is None:
         raise UserError("A records data set needs images, embeddings or both.")
     if source.images is not None and not Path(source.images).is_dir():
-        raise UserError(f"The image folder {source.images} does not exist.")
+        raise UserError(f"The image folder {source.images} {_not_there(source.images)}.")
     if source.images is None and source.store_images:
         raise UserError("store_images needs the folder that the images lie in: set images.")
     if source.encoder is not None and source.embeddings is None:
@@ -139,7 +141,7 @@ def _origin(source: RecordsSource) -> dict[str, Any]:
             return f"{Path(path).name} with SHA-256 {hashlib.file_digest(file, 'sha256').hexdigest()[:16]}"
 
     if not Path(source.captions).is_file():
-        raise UserError(f"The captions file {source.captions} does not exist.")
+        raise UserError(f"The captions file {source.captions} {_not_there(source.captions)}.")
     return {
         "captions": digest(source.captions),
         "images": None if source.images is None else str(Path(source.images).resolve()),
@@ -148,6 +150,10 @@ def _origin(source: RecordsSource) -> dict[str, Any]:
         "store_images": _stores_images(source),
         "split": source.split if isinstance(source.split, str) else dict(source.split),
     }
+
+
+def _not_there(path: str) -> str:
+    return "is a folder" if Path(path).is_dir() else "is no folder" if Path(path).exists() else "does not exist"
 
 
 def _assign_splits(records: Sequence[Record], split: str | Mapping[str, float]) -> list[str]:

@@ -130,13 +130,18 @@ class Writer:
             busy = f"{self.source.name} is being prepared in {self.data_dir} by another process."
             raise UserError(busy) from None
 
-    def begin(self) -> None:
+    def begin(self, *, alone: bool) -> None:
         """Make the folder, or go on with one that was begun for the same source.
+
+        Args:
+          alone: no other process writes to it, so that it may be begun anew where nothing in it is finished.
 
         Raises:
           UserError: it was begun for another one.
         """
         path = self.unfinished / "plan.json"
+        if alone and path.exists() and not any(self.unfinished.glob("*.note.json")):
+            path.unlink()
         if not path.exists():
             self.discard()  # it may be what another deletion has left
             self.unfinished.mkdir(parents=True)

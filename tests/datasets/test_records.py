@@ -199,6 +199,8 @@ def test_rows_are_never_guessed(folder: Path) -> None:
     [
         ({"images": None}, "needs images, embeddings or both"),
         ({"images": "/no/such/folder"}, "image folder /no/such/folder does not exist"),
+        ({"captions": "/"}, "captions file / is a folder"),
+        ({"images": __file__}, "test_records.py is no folder"),
         ({"captions": "/no/such/file.jsonl"}, "captions file /no/such/file.jsonl does not exist"),
         ({"embeddings": "/no/such/file.npy"}, "embeddings file /no/such/file.npy does not exist"),
         ({"embeddings": __file__}, "is not a matrix saved by numpy.save"),
@@ -278,7 +280,10 @@ def test_shares_of_the_splits(folder: Path) -> None:
     assert list(summary.images) == ["train", "test", "dev"]
     for split, share in shares.items():
         assert summary.images[split] == pytest.approx(2000 * share, abs=80)
-    assert summary.notes == ("2,000 pictures had no split and were given one: train 70%, dev 20%, test 10%",)
+    assert summary.notes == (
+        "2,000 pictures had no split and were given one: train 70%, dev 20%, test 10%",
+        "splits that are none of train, val and test: dev",
+    )
     for split in shares:  # each picture's by its id alone
         for image_id in read(folder, splits=(split,)):
             draw = int(hashlib.sha256(image_id.encode()).hexdigest()[:16], 16) / 16**16
@@ -389,3 +394,9 @@ def test_max_skipped_is_the_limit(
     else:
         assert problems <= max_skipped * total
         assert summary.images == {"test": sum(good)}
+
+
+def test_a_wrong_folder_is_forgotten(folder: Path) -> None:
+    with pytest.raises(UserError, match=r"4 problems in 4 records.*image missing"):
+        prepare(folder, images=str(folder))
+    assert prepare(folder).images == {"train": 2, "val": 1, "test": 1}
