@@ -109,7 +109,6 @@ class Pictures:
       folder: where their `image` is looked up; None: there are no pictures.
       store_images: whether examples hold the pictures, or only say where they lie.
       embeddings: a file that `open_embeddings` opens; None: there are none.
-      missing: the reason given for a picture that is not there.
     """
 
     split: str
@@ -117,7 +116,6 @@ class Pictures:
     folder: Path | None
     store_images: bool = True
     embeddings: str | None = None
-    missing: str = "image missing"
 
     def __iter__(self) -> Iterator[Example | Problem]:
         matrix = None if self.embeddings is None else open_embeddings(self.embeddings)
@@ -127,7 +125,7 @@ class Pictures:
                 yield Problem(record.where, fault[0], f"row {record.embedding_row} {fault[1]}")
                 continue
             path = None if self.folder is None else self.folder / record.image
-            image = None if path is None else read_picture(path, record.where, self.missing)
+            image = None if path is None else read_picture(path, record.where)
             if isinstance(image, Problem):
                 yield image
                 continue
@@ -164,7 +162,7 @@ def pictures(records: Sequence[Record], folder: Path | None, **options: Any) -> 
     return parts
 
 
-def read_picture(path: Path, where: str, missing: str = "image missing") -> bytes | Problem:
+def read_picture(path: Path, where: str) -> bytes | Problem:
     """The bytes of a picture file that can be decoded, or why there are none.
 
     Raises:
@@ -173,7 +171,7 @@ def read_picture(path: Path, where: str, missing: str = "image missing") -> byte
     try:
         data = path.read_bytes()
     except FileNotFoundError:
-        return Problem(where, missing, str(path))
+        return Problem(where, "image missing", str(path))
     except (IsADirectoryError, NotADirectoryError, PermissionError, ValueError) as error:
         return Problem(where, "image unreadable", str(error))
     except OSError as error:
