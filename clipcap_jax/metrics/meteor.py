@@ -98,7 +98,7 @@ def _find_java() -> str:
 def _find_jar() -> Path:
     package = importlib.util.find_spec("pycocoevalcap")
     if package is None or not package.submodule_search_locations:
-        raise Unavailable("METEOR's Java program comes with pycocoevalcap: `pip install pycocoevalcap`")
+        raise Unavailable('METEOR needs Java, and its program: pip install "clipcap_jax[java]"')
     jar = Path(package.submodule_search_locations[0]) / "meteor" / "meteor-1.5.jar"
     if not jar.is_file():
         raise Unavailable(f"METEOR's Java program should have come with pycocoevalcap, but there is no {jar}")

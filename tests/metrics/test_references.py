@@ -114,7 +114,7 @@ def test_without_java_meteor_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path:
 def test_without_the_package_meteor_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(meteor, "_find_java", lambda: "java")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert "pip install pycocoevalcap" in why_no_meteor()
+    assert 'pip install "clipcap_jax[java]"' in why_no_meteor()
 
 
 def test_a_failing_program_is_quoted(fake_java: Path) -> None:
