@@ -1,6 +1,7 @@
 """What the `clipcap` command and the two scripts share."""
 
 import argparse
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,11 @@ from clipcap_jax.errors import UserError
 
 
 def run_script(main: Callable[[], Any]) -> None:
-    """Run a program; a `UserError` ends it with its message alone and status 2."""
+    """Run a program; a `UserError` ends it with its message alone and status 2.
+
+    SIGTERM ends it as an exception does: what it started is stopped, and what it wrote half is removed.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         main()
     except UserError as error:

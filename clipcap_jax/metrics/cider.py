@@ -1,4 +1,4 @@
-"""CIDEr-D (Vedantam et al., CVPR 2015): what pycocoevalcap, and with it every paper, calls CIDEr."""
+"""CIDEr-D (Vedantam et al., CVPR 2015): what pycocoevalcap, and with it every paper, calls CIDEr; and CIDEr itself."""
 
 from collections.abc import Sequence
 
@@ -27,29 +27,39 @@ class Cider:
             for counts, weights in zip(ngrams.counts, self._weights, strict=True)
         ]  # (references,) an order
 
-    def score(self, matches: Sequence[Matches], lengths: np.ndarray) -> np.ndarray:
+    def score(self, matches: Sequence[Matches], lengths: np.ndarray, *, plain: bool = False) -> np.ndarray:
         """CIDEr-D of each image's caption: float64 of shape (images,), from 0 to 10.
 
         Args:
           matches: n-grams shared with the references, for order 1 to 4.
           lengths: words of each caption, (images,).
+          plain: CIDEr instead, which neither clips counts nor punishes another length (the paper's equation 3).
         """
-        cosine = np.mean(list(map(self._cosine, matches, self._weights, self._norms)), axis=0)
+        cosine = np.mean(
+            [
+                self._cosine(shared, weights, norms, clip=not plain)
+                for shared, weights, norms in zip(matches, self._weights, self._norms, strict=True)
+            ],
+            axis=0,
+        )
+        if plain:
+            return 10 * np.bincount(self._image, cosine) / np.bincount(self._image)
         # pycocoevalcap takes the number of word pairs for the length: no word and one word are both 0 long.
         difference = np.maximum(lengths - 1, 0)[self._image] - np.maximum(self._lengths - 1, 0)
         similarity = cosine * np.exp(-(difference**2) / (2 * _SIGMA**2))
         return 10 * np.bincount(self._image, similarity) / np.bincount(self._image)
 
-    def _cosine(self, shared: Matches, weights: np.ndarray, reference_norms: np.ndarray) -> np.ndarray:
+    def _cosine(self, shared: Matches, weights: np.ndarray, reference_norms: np.ndarray, *, clip: bool) -> np.ndarray:
         """Similarity of each reference to its image's caption in n-grams of one order: (references,)."""
         captions = shared.captions
         known = captions.ngram < len(weights)
         weight = np.full(len(known), self._rarest)
         weight[known] = weights[captions.ngram[known]]
-        # The smaller count: saying a word more often than the reference does earns nothing.
-        clipped = np.minimum(captions.count[shared.entry], shared.count)
+        count = captions.count[shared.entry]
+        if clip:  # saying a word more often than the reference does earns nothing
+            count = np.minimum(count, shared.count)
         product = np.bincount(
-            shared.reference, clipped * shared.count * weight[shared.entry] ** 2, minlength=len(self._image)
+            shared.reference, count * shared.count * weight[shared.entry] ** 2, minlength=len(self._image)
         )
         images = self._image[-1] + 1
         norms = _norm(captions.caption, captions.count * weight, images)[self._image] * reference_norms

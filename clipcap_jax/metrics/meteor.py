@@ -1,111 +1,74 @@
-"""METEOR (Denkowski & Lavie, 2014) by its authors' Java program, which the package pycocoevalcap brings along."""
+"""METEOR (Denkowski & Lavie, 2014): its authors' Java program, which pycocoevalcap brings along, matches the words."""
 
 import contextlib
-import importlib.util
-import shutil
-import subprocess
-import tempfile
-import threading
-from collections.abc import Sequence
-from pathlib import Path
-from typing import IO
+from collections.abc import Iterator, Sequence
 
+import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-_JAVA_OPTIONS = (
-    "-Xmx2G",  # pycocoevalcap's limit; the table of paraphrases alone needs a quarter of it
-    "-XX:+UseSerialGC",  # one thread: the program has no use for more
-    "-Dfile.encoding=UTF-8",
-    "-Duser.language=en",  # the program reads back its own numbers and trips over a decimal comma
-)
+from clipcap_jax.metrics import java
+from clipcap_jax.metrics.measure import Measure
+
+_MEMORY = "-Xmx2G"  # pycocoevalcap's limit; the table of paraphrases alone needs a quarter of it
 _START_SECONDS = 120.0  # to load the table of paraphrases: seven seconds on two cores
 _IMAGE_SECONDS = 0.1  # one millisecond on two cores
 
+# What the program says of a caption and its best reference: words and function words of the two, 4; matched content
+# words and function words in either, for exact words, stems, synonyms and paraphrases, 16; chunks; matched words, 2.
+_COUNTS = 23
+_CHUNKS = 20
+# Its parameters for English.
+_ALPHA, _BETA, _GAMMA, _DELTA = 0.85, 0.2, 0.6, 0.75
+_MATCHERS = np.array([1.0, 0.6, 0.8, 0.6])
 
-class Unavailable(Exception):
-    """METEOR could not be computed; the message is the reason."""
 
-
-def score(captions: Sequence[str], references: Sequence[Sequence[str]]) -> tuple[float, list[float]]:
-    """METEOR of all captions together and of each image, from text tokenised by `ptb.tokenize_all`.
+def meteor(captions: Sequence[str], references: Sequence[Sequence[str]]) -> Measure:
+    """METEOR, from text tokenised by `ptb.tokenize_all`.
 
     Raises:
-      Unavailable: Java or pycocoevalcap is missing, or the program failed or took too long.
+      java.Unavailable: Java or pycocoevalcap is missing, or the program failed or took too long.
     """
-    command = [_find_java(), *_JAVA_OPTIONS, "-jar", str(_find_jar()), "-", "-", "-stdio", "-l", "en", "-norm"]
-    limit = _START_SECONDS + _IMAGE_SECONDS * len(captions)
-    with tempfile.TemporaryFile() as errors:  # not a pipe, which blocks the program while nobody reads it
-        program = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, encoding="utf-8", errors="replace"
-        )
-        timer = threading.Timer(limit, program.kill)
-        timer.start()
-        try:
-            return _converse(program, captions, references)
-        except (OSError, EOFError, ValueError) as error:  # a broken pipe, no answer, or one that is no number
-            if not timer.is_alive():
-                raise Unavailable(f"METEOR's Java program was stopped after {limit:.0f} seconds") from error
-            _end(program)
-            raise Unavailable(f"METEOR's Java program failed: {_last_line(errors)}") from error
-        finally:  # an interrupt, too, leaves no Java behind
-            timer.cancel()
-            _end(program)
+    program = java.find("METEOR", at_least=8)
+    jar = java.pycocoevalcap("METEOR", "meteor", "meteor-1.5.jar")
+    answers = java.run(
+        "METEOR",
+        program,
+        # One thread: the program has no use for more.
+        [_MEMORY, "-XX:+UseSerialGC", "-jar", str(jar), "-", "-", "-stdio", "-l", "en", "-norm"],
+        lines=_questions(captions, references),
+        seconds=_START_SECONDS + _IMAGE_SECONDS * len(captions),
+    )
+    bar = Console(stderr=True)
+    with contextlib.closing(answers):
+        lines = list(track(answers, "METEOR", total=len(captions), console=bar, transient=True))
+    try:
+        counts = np.array([line.split() for line in lines], np.float64).reshape(len(captions), _COUNTS)
+    except ValueError as error:
+        raise java.Unavailable(
+            f"METEOR's Java program gave {len(lines)} answers for {len(captions)} captions, the last one: {lines[-1:]}"
+        ) from error
+    # A caption that matches word for word, in one chunk, is not fragmented at all.
+    whole = (counts[:, _CHUNKS] == 1) & (counts[:, [0, 1]] == counts[:, _CHUNKS + 1 :]).all(axis=1)
+    counts[whole, _CHUNKS] = 0
+    return Measure(counts, _score)
 
 
-def _converse(
-    program: subprocess.Popen[str], captions: Sequence[str], references: Sequence[Sequence[str]]
-) -> tuple[float, list[float]]:
-    """Asks for statistics of each image, then with all of them for the scores."""
-    stdin, stdout = program.stdin, program.stdout
-    assert stdin is not None
-    assert stdout is not None
-
-    def ask(*fields: str) -> None:
-        stdin.write(" ||| ".join(field.replace("|||", "") for field in fields) + "\n")
-        stdin.flush()
-
-    def answer() -> str:
-        if line := stdout.readline():
-            return line.strip()
-        raise EOFError
-
-    statistics = []
-    images = zip(captions, references, strict=True)
-    for caption, texts in track(images, "METEOR", total=len(captions), console=Console(stderr=True), transient=True):
-        ask("SCORE", *texts, caption)
-        statistics.append(answer())
-    ask("EVAL", *statistics)
-    per_image = [float(answer()) for _ in captions]
-    return float(answer()), per_image
+def _questions(captions: Sequence[str], references: Sequence[Sequence[str]]) -> Iterator[str]:
+    for caption, texts in zip(captions, references, strict=True):
+        yield " ||| ".join(field.replace("|||", "") for field in ("SCORE", *texts, caption))
 
 
-def _end(program: subprocess.Popen[str]) -> None:
-    program.kill()
-    for pipe in (program.stdin, program.stdout):
-        assert pipe is not None
-        with contextlib.suppress(OSError):  # what could not be sent cannot be flushed either
-            pipe.close()
-    program.wait()
-
-
-def _find_java() -> str:
-    if java := shutil.which("java"):
-        return java
-    raise Unavailable("METEOR is a Java program and there is no `java` on the PATH: install a Java runtime")
-
-
-def _find_jar() -> Path:
-    package = importlib.util.find_spec("pycocoevalcap")
-    if package is None or not package.submodule_search_locations:
-        raise Unavailable('METEOR needs Java, and its program: pip install "clipcap_jax[java]"')
-    jar = Path(package.submodule_search_locations[0]) / "meteor" / "meteor-1.5.jar"
-    if not jar.is_file():
-        raise Unavailable(f"METEOR's Java program should have come with pycocoevalcap, but there is no {jar}")
-    return jar
-
-
-def _last_line(errors: IO[bytes]) -> str:
-    errors.seek(0)
-    lines = errors.read().decode(errors="replace").split("\n")
-    return next((line.strip() for line in reversed(lines) if line.strip()), "it ended without a message")
+def _score(counts: np.ndarray) -> np.ndarray:
+    """The formula of the paper's section 2, as in the program's `MeteorScorer.computeMetrics`."""
+    words, function_words = counts[..., 0:2], counts[..., 2:4]  # caption and reference
+    matches = counts[..., 4:_CHUNKS].reshape(*counts.shape[:-1], 4, 2, 2)  # matchers, content or function, in which
+    weighted = np.einsum("...mki,m,k->...i", matches, _MATCHERS, [_DELTA, 1 - _DELTA])
+    length = _DELTA * (words - function_words) + (1 - _DELTA) * function_words
+    share = np.divide(weighted, length, out=np.zeros_like(length), where=length > 0)
+    precision, recall = share[..., 0], share[..., 1]
+    denominator = (1 - _ALPHA) * recall + _ALPHA * precision
+    mean = np.divide(precision * recall, denominator, out=np.zeros_like(denominator), where=denominator > 0)
+    matched = counts[..., _CHUNKS + 1 :].mean(axis=-1)
+    fragmentation = np.divide(counts[..., _CHUNKS], matched, out=np.zeros_like(matched), where=matched > 0)
+    return mean * (1 - _GAMMA * fragmentation**_BETA)

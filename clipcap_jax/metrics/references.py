@@ -1,32 +1,53 @@
 """References read once, captions scored against them as often as wanted."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 from clipcap_jax.errors import UserError
-from clipcap_jax.metrics import meteor as meteor_program
 from clipcap_jax.metrics.bleu import bleu
 from clipcap_jax.metrics.cider import Cider
-from clipcap_jax.metrics.ngrams import MAX_ORDER, ReferenceNGrams
+from clipcap_jax.metrics.java import Unavailable
+from clipcap_jax.metrics.measure import Measure, mean
+from clipcap_jax.metrics.meteor import meteor as meteor_of
+from clipcap_jax.metrics.ngrams import ReferenceNGrams
 from clipcap_jax.metrics.ptb import tokenize_all
 from clipcap_jax.metrics.rouge import rouge_l
+from clipcap_jax.metrics.spice import SpiceConfig
+from clipcap_jax.metrics.spice import spice as spice_of
 
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """Scores under pycocoevalcap's names and in its order: Bleu_1 ... Bleu_4, METEOR, ROUGE_L, CIDEr.
+    """Scores under pycocoevalcap's names and in its order: Bleu_1 ... Bleu_4, METEOR, ROUGE_L, CIDEr, SPICE.
 
     Attributes:
-      overall: name -> score of all captions together.
-      per_image: name -> image id -> score.
-      not_computed: name -> why it is missing from the other two.
+      images: the image ids, in the order of the measures' images.
+      measures: by score.
+      not_computed: score -> why it is not among them.
     """
 
-    overall: dict[str, float]
-    per_image: dict[str, dict[str, float]]
+    images: tuple[str, ...]
+    measures: dict[str, Measure]
     not_computed: dict[str, str]
+
+    @property
+    def overall(self) -> dict[str, float]:
+        """Score of all captions together."""
+        return {name: measure.overall for name, measure in self.measures.items()}
+
+    @property
+    def per_image(self) -> dict[str, dict[str, float]]:
+        """Score -> image id -> score of that image's caption."""
+        return {
+            name: dict(zip(self.images, measure.per_image.tolist(), strict=True))
+            for name, measure in self.measures.items()
+        }
+
+    def add(self, measures: Mapping[str, Measure]) -> "Scores":
+        """With more measures, of the same images."""
+        return dataclasses.replace(self, measures={**self.measures, **measures})
 
 
 class References:
@@ -64,51 +85,57 @@ class References:
         """The number of images."""
         return len(self._texts)
 
-    def score(self, captions: Mapping[str, str], *, meteor: bool = False) -> Scores:
+    def score(
+        self,
+        captions: Mapping[str, str],
+        *,
+        meteor: bool = False,
+        spice: SpiceConfig | None = None,
+        plain_cider: bool = False,
+    ) -> Scores:
         """Scores one caption for each image.
 
         Args:
           captions: image id -> caption, raw text, for exactly the images that have references. A blank caption is one
             without words, and scores as such.
-          meteor: also start METEOR's Java program. Where that does not work, `not_computed` says why.
+          meteor, spice: also start METEOR's and SPICE's Java programs. If one does not work, `not_computed` says why.
+          plain_cider: also CIDEr without the D, as "CIDEr_plain".
 
         Raises:
           UserError: captions are missing, for unknown images, or not strings.
         """
-        self._check(captions)
+        self.check(captions)
         texts = tokenize_all([captions[image] for image in self._texts])
         references = list(self._texts.values())
         words = [text.split() for text in texts]
         lengths = np.array(list(map(len, words)))
         matches = self._ngrams.match(words)
-        results: dict[str, tuple[float, Sequence[float] | np.ndarray]] = {}  # overall and of each image
+        measures = {f"Bleu_{i}": measure for i, measure in enumerate(bleu(matches, lengths, self._lengths), start=1)}
         not_computed = {}
 
-        overall, per_image = bleu(matches, lengths, self._lengths)
-        for order in range(MAX_ORDER):
-            results[f"Bleu_{order + 1}"] = overall[order], per_image[:, order]
-        if not meteor:
-            not_computed["METEOR"] = "not asked for"
-        else:
+        def ask(name: str, program: Callable[[], Measure] | None) -> None:
             try:
-                results["METEOR"] = meteor_program.score(texts, references)
-            except meteor_program.Unavailable as reason:
-                not_computed["METEOR"] = str(reason)
-        rouge = [rouge_l(text, of_image) for text, of_image in zip(texts, references, strict=True)]
-        results["ROUGE_L"] = float(np.mean(rouge)), rouge
-        cider = self._cider.score(matches, lengths)
-        results["CIDEr"] = float(np.mean(cider)), cider
+                if program is None:
+                    raise Unavailable("not asked for")
+                measures[name] = program()
+            except Unavailable as reason:
+                not_computed[name] = str(reason)
 
-        return Scores(
-            overall={name: float(overall) for name, (overall, _) in results.items()},
-            per_image={
-                name: dict(zip(self._texts, map(float, per_image), strict=True))
-                for name, (_, per_image) in results.items()
-            },
-            not_computed=not_computed,
-        )
+        ask("METEOR", (lambda: meteor_of(texts, references)) if meteor else None)
+        measures["ROUGE_L"] = mean([rouge_l(text, several) for text, several in zip(texts, references, strict=True)])
+        measures["CIDEr"] = mean(self._cider.score(matches, lengths))
+        if plain_cider:
+            measures["CIDEr_plain"] = mean(self._cider.score(matches, lengths, plain=True))
+        ask("SPICE", (lambda: spice_of(texts, references, spice)) if spice else None)
+        return Scores(tuple(self._texts), measures, not_computed)
 
-    def _check(self, captions: Mapping[str, str]) -> None:
+    def check(self, captions: Mapping[str, str]) -> None:
+        """Raises what `score` would raise."""
+        if captions and not self._texts.keys() & captions.keys():
+            raise UserError(
+                f"none of the {len(captions)} captions ({_first(list(captions))}) is of an image that has references "
+                f"({_first(list(self._texts))}): they are of another data set"
+            )
         problems = []
         if missing := [image for image in self._texts if image not in captions]:
             problems.append(f"{len(missing)} of {len(self)} images have no caption ({_first(missing)})")
@@ -118,6 +145,34 @@ class References:
             problems.append(f"{len(odd)} captions are not strings ({_first(odd)})")
         if problems:
             raise UserError(f"captions and references do not fit: {'; '.join(problems)}")
+
+
+def score_domains(
+    references: Mapping[str, Sequence[str]], captions: Mapping[str, str], domains: Mapping[str, str], scores: Scores
+) -> dict[str, Scores]:
+    """Scores each domain's captions alone, as nocaps' results are given.
+
+    As CIDEr weighs words by the references of the whole set, here a domain's, the overall score is no mean of these.
+
+    Args:
+      references, captions: as `References` and its `score` take them.
+      domains: image id -> domain, "" for none.
+      scores: of all captions; of those that its program is slow to give, METEOR and SPICE, each domain gets its part.
+
+    Returns:
+      Domain -> scores, in alphabetical order.
+    """
+    found = {}
+    for domain in sorted(set(domains.values()) - {""}):
+        place = np.array([i for i, image in enumerate(scores.images) if domains.get(image) == domain])
+        images = [scores.images[i] for i in place]
+        plain_cider = "CIDEr_plain" in scores.measures
+        alone = References({image: references[image] for image in images}).score(
+            {image: captions[image] for image in images}, plain_cider=plain_cider
+        )
+        measures = {name: alone.measures.get(name) or whole.select(place) for name, whole in scores.measures.items()}
+        found[domain] = Scores(alone.images, measures, scores.not_computed)
+    return found
 
 
 def _is_list_of_strings(texts: object) -> bool:

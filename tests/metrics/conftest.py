@@ -54,3 +54,17 @@ def _skip(reason: str) -> NoReturn:
     if os.environ.get("CLIPCAP_SHARED"):
         pytest.fail(f"{reason}, but with CLIPCAP_SHARED set it must be there")
     pytest.skip(reason)
+
+
+@pytest.fixture
+def fake_java(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """Puts a `java` on the PATH that runs a shell script instead; `java -version` prints the version."""
+
+    def write(script: str, version: str = 'openjdk version "21"') -> Path:
+        program = tmp_path / "java"
+        program.write_text(f"#!/bin/sh\nif [ \"$1\" = -version ]; then echo '{version}' >&2; exit; fi\n{script}\n")
+        program.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+        return program
+
+    return write

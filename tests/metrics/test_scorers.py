@@ -114,3 +114,11 @@ def test_scores_are_those_of_pycocoevalcap(images: list[tuple[list[str], str, st
     for name, (overall, per_image) in expected.items():
         assert scores.overall[name] == pytest.approx(overall, abs=1e-12)
         np.testing.assert_allclose(list(scores.per_image[name].values()), per_image, rtol=1e-9, atol=1e-12)
+
+
+def test_plain_cider_neither_clips_nor_punishes_length() -> None:
+    # As above: "b" weighs log 2 and counts twice, as do not "a" and "b b"; the vectors of words are parallel.
+    scores = References({"image": ["a b"], "other": ["a c"]}).score(
+        {"image": "a b b", "other": "a c"}, plain_cider=True
+    )
+    assert scores.per_image["CIDEr_plain"]["image"] == pytest.approx(10 * (1 + 1 / math.sqrt(2)) / 4)
