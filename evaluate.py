@@ -13,6 +13,7 @@ from rich.console import Console
 from clipcap_jax import checkpoint, cli, evaluation, parallel
 from clipcap_jax.captioner import Captioner
 from clipcap_jax.errors import UserError
+from clipcap_jax.metrics import SpiceConfig
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs/shapes", "the run's folder, which train.py wrote to")
 _WHICH = flags.DEFINE_string("checkpoint", "best", '"best" (by CIDEr on the validation pictures), "latest" or a step')
@@ -24,6 +25,8 @@ _BEAM_SIZE = flags.DEFINE_integer("beam_size", 0, "hypotheses per picture, 1 for
 _LENGTH_PENALTY = flags.DEFINE_float("length_penalty", None, "see decode.DecodeConfig [as the run's config says]")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 0, "pictures per step, over all devices [as the run's config says]", 0)
 _METEOR = flags.DEFINE_bool("meteor", True, "METEOR as well, where Java and pycocoevalcap are there")
+_SPICE = flags.DEFINE_bool("spice", False, "SPICE as well, which needs Java, and minutes")
+_SPICE_JARS = flags.DEFINE_string("spice_jars", "", "the folder with Stanford CoreNLP 3.6.0, Nashorn and ASM")
 _OUTPUT = flags.DEFINE_string("output", "", "folder for the results [<workdir>/evaluations/<split>-<step>]")
 
 # Seconds between looks at a run that is followed.
@@ -40,8 +43,24 @@ def _evaluate(console: Console, workdir: Path, which: str) -> None:
     captioner = captioner.with_decode(decode)
     data = evaluation.open_data(captioner, _DATA.value, _SPLIT.value, _DATA_DIR.value)
     batch_size = _BATCH_SIZE.value or captioner.metadata.config.evaluate.batch_size
-    result = evaluation.evaluate(captioner, data, batch_size=batch_size, meteor=_METEOR.value, console=console)
     folder = Path(_OUTPUT.value or workdir / "evaluations" / f"{_SPLIT.value}-{captioner.step}")
+    if not any(data.captions):
+        captions = evaluation.caption_all(captioner, data, batch_size=batch_size, console=console)
+        evaluation.write_captions(data, captions, folder)
+        console.print(
+            f"{data.name} has no references: nothing is scored. `clipcap submit` takes {folder / 'captions.json'}.",
+            soft_wrap=True,
+            highlight=False,
+        )
+        return
+    result = evaluation.evaluate(
+        captioner,
+        data,
+        batch_size=batch_size,
+        meteor=_METEOR.value,
+        spice=SpiceConfig(_SPICE_JARS.value) if _SPICE.value else None,
+        console=console,
+    )
     evaluation.write(result, captioner, folder, console)
 
 

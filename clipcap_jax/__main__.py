@@ -6,16 +6,16 @@ import importlib.metadata
 from absl import logging
 
 from clipcap_jax import cli
-from clipcap_jax.commands import caption, convert, data
+from clipcap_jax.commands import caption, convert, data, score
 
 
 def main() -> None:
     """Run it."""
     logging.set_verbosity(logging.ERROR)  # Orbax tells every step of a restore
-    parser = argparse.ArgumentParser(prog="clipcap", description="Caption pictures; prepare data sets.")
+    parser = argparse.ArgumentParser(prog="clipcap", description="Caption pictures; prepare data sets; score captions.")
     parser.add_argument("--version", action="version", version=importlib.metadata.version("clipcap_jax"))
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for module in (caption, data, convert):
+    for module in (caption, data, score, convert):
         module.add(commands)
     arguments = parser.parse_args()
     cli.run_script(lambda: arguments.run(arguments))

@@ -2,10 +2,9 @@
 
 import dataclasses
 import datetime
-import json
+import functools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -16,7 +15,10 @@ from clipcap_jax.data import CaptionData
 from clipcap_jax.datasets import shapes
 from clipcap_jax.datasets.schema import open_split
 from clipcap_jax.errors import UserError
-from clipcap_jax.metrics import References, Scores
+from clipcap_jax.metrics import References, Scores, SpiceConfig, coco_files, paper, score_domains
+from clipcap_jax.metrics.health import health
+from clipcap_jax.metrics.measure import mean
+from clipcap_jax.metrics.scorecard import Scorecard
 from clipcap_jax.report import Row, captions_table, scores_table, write_page
 from clipcap_jax.validation import LossMeter
 
@@ -31,58 +33,71 @@ class Evaluation:
       data: the split.
       captions: one per example, in its order.
       scores: of all captions.
+      domains: of each domain's captions, where the split has domains.
       loss, loss_permuted: nats per token of the references; the second with every reference beside another picture.
     """
 
     data: CaptionData
     captions: list[Caption]
     scores: Scores
+    domains: dict[str, Scores]
     loss: float
     loss_permuted: float
 
-    @property
-    def distinct(self) -> int:
-        return len({caption.text for caption in self.captions})
 
-    @property
-    def unfinished(self) -> int:
-        return sum(not caption.finished for caption in self.captions)
-
-
-def evaluate(captioner: Captioner, data: CaptionData, *, batch_size: int, meteor: bool, console: Console) -> Evaluation:
-    """Caption every example of a split once, on all devices, and score the captions.
+def caption_all(captioner: Captioner, data: CaptionData, *, batch_size: int, console: Console) -> list[Caption]:
+    """Caption every example of a split once, in its order, on all devices.
 
     Args:
       captioner: from a checkpoint.
-      data: the split, with references.
+      data: the split.
       batch_size: pictures per step, over all devices; rounded up to a multiple of them.
-      meteor: also METEOR, which needs Java.
       console: where progress is shown.
 
     Raises:
-      UserError: the split has no references, or METEOR cannot be computed.
+      UserError: the split has ids that occur twice.
     """
-    config, metadata = captioner.metadata.config, captioner.metadata
-    if any(not captions for captions in data.captions):
-        raise UserError(f"{data.name} has examples without references: there is nothing to score against")
     if len(set(data.image_ids)) < len(data):
         raise UserError(f"{data.name} has image ids that occur twice")
-    captions = list(
-        track(
-            captioner.generate.all(captioner.params, data, np.arange(len(data)), batch_size),
-            f"Captioning {data.name}",
-            total=len(data),
-            console=console,
-        )
-    )
-    references = References(dict(zip(data.image_ids, data.captions, strict=True)))
-    by_id = {image_id: caption.text for image_id, caption in zip(data.image_ids, captions, strict=True)}
+    captions = captioner.generate.all(captioner.params, data, np.arange(len(data)), batch_size)
+    return list(track(captions, f"Captioning {data.name}", total=len(data), console=console))
+
+
+def evaluate(
+    captioner: Captioner,
+    data: CaptionData,
+    *,
+    batch_size: int,
+    meteor: bool = False,
+    spice: SpiceConfig | None = None,
+    console: Console,
+) -> Evaluation:
+    """Caption every example of a split and score the captions.
+
+    Args:
+      captioner, data, batch_size, console: as `caption_all` takes them; every example has references.
+      meteor, spice: also METEOR and SPICE, which need Java.
+
+    Raises:
+      UserError: the split has examples without references, or ids that occur twice.
+    """
+    config, metadata = captioner.metadata.config, captioner.metadata
+    if bare := sum(not captions for captions in data.captions):
+        raise UserError(f"{data.name} has {bare} examples without references: there is nothing to score against")
+    captions = caption_all(captioner, data, batch_size=batch_size, console=console)
+    texts = dict(zip(data.image_ids, (caption.text for caption in captions), strict=True))
+    references = dict(zip(data.image_ids, data.captions, strict=True))
+    scores = References(references).score(texts, meteor=meteor, spice=spice)
+    if data.name.startswith("shapes/"):
+        right = [shapes.names_exactly(text, shapes.scene_of(image_id)) for image_id, text in texts.items()]
+        scores = scores.add({"exact scenes": mean(right)})
     pairs = data.pairs(metadata.tokenizer, config.data.max_tokens, config.train.targets)
     loss = LossMeter(captioner.model, config.train.targets)
     return Evaluation(
         data=data,
         captions=captions,
-        scores=references.score(by_id, meteor=meteor),
+        scores=scores,
+        domains=score_domains(references, texts, dict(zip(data.image_ids, data.domains, strict=True)), scores),
         loss=loss(captioner.params, data, pairs, batch_size),
         loss_permuted=loss(captioner.params, data, pairs, batch_size, permuted=True),
     )
@@ -105,66 +120,52 @@ def open_data(captioner: Captioner, name: str, split: str, data_dir: str) -> Cap
     return data
 
 
-def write(evaluation: Evaluation, captioner: Captioner, folder: Path, console: Console) -> None:
-    """Write `captions.json` (COCO results format), `scores.json` and `page.html` to `folder`; print the scores."""
+def write_captions(data: CaptionData, captions: list[Caption], folder: Path) -> None:
+    """Write `captions.json` (COCO results format) to `folder`, which is made."""
     folder.mkdir(parents=True, exist_ok=True)
-    data, scores = evaluation.data, evaluation.scores
-    overall = dict(scores.overall)
-    if data.name.startswith("shapes/"):
-        right = [
-            shapes.names_exactly(caption.text, shapes.scene_of(image_id))
-            for caption, image_id in zip(evaluation.captions, data.image_ids, strict=True)
-        ]
-        overall["exact scenes"] = sum(right) / len(right)
-    results = [
-        {"image_id": coco_id(image_id), "caption": caption.text}
-        for image_id, caption in zip(data.image_ids, evaluation.captions, strict=True)
-    ]
-    (folder / "captions.json").write_text(json.dumps(results, ensure_ascii=False, indent=0))
-    details = {
-        "data set": data.name,
-        "checkpoint": f"step {captioner.step}",
-        "decoding": " ".join(f"{name}={value}" for name, value in dataclasses.asdict(captioner.decode).items()),
-        "pictures": str(len(data)),
-        "distinct captions": str(evaluation.distinct),
-        "unfinished captions": str(evaluation.unfinished),
-        "loss": f"{evaluation.loss:.4f} nats per token, {evaluation.loss_permuted:.4f} with other pictures",
-        "date": datetime.datetime.now().isoformat(" ", "minutes"),
-    }
-    numbers = {**overall, "loss": evaluation.loss, "loss_permuted": evaluation.loss_permuted}
-    report = {"scores": numbers, "not_computed": scores.not_computed, "details": details}
-    (folder / "scores.json").write_text(json.dumps(report, indent=2))
-    rows = list(_rows(evaluation))
-    write_page(
-        folder / "page.html",
-        title=f"Captions of {data.name}",
-        rows=rows,
-        scores=overall,
-        not_computed=scores.not_computed,
-        details=details,
+    texts = {image_id: caption.text for image_id, caption in zip(data.image_ids, captions, strict=True)}
+    coco_files.write_results(folder / "captions.json", texts)
+
+
+def write(evaluation: Evaluation, captioner: Captioner, folder: Path, console: Console) -> None:
+    """Write `captions.json`, `scores.json`, `scores.md` and `page.html` to `folder`; print the scores."""
+    data, captions = evaluation.data, evaluation.captions
+    write_captions(data, captions, folder)
+    decode = dataclasses.asdict(captioner.decode)
+    scorecard = Scorecard(
+        scores=evaluation.scores,
+        domains=evaluation.domains,
+        health=health([caption.text for caption in captions], [caption.finished for caption in captions]),
+        details={
+            "data set": data.name,
+            "checkpoint": f"step {captioner.step}",
+            "decoding": " ".join(f"{name}={value}" for name, value in decode.items()),
+            "date": datetime.datetime.now().isoformat(" ", "minutes"),
+        },
+        paper=paper.rows_for(data.name),
+        losses={"loss": evaluation.loss, "loss_permuted": evaluation.loss_permuted},
     )
+    title = f"Captions of {data.name}"
+    (folder / "scores.json").write_text(scorecard.to_json(), encoding="utf-8")
+    (folder / "scores.md").write_text(scorecard.to_markdown(title), encoding="utf-8")
+    rows = list(_rows(evaluation))
+    write_page(folder / "page.html", title=title, rows=rows, scorecard=scorecard)
     console.print(captions_table(rows[:: -(-len(rows) // _PRINTED)]))
-    console.print(scores_table(overall, scores.not_computed))
-    for name, detail in details.items():
-        console.print(f"{name}: {detail}", highlight=False, markup=False)
+    console.print(scores_table(scorecard))
+    for name, fact in scorecard.facts().items():
+        console.print(f"{name}: {fact}", highlight=False, markup=False)
     console.print(f"Captions, scores and a page with the pictures: {folder}", highlight=False, soft_wrap=True)
 
 
-def coco_id(image_id: str) -> str | int:
-    """The id as a number where it is one: COCO's server takes nothing else."""
-    return int(image_id) if image_id.isdecimal() and str(int(image_id)) == image_id else image_id
-
-
 def _rows(evaluation: Evaluation) -> Iterator[Row]:
-    data = evaluation.data
-    cider: dict[str, Any] = evaluation.scores.per_image["CIDEr"]
+    data, per_image = evaluation.data, evaluation.scores.per_image
     for i, (image_id, caption) in enumerate(zip(data.image_ids, evaluation.captions, strict=True)):
         yield Row(
             image_id=image_id,
             caption=caption.text,
             references=data.captions[i],
-            score=cider[image_id],
-            image=data.image(i),
+            scores={name: scores[image_id] for name, scores in per_image.items()},
+            read_image=functools.partial(data.image, i),
             image_path=data.image_paths[i],
             finished=caption.finished,
         )

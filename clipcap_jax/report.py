@@ -3,16 +3,19 @@
 import base64
 import dataclasses
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jinja2
+from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
 from clipcap_jax import images
 from clipcap_jax.errors import UserError
+from clipcap_jax.metrics.scorecard import Scorecard
 
 if TYPE_CHECKING:  # they import this
     from clipcap_jax.datasets import Example, Summary
@@ -29,8 +32,8 @@ class Row:
       image_id: the picture's identifier in its data set.
       caption: what the captioner wrote.
       references: what people wrote.
-      score: CIDEr of this picture alone.
-      image: the encoded picture, or None to read it from `image_path`.
+      scores: of this picture alone, by metric.
+      read_image: gives the encoded picture, or None to read it from `image_path`.
       image_path: where the picture lies; may be empty or gone, and is then named in the picture's place.
       finished: whether the caption ended by itself rather than at the length limit.
     """
@@ -38,8 +41,8 @@ class Row:
     image_id: str
     caption: str
     references: tuple[str, ...]
-    score: float
-    image: bytes | None
+    scores: Mapping[str, float]
+    read_image: Callable[[], bytes | None]
     image_path: str
     finished: bool
 
@@ -54,16 +57,9 @@ class _Picture:
 
 
 def write_page(
-    path: str | Path,
-    *,
-    title: str,
-    rows: Sequence[Row],
-    scores: Mapping[str, float],
-    not_computed: Mapping[str, str],
-    details: Mapping[str, str],
-    shown: int = 50,
+    path: str | Path, *, title: str, rows: Sequence[Row], scorecard: Scorecard, pictures: int = 1000
 ) -> None:
-    """Writes scores, then the best and the worst captions beside their pictures, as one HTML file.
+    """Writes the scores, then the captions beside their pictures, to be sorted by any score, as one HTML file.
 
     The file holds its pictures, shrunk to 320 pixels, and refers to nothing outside itself.
 
@@ -71,30 +67,27 @@ def write_page(
       path: the file to write; its folder is made.
       title: the heading.
       rows: every captioned picture, in any order.
-      scores: value by metric, in the order to show.
-      not_computed: reason by metric that could not be computed.
-      details: what the reader needs to know of the run: checkpoint, data set, decoding, date.
-      shown: how many of the best and how many of the worst captions to show; no picture is shown twice.
+      scorecard: the scores, and what the reader needs to know of them.
+      pictures: how many it holds: half of them of the captions with the best CIDEr, half of those with the worst. Of
+        the others it says where they are.
 
     Raises:
       OSError: the file cannot be written.
     """
-    ranked = sorted(rows, key=lambda row: (-row.score, row.image_id))
-    shown = min(shown, (len(ranked) + 1) // 2)
-    best, worst = ranked[:shown], ranked[shown:][::-1][:shown]
+    ranked = sorted(rows, key=lambda row: (-row.scores["CIDEr"], row.image_id))
+    left_out = range(pictures - pictures // 2, len(ranked) - pictures // 2)
+    bar = track(ranked, "Writing the page", console=Console(stderr=True), transient=True)
     _write(
         path,
         "page.html",
         title=title,
-        scores=scores,
-        not_computed=not_computed,
-        details=details,
-        captioned=len(rows),
+        scorecard=scorecard,
+        metrics=list(scorecard.scores.measures),
         unfinished=sum(not row.finished for row in rows),
-        sections={
-            name: [(row, _picture(row.image, row.image_path, row.image_id)) for row in chosen]
-            for name, chosen in (("Best", best), ("Worst", worst))
-        },
+        cards=[
+            (row, _left_out(row) if place in left_out else _picture(row.read_image(), row.image_path, row.image_id))
+            for place, row in enumerate(bar)
+        ],
     )
 
 
@@ -133,14 +126,14 @@ def _write(path: str | Path, template: str, **content: Any) -> None:
     path.write_text(page, encoding="utf-8")
 
 
-def scores_table(scores: Mapping[str, float], not_computed: Mapping[str, str]) -> Table:
-    """The scores for the terminal, and after them each metric that could not be computed with the reason."""
-    table = Table("metric")
-    table.add_column("score", justify="right")
-    for metric, score in scores.items():
-        table.add_row(metric, f"{score:.4f}")
-    for metric, reason in not_computed.items():
-        table.add_row(metric, Text(reason, style="dim"))
+def scores_table(scorecard: Scorecard) -> Table:
+    """Its table for the terminal."""
+    table = Table(scorecard.header[0])
+    for column in scorecard.header[1:]:
+        table.add_column(column, justify="right")
+    for line in scorecard.lines():
+        style = "dim" if line.aside else ""
+        table.add_row(*(Text(cell, style=style) for cell in (line.label, *line.cells)))
     return table
 
 
@@ -151,8 +144,13 @@ def captions_table(rows: Sequence[Row]) -> Table:
     table.add_column("caption")
     table.add_column("one of the references", style="dim")
     for row in rows:  # as Text, which takes square brackets for what they are
-        table.add_row(Text(row.image_id), f"{row.score:.2f}", Text(row.caption), Text("".join(row.references[:1])))
+        cider = f"{row.scores['CIDEr']:.2f}"
+        table.add_row(Text(row.image_id), cider, Text(row.caption), Text("".join(row.references[:1])))
     return table
+
+
+def _left_out(row: Row) -> _Picture:
+    return _Picture(None, False, row.image_path or "This page holds the best and the worst captions' pictures alone.")
 
 
 def _picture(image: bytes | None, path: str, name: str) -> _Picture:

@@ -4,38 +4,19 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny import SPLITS, Source
+from tiny import SPLITS, Clipcap, Source
 
-from clipcap_jax import __main__, cli
+from clipcap_jax import cli
 from clipcap_jax.captioner import Captioner
 from clipcap_jax.commands.caption import find_pictures
 from clipcap_jax.datasets import open_split
 from clipcap_jax.errors import UserError
 
 PICTURES = sum(SPLITS.values())
-
-Clipcap = Callable[..., int]
-
-
-@pytest.fixture
-def clipcap(monkeypatch: pytest.MonkeyPatch) -> Clipcap:
-    """Runs the command with the given arguments and returns its exit status."""
-
-    def run(*arguments: str | Path) -> int:
-        monkeypatch.setattr("sys.argv", ["clipcap", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "300")
-        try:
-            __main__.main()
-        except SystemExit as stop:
-            return int(stop.code or 0)
-        return 0
-
-    return run
 
 
 @pytest.fixture
@@ -187,6 +168,6 @@ def test_a_script_that_is_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_command_itself_imports_nothing_slow() -> None:
     """`clipcap --help` answers at once: what takes seconds to import, the commands that need it import."""
-    code = "import sys, clipcap_jax.cli; print({'jax', 'tensorflow_datasets'} & sys.modules.keys())"
+    code = "import sys, clipcap_jax.__main__; print({'jax', 'tensorflow_datasets'} & sys.modules.keys())"
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert printed.strip() == "set()"

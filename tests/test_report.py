@@ -13,6 +13,9 @@ from PIL import Image
 from rich.console import Console
 
 from clipcap_jax import report
+from clipcap_jax.metrics import Scores
+from clipcap_jax.metrics.measure import mean
+from clipcap_jax.metrics.scorecard import Scorecard
 
 
 def encoded_picture(width: int, height: int, kind: str, mode: str = "RGB") -> bytes:
@@ -35,7 +38,17 @@ def make_row(
     image_path: str = "",
     finished: bool = True,
 ) -> report.Row:
-    return report.Row(image_id, caption, references, score, image, image_path, finished)
+    scores = {"CIDEr": score, "Bleu_4": 1 / (1 + score)}
+    return report.Row(image_id, caption, references, scores, lambda: image, image_path, finished)
+
+
+def make_scorecard(rows: Sequence[report.Row]) -> Scorecard:
+    scores = Scores(
+        tuple(row.image_id for row in rows),
+        {name: mean([row.scores[name] for row in rows]) for name in ("Bleu_4", "CIDEr")},
+        {"METEOR": "no [java] was found"},
+    )
+    return Scorecard(scores, domains={}, health={"distinct captions": 2}, details={"checkpoint": "runs/flickr8k"})
 
 
 class Page(html.parser.HTMLParser):
@@ -64,26 +77,24 @@ class Page(html.parser.HTMLParser):
         return [Image.open(io.BytesIO(base64.b64decode(source.partition("base64,")[2]))) for source in sources]
 
 
-def write(path: Path, rows: Sequence[report.Row], shown: int = 50) -> Page:
-    report.write_page(
-        path,
-        title="flickr8k, test split",
-        rows=rows,
-        scores={"CIDEr": 0.50612, "BLEU-4": 0.193},
-        not_computed={"METEOR": "no Java runtime was found"},
-        details={"checkpoint": "runs/flickr8k"},
-        shown=shown,
-    )
+def write(path: Path, rows: Sequence[report.Row], pictures: int = 1000) -> Page:
+    scorecard = make_scorecard(rows)
+    report.write_page(path, title="flickr8k, test split", rows=rows, scorecard=scorecard, pictures=pictures)
     return Page(path.read_text(encoding="utf-8"))
 
 
 def test_page_shows_everything_it_was_given(tmp_path: Path) -> None:
-    rows = [make_row(caption="two dogs", references=("dogs", "a pair of dogs")), make_row("2", "", finished=False)]
+    rows = [
+        make_row(caption="two dogs", references=("dogs", "a pair of dogs"), score=0.5),
+        make_row("2", "", finished=False, score=0.25),
+    ]
     page = write(tmp_path / "new" / "page.html", rows)
-    for text in ["flickr8k, test split", "CIDEr", "0.5061", "BLEU-4", "0.1930", "METEOR", "no Java runtime was found"]:
+    for text in ["flickr8k, test split", "CIDEr", "0.3750", "Bleu_4", "METEOR", "no [java] was found", "95% interval"]:
         assert text in page.texts
     for text in ["checkpoint", "runs/flickr8k", "two dogs", "dogs", "a pair of dogs", "(empty)", "not finished"]:
         assert text in page.texts
+    assert "CIDEr 0.50" in page.texts
+    assert "Bleu_4 0.67" in page.texts
     assert "1 of the captions reached the length limit before they ended" in page.texts
 
 
@@ -103,21 +114,28 @@ def test_nothing_outside_the_file_is_referred_to(tmp_path: Path) -> None:
     source = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert not re.findall(r"https?:|//|@import|<link|url\(", re.sub(r"base64,[^\"]*", "", source))
     links = [value for _, tag in Page(source).tags for name, value in tag.items() if name in ("src", "href")]
-    assert len(links) == 3
-    assert all(link and link.startswith(("data:image/", "#")) for link in links)
+    assert len(links) == 1
+    assert all(link and link.startswith("data:image/") for link in links)
 
 
-def test_best_come_first_and_worst_from_the_bottom(tmp_path: Path) -> None:
+def test_best_come_first_and_carry_their_scores(tmp_path: Path) -> None:
     scores = [3, 1, 4, 1.5, 9, 2.6, 5]
-    page = write(tmp_path / "page.html", [make_row(f"id{score}", score=score) for score in scores], shown=2)
-    assert [text for text in page.texts if text.startswith("id")] == ["id9", "id5", "id1", "id1.5"]
+    page = write(tmp_path / "page.html", [make_row(f"id{score}", score=score) for score in scores])
+    assert [text for text in page.texts if text.startswith("id")] == [f"id{score}" for score in sorted(scores)[::-1]]
+    # What the page's script sorts by: in the order of the choices.
+    [cards] = [[tag for name, tag in page.tags if name == "figure"]]
+    assert [card["data-scores"] for card in cards[:2]] == ["0.1 9 ", f"{1 / 6} 5 "]
+    assert [text for text in page.texts if text in ("CIDEr", "Bleu_4")][2:] == ["Bleu_4", "CIDEr"]
 
 
-@pytest.mark.parametrize("count", [0, 1, 2, 5, 6])
-def test_no_picture_is_shown_twice(tmp_path: Path, count: int) -> None:
-    page = write(tmp_path / "page.html", [make_row(f"id{index}", score=index) for index in range(count)], shown=3)
-    ids = [text for text in page.texts if text.startswith("id")]
-    assert sorted(ids) == [f"id{index}" for index in range(count)]
+@pytest.mark.parametrize(("count", "pictures", "held"), [(0, 4, 0), (3, 4, 3), (7, 4, 4), (7, 3, 3), (7, 0, 0)])
+def test_pictures_of_the_best_and_the_worst_are_held(tmp_path: Path, count: int, pictures: int, held: int) -> None:
+    rows = [make_row(f"id{i}", score=i, image_path=f"photos/{i}.jpg") for i in range(count or 1)][: count or None]
+    page = write(tmp_path / "page.html", rows if count else [make_row()], pictures if count else 0)
+    assert len(page.pictures()) == held
+    if count > pictures:
+        middle = [f"photos/{i}.jpg" for i in range(pictures // 2, count - (pictures - pictures // 2))]
+        assert [text for text in page.texts if text.startswith("photos")] == middle[::-1]
 
 
 def test_small_drawings_are_kept_exact(tmp_path: Path) -> None:
@@ -139,7 +157,7 @@ def test_photos_are_shrunk(tmp_path: Path, mode: str) -> None:
 
 def test_size_is_bounded(tmp_path: Path) -> None:
     photo = encoded_picture(700, 700, "JPEG")
-    write(tmp_path / "page.html", [make_row(f"id{index}", image=photo) for index in range(50)], shown=5)
+    write(tmp_path / "page.html", [make_row(f"id{index}", image=photo) for index in range(50)], pictures=10)
     assert (tmp_path / "page.html").stat().st_size < 10 * 150_000
 
 
@@ -166,8 +184,9 @@ def test_missing_and_broken_pictures_are_named(tmp_path: Path) -> None:
 
 def test_terminal_tables() -> None:
     console = Console(width=100, record=True, file=io.StringIO())
-    console.print(report.scores_table({"CIDEr": 0.50612}, {"METEOR": "no [java] was found"}))
-    console.print(report.captions_table([make_row("id1", "a [red] cat", score=1.234), make_row("id2", references=())]))
+    rows = [make_row("id1", "a [red] cat", score=1.234), make_row("id2", references=(), score=0.234)]
+    console.print(report.scores_table(make_scorecard(rows)))
+    console.print(report.captions_table(rows))
     text = console.export_text()
-    for part in ["CIDEr", "0.5061", "METEOR", "no [java] was found", "id1", "1.23", "a [red] cat", "a cat on a mat"]:
+    for part in ["CIDEr", "0.7340", "METEOR", "no [java] was found", "id1", "1.23", "a [red] cat", "a cat on a mat"]:
         assert part in text

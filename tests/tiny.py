@@ -32,6 +32,7 @@ from clipcap_jax.datasets import RecordsSource, prepare_records
 from clipcap_jax.logs import Monitor
 
 T = TypeVar("T")
+Clipcap = Callable[..., int]  # the fixture `clipcap`
 
 ENCODER = "mean colour"
 EMBEDDING_WIDTH = 5

@@ -1,0 +1,158 @@
+"""`clipcap score` and `clipcap submit`."""
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from clipcap_jax import report
+from clipcap_jax.cli import positive
+from clipcap_jax.errors import UserError
+from clipcap_jax.metrics import References, Scores, SpiceConfig, coco_files, score_domains
+from clipcap_jax.metrics.coco_files import CaptionsFile
+from clipcap_jax.metrics.health import health
+from clipcap_jax.metrics.paper import ROWS
+from clipcap_jax.metrics.scorecard import Scorecard
+from clipcap_jax.report import Row
+
+_SUFFIXES = (".json", ".md", ".html")
+
+
+def add(commands: Any) -> None:
+    """Add them to the parser's commands."""
+    score = commands.add_parser("score", help="score captions against references")
+    score.set_defaults(run=_score)
+    score.add_argument("captions", type=Path, help="a COCO results file: a list of image_id and caption")
+    score.add_argument("references", type=Path, help="a COCO or nocaps captions file: images and annotations")
+    score.add_argument(
+        "--output",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="write the scores to this .json or .md file, or a page with the captions to this .html file; repeatable",
+    )
+    score.add_argument("--images", type=Path, help="the folder with the pictures, for the page and for --clipscore")
+    score.add_argument(
+        "--only-captioned", action="store_true", help="leave out the references of images without a caption"
+    )
+    score.add_argument("--compare", type=Path, metavar="BASELINE", help="also test the difference to these captions")
+    score.add_argument("--paper", choices=sorted(ROWS), default="", help="show the paper's scores of this data set")
+    score.add_argument("--plain-cider", action="store_true", help="also CIDEr itself; CIDEr-D is what is called CIDEr")
+    score.add_argument("--meteor", action="store_true", help="also METEOR, which needs Java")
+    score.add_argument("--spice", action="store_true", help="also SPICE, which needs Java, and minutes")
+    score.add_argument("--spice-jars", default="", help="the folder with Stanford CoreNLP 3.6.0, Nashorn and ASM")
+    score.add_argument("--spice-cache", default="", help="where parses are kept [~/.cache/clipcap_jax/spice]")
+    score.add_argument("--spice-memory", type=positive, default=SpiceConfig.memory, help="GiB, at most [8]")
+    score.add_argument("--spice-threads", type=positive, default=0, help="[one per core]")
+
+    submit = commands.add_parser("submit", help="check captions for COCO's or nocaps' server, and write its file")
+    submit.set_defaults(run=_submit)
+    submit.add_argument("server", choices=("coco", "nocaps"))
+    for split in ("val", "test"):
+        submit.add_argument(
+            f"--{split}",
+            nargs=2,
+            type=Path,
+            metavar=("CAPTIONS", "IMAGES"),
+            help="a results file, and the owner's .json that lists the pictures",
+        )
+    submit.add_argument("--name", default="clipcap", help="the method's, in the names of COCO's files [clipcap]")
+    submit.add_argument("--output", type=Path, required=True, help="a .zip for coco, a .json for nocaps")
+
+
+def _score(arguments: argparse.Namespace) -> None:
+    from clipcap_jax.convert.files import whole  # importing it takes a second, which `clipcap --help` should not
+
+    for output in arguments.output:
+        if output.suffix not in _SUFFIXES:
+            raise UserError(f"--output {output}: the name has to end in {', '.join(_SUFFIXES)}")
+    captions, file = coco_files.read_results(arguments.captions), coco_files.read_captions(arguments.references)
+    compared = coco_files.read_results(arguments.compare) if arguments.compare else None
+    texts = file.captions
+    if arguments.only_captioned:
+        texts = {image: several for image, several in texts.items() if image in captions}
+        if not texts:
+            raise UserError(f"no caption of {arguments.captions} is of an image that {arguments.references} has")
+    references = References(texts)
+    for path, given in ((arguments.captions, captions), (arguments.compare, compared)):
+        if given is not None:
+            _check(path, given, references, arguments)
+
+    def scored(given: dict[str, str]) -> Scores:
+        return references.score(
+            given, meteor=arguments.meteor, spice=_spice(arguments), plain_cider=arguments.plain_cider
+        )
+
+    details = {"captions of": arguments.captions, "references of": arguments.references, "baseline": arguments.compare}
+    scores = scored(captions)
+    scorecard = Scorecard(
+        scores=scores,
+        domains=score_domains(texts, captions, file.domains, scores),
+        health=health(list(captions.values())),
+        details={name: str(path) for name, path in details.items() if path},
+        paper=arguments.paper,
+        baseline=None if compared is None else scored(compared),
+    )
+    console, title = Console(), f"Captions of {arguments.captions.name}"
+    for output in arguments.output:
+        with whole(output) as partial:
+            if output.suffix == ".html":
+                rows = list(_rows(captions, file, scores, arguments.images))
+                report.write_page(partial, title=title, rows=rows, scorecard=scorecard)
+            else:
+                text = scorecard.to_json() if output.suffix == ".json" else scorecard.to_markdown(title)
+                partial.write_text(text, encoding="utf-8")
+    console.print(report.scores_table(scorecard))
+    for name, fact in scorecard.facts().items():
+        console.print(f"{name}: {fact}", highlight=False, markup=False, soft_wrap=True)
+    for output in arguments.output:
+        console.print(f"written: {output}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _check(path: Path, captions: dict[str, str], references: References, arguments: argparse.Namespace) -> None:
+    """Before anything is scored, which may take minutes."""
+    try:
+        references.check(captions)
+    except UserError as error:
+        hint = "" if arguments.only_captioned else ". --only-captioned leaves out images without a caption."
+        raise UserError(f"{path}: {error}{hint}") from error
+
+
+def _spice(arguments: argparse.Namespace) -> SpiceConfig | None:
+    if not arguments.spice:
+        return None
+    return SpiceConfig(arguments.spice_jars, arguments.spice_memory, arguments.spice_threads, arguments.spice_cache)
+
+
+def _rows(captions: dict[str, str], file: CaptionsFile, scores: Scores, images: Path | None) -> Iterator[Row]:
+    per_image = scores.per_image
+    for image in scores.images:
+        yield Row(
+            image_id=image,
+            caption=captions[image],
+            references=tuple(file.captions[image]),
+            scores={name: values[image] for name, values in per_image.items()},
+            read_image=lambda: None,
+            image_path=str(images / file.file_names.get(image, image)) if images else "",
+            finished=True,
+        )
+
+
+def _submit(arguments: argparse.Namespace) -> None:
+    from clipcap_jax.metrics import submission
+
+    given = {split: getattr(arguments, split) for split in ("val", "test") if getattr(arguments, split)}
+    if arguments.server == "coco":
+        if set(given) != {"val", "test"}:
+            raise UserError("COCO's server wants the captions of both splits: give --val and --test")
+        results = {f"{split}2014": submission.checked(f"{split}2014", *files) for split, files in given.items()}
+        submission.write_coco(arguments.output, arguments.name, results)
+    else:
+        if len(given) != 1:
+            raise UserError("nocaps' server takes one split at a time: give --val or --test")
+        [(split, files)] = given.items()
+        submission.write_nocaps(arguments.output, submission.checked(f"nocaps {split}", *files))
+    Console().print(f"{arguments.output} is ready for the server", highlight=False, soft_wrap=True)

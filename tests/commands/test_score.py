@@ -1,0 +1,164 @@
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from tiny import Clipcap
+
+from clipcap_jax.metrics import References, coco_files, submission
+
+COCO_100 = json.loads((Path(__file__).parents[1] / "data" / "metrics" / "coco_100.json").read_text("utf-8"))
+IMAGES: dict[str, Any] = dict(list(COCO_100["images"].items())[:30])
+CAPTIONS = {image: entry["caption"] for image, entry in IMAGES.items()}
+REFERENCES = {image: entry["references"] for image, entry in IMAGES.items()}
+DOMAINS = ("in-domain", "near-domain", "out-domain")
+
+
+@pytest.fixture
+def captions(tmp_path: Path) -> Path:
+    coco_files.write_results(tmp_path / "captions.json", CAPTIONS)
+    return tmp_path / "captions.json"
+
+
+def write_references(path: Path, *, domains: bool = False) -> Path:
+    images: list[dict[str, Any]] = [{"id": int(image), "file_name": f"{image}.png"} for image in IMAGES]
+    if domains:
+        images = [{**image, "domain": DOMAINS[i % 3]} for i, image in enumerate(images)]
+    annotations = [{"image_id": int(image), "caption": text} for image, texts in REFERENCES.items() for text in texts]
+    path.write_text(json.dumps({"images": images, "annotations": annotations}))
+    return path
+
+
+@pytest.fixture
+def references(tmp_path: Path) -> Path:
+    return write_references(tmp_path / "references.json")
+
+
+def test_scores_as_json(
+    clipcap: Clipcap, captions: Path, references: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert clipcap("score", captions, references, "--output", tmp_path / "scores.json") == 0
+    report = json.loads((tmp_path / "scores.json").read_text())
+    expected = References(REFERENCES).score(CAPTIONS).overall
+    assert report["scores"] == expected
+    assert report["not_computed"] == {"METEOR": "not asked for", "SPICE": "not asked for"}
+    assert set(report["intervals"]) == set(expected)
+    assert report["health"]["captions"] == 30
+    printed = capsys.readouterr().out
+    for name, score in expected.items():
+        assert re.search(rf"{name}\W+{score:.4f}", printed)
+    assert f"written: {tmp_path / 'scores.json'}" in printed
+
+
+def test_markdown_and_a_page_with_pictures(clipcap: Clipcap, captions: Path, references: Path, tmp_path: Path) -> None:
+    first = next(iter(IMAGES))
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (20, 20)).save(tmp_path / "photos" / f"{first}.png")
+    outputs = (tmp_path / "scores.md", tmp_path / "page.html")
+    options = [option for output in outputs for option in ("--output", output)]
+    assert clipcap("score", captions, references, *options, "--images", tmp_path / "photos", "--paper", "coco") == 0
+    table = outputs[0].read_text()
+    assert f"| CIDEr | {References(REFERENCES).score(CAPTIONS).overall['CIDEr']:.4f} |" in table
+    assert "| paper: transformer | 1.1308 |" in table
+    page = outputs[1].read_text()
+    assert page.count("data:image/png") == 1
+    assert page.count("There is no picture at") == 29
+    assert page.count("<figure") == 30
+
+
+def test_nocaps_domains_in_one_go(clipcap: Clipcap, captions: Path, tmp_path: Path) -> None:
+    references = write_references(tmp_path / "nocaps.json", domains=True)
+    output = tmp_path / "scores.json"
+    assert clipcap("score", captions, references, "--paper", "nocaps", "--plain-cider", "--output", output) == 0
+    report = json.loads(output.read_text())
+    assert {name: part["pictures"] for name, part in report["domains"].items()} == dict.fromkeys(DOMAINS, 10)
+    near = list(IMAGES)[1::3]
+    alone = References({image: REFERENCES[image] for image in near})
+    expected = alone.score({image: CAPTIONS[image] for image in near}, plain_cider=True).overall
+    assert report["domains"]["near-domain"]["scores"] == expected
+
+
+def test_two_captioners_are_compared(
+    clipcap: Clipcap, captions: Path, references: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    worse = {image: text.rpartition(" ")[0] for image, text in CAPTIONS.items()}
+    coco_files.write_results(tmp_path / "worse.json", worse)
+    output = tmp_path / "scores.json"
+    arguments = ("--compare", tmp_path / "worse.json", "--output", output)
+    assert clipcap("score", captions, references, *arguments) == 0
+    report, scorer = json.loads(output.read_text()), References(REFERENCES)
+    better = scorer.score(CAPTIONS).overall["CIDEr"] - scorer.score(worse).overall["CIDEr"]
+    assert report["differences"]["CIDEr"]["value"] == pytest.approx(better)
+    assert report["baseline"] == scorer.score(worse).overall
+    assert 0 < report["differences"]["CIDEr"]["p"] < 0.05
+    assert f"{better:+.4f} (" in capsys.readouterr().out
+
+
+def test_references_without_captions_can_be_left_out(
+    clipcap: Clipcap, references: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    part = dict(list(CAPTIONS.items())[:20])
+    coco_files.write_results(tmp_path / "part.json", part)
+    assert clipcap("score", tmp_path / "part.json", references) == 2
+    message = capsys.readouterr().err
+    assert "10 of 30 images have no caption" in message
+    assert "--only-captioned leaves out" in message
+    output = tmp_path / "scores.json"
+    assert clipcap("score", tmp_path / "part.json", references, "--only-captioned", "--output", output) == 0
+    expected = References({image: REFERENCES[image] for image in part}).score(part).overall
+    assert json.loads(output.read_text())["scores"] == expected
+
+
+def test_java_that_is_not_there_is_told(
+    clipcap: Clipcap, captions: Path, references: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    output = tmp_path / "scores.json"
+    assert clipcap("score", captions, references, "--meteor", "--spice", "--output", output) == 0
+    report = json.loads(output.read_text())
+    assert {"METEOR", "SPICE"} == set(report["not_computed"])
+    assert all("install a Java runtime" in reason for reason in report["not_computed"].values())
+
+
+def test_mistakes(
+    clipcap: Clipcap, captions: Path, references: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    coco_files.write_results(tmp_path / "other.json", {"1": "a dog"})
+    coco_files.write_results(tmp_path / "extra.json", {**CAPTIONS, "1": "a dog"})
+    for arguments, message in (
+        ((references, captions), "is a file of references"),
+        ((captions, captions), "Are the files exchanged?"),
+        ((tmp_path / "other.json", references), "they are of another data set"),
+        ((tmp_path / "other.json", references, "--only-captioned"), "no caption of"),
+        ((tmp_path / "extra.json", references), "1 captions are for images without references ('1')"),
+        ((captions, references, "--compare", tmp_path / "other.json"), "other.json: none of the 1 captions"),
+        ((captions, references, "--output", "scores.txt"), "has to end in .json, .md, .html"),
+        ((captions, references, "--output", tmp_path / "gone" / "scores.json"), "cannot be written"),
+        ((captions, references, "--paper", "mscoco"), "invalid choice"),
+    ):
+        assert clipcap("score", *arguments) == 2, arguments
+        printed = capsys.readouterr().err
+        assert message in printed, arguments
+        assert "Traceback" not in printed
+
+
+def test_submissions(
+    clipcap: Clipcap,
+    captions: Path,
+    references: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(submission, "COUNTS", dict.fromkeys(submission.COUNTS, 30))
+    files = (captions, references)
+    assert clipcap("submit", "nocaps", "--test", *files, "--output", tmp_path / "results.json") == 0
+    assert len(json.loads((tmp_path / "results.json").read_text())) == 30
+    assert clipcap("submit", "coco", "--val", *files, "--test", *files, "--output", tmp_path / "results.zip") == 0
+    assert (tmp_path / "results.zip").stat().st_size > 1000
+    assert clipcap("submit", "coco", "--val", *files, "--output", tmp_path / "x.zip") == 2
+    assert "give --val and --test" in capsys.readouterr().err
+    assert clipcap("submit", "nocaps", "--output", tmp_path / "x.json") == 2
+    assert not (tmp_path / "x.zip").exists()

@@ -1,0 +1,83 @@
+import json
+
+import pytest
+
+from clipcap_jax.metrics import Scores
+from clipcap_jax.metrics.measure import mean
+from clipcap_jax.metrics.paper import ROWS, rows_for
+from clipcap_jax.metrics.scorecard import Line, Scorecard
+
+SCORES = Scores(("1", "2"), {"CIDEr": mean([0.25, 0.75]), "SPICE": mean([0.2, 0.2])}, {"METEOR": "no java | here"})
+INSIDE = Scores(("2",), {"CIDEr": mean([0.75]), "SPICE": mean([0.2])}, {})
+
+
+def scorecard(**changes: object) -> Scorecard:
+    given = {
+        "scores": SCORES,
+        "domains": {"in-domain": INSIDE},
+        "health": {"captions": 2, "words per caption": 7.5},
+        "details": {"checkpoint": "step 7"},
+        "paper": "nocaps",
+        "losses": {"loss": 1.25},
+    }
+    return Scorecard(**{**given, **changes})  # type: ignore[arg-type]
+
+
+def test_lines_hold_the_papers_rows_beside_ours() -> None:
+    card = scorecard()
+    assert card.header == ("metric", "score", "95% interval", "in-domain")
+    assert list(card.lines()) == [
+        Line("CIDEr", ("0.5000", "0.2500-0.7500", "0.7500")),
+        Line("  paper: MLP + GPT-2", ("0.6570", "", "0.7973"), aside=True),
+        Line("  paper: transformer", ("0.6583", "", "0.8485"), aside=True),
+        Line("SPICE", ("0.2000", "0.2000-0.2000", "0.2000")),
+        Line("  paper: MLP + GPT-2", ("0.1110", "", "0.1220"), aside=True),
+        Line("  paper: transformer", ("0.1086", "", "0.1214"), aside=True),
+        Line("METEOR", ("no java | here",), aside=True),
+    ]
+
+
+def test_json_holds_full_precision() -> None:
+    content = json.loads(scorecard(scores=SCORES.add({"X": mean([1 / 3, 1 / 3])})).to_json())
+    assert content["scores"] == {"CIDEr": 0.5, "SPICE": 0.2, "X": 1 / 3, "loss": 1.25}
+    assert content["intervals"]["CIDEr"] == [0.25, 0.75]
+    assert content["not_computed"] == {"METEOR": "no java | here"}
+    assert content["domains"] == {"in-domain": {"pictures": 1, "scores": {"CIDEr": 0.75, "SPICE": 0.2}}}
+    assert content["health"] == {"captions": 2, "words per caption": 7.5}
+    assert content["details"] == {"checkpoint": "step 7"}
+    assert "baseline" not in content
+
+
+def test_markdown_is_one_table() -> None:
+    text = scorecard(paper="").to_markdown("Captions")
+    table = [line for line in text.splitlines() if line.startswith("|")]
+    assert table == [
+        "| metric | score | 95% interval | in-domain |",
+        "| --- | ---: | ---: | ---: |",
+        "| CIDEr | 0.5000 | 0.2500-0.7500 | 0.7500 |",
+        "| SPICE | 0.2000 | 0.2000-0.2000 | 0.2000 |",
+        r"| METEOR | no java \| here |  |  |",
+    ]
+    for fact in (
+        "- captions: 2",
+        "- words per caption: 7.50",
+        "- loss: 1.2500 nats per token",
+        "- in-domain: 1 pictures",
+    ):
+        assert fact in text
+
+
+def test_a_baseline_adds_its_columns() -> None:
+    baseline = Scores(("1", "2"), {"CIDEr": mean([0.15, 0.65])}, {})
+    card = scorecard(paper="", domains={}, baseline=baseline)
+    assert card.header == ("metric", "score", "95% interval", "less the baseline", "p")
+    first, second, _ = card.lines()
+    assert first.cells[2] == "+0.1000 (+0.1000 to +0.1000)"
+    assert float(first.cells[3]) == pytest.approx(0.5, abs=0.06)  # of four ways to change sides two are as far apart
+    assert len(second.cells) == 2  # the baseline has no SPICE
+    assert json.loads(card.to_json())["differences"]["CIDEr"]["value"] == pytest.approx(0.1)
+
+
+def test_which_splits_the_paper_has() -> None:
+    assert {rows_for(split) for split in ("coco/test", "embeddings/coco/test", "cc3m/val", "nocaps/val")} == set(ROWS)
+    assert rows_for("coco/test[:10]") == rows_for("coco/val") == rows_for("shapes/test") == ""

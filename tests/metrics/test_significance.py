@@ -1,0 +1,82 @@
+import dataclasses
+import itertools
+import math
+
+import numpy as np
+import pytest
+
+from clipcap_jax.metrics import References, Scores
+from clipcap_jax.metrics.measure import mean
+from clipcap_jax.metrics.significance import differences, intervals
+
+
+def scores_of(values: np.ndarray, name: str = "X") -> Scores:
+    return Scores(tuple(map(str, range(len(values)))), {name: mean(values)}, {})
+
+
+def test_the_interval_of_a_mean_is_the_normal_one() -> None:
+    values = np.random.default_rng(1).normal(3, 2, 400)
+    found = intervals(scores_of(values), draws=4000)["X"]
+    error = 1.96 * values.std() / math.sqrt(400)
+    assert found.low == pytest.approx(values.mean() - error, abs=0.15 * error)
+    assert found.high == pytest.approx(values.mean() + error, abs=0.15 * error)
+
+
+def test_the_interval_of_a_score_of_sums() -> None:
+    """Against a bootstrap that scores every draw from its captions anew."""
+    references = {str(i): [f"a {word} dog runs here", "a cat"] for i, word in enumerate("bcdefghijk")}
+    captions = {str(i): "a b dog runs there" if i % 3 else "a cat" for i in range(10)}
+    found = intervals(References(references).score(captions), draws=300, seed=5)["Bleu_2"]
+    rng, drawn = np.random.default_rng(6), []
+    for _ in range(300):
+        images = rng.integers(0, 10, 10).astype(str)
+        again = References({f"{n}": references[i] for n, i in enumerate(images)})
+        drawn.append(again.score({f"{n}": captions[i] for n, i in enumerate(images)}).overall["Bleu_2"])
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    assert found.low == pytest.approx(low, abs=0.08)
+    assert found.high == pytest.approx(high, abs=0.08)
+    assert found.low < np.median(drawn) < found.high
+
+
+def test_the_same_seed_gives_the_same() -> None:
+    scores = scores_of(np.arange(50.0))
+    assert intervals(scores) == intervals(scores)
+    assert intervals(scores) != intervals(scores, seed=1)
+
+
+def test_p_is_that_of_all_swaps() -> None:
+    """Randomisation comes near the exact test, which tries every way of changing sides."""
+    rng = np.random.default_rng(2)
+    first, second = rng.normal(0, 1, 10), rng.normal(0.6, 1, 10)
+    found = differences(scores_of(first), scores_of(second), draws=5000)["X"]
+    change = second - first
+    assert found.value == pytest.approx(change.mean())
+    every = np.abs([np.mean(change * signs) for signs in itertools.product((1, -1), repeat=10)])
+    exact = np.mean(every >= abs(change.mean()) - 1e-12)
+    assert 0.02 < exact < 0.9  # or this would show nothing
+    assert found.p == pytest.approx(exact, abs=0.02)
+    assert found.interval.low < found.value < found.interval.high
+
+
+def test_equal_captioners_do_not_differ() -> None:
+    scores = scores_of(np.random.default_rng(3).random(30))
+    found = differences(scores, scores)["X"]
+    assert (found.value, found.interval.low, found.interval.high, found.p) == (0, 0, 0, 1)
+
+
+def test_a_clear_difference_is_found() -> None:
+    values = np.random.default_rng(4).random(100)
+    found = differences(scores_of(values), scores_of(values + 0.1), draws=999)["X"]
+    assert found.p == 1 / 1000
+    assert found.interval.low > 0.09
+
+
+def test_only_what_both_have_is_compared() -> None:
+    first, second = scores_of(np.arange(3.0)).add({"Y": mean([0, 0, 0])}), scores_of(np.arange(3.0))
+    assert list(differences(first, second)) == ["X"]
+
+
+def test_other_images() -> None:
+    first = scores_of(np.arange(3.0))
+    with pytest.raises(ValueError, match="other images"):
+        differences(first, dataclasses.replace(first, images=("0", "2", "1")))
