@@ -86,6 +86,11 @@ def _score(arguments: argparse.Namespace) -> None:
             given, meteor=arguments.meteor, spice=_spice(arguments), plain_cider=arguments.plain_cider
         )
 
+    if arguments.images and not any(_picture(arguments.images, file, image).is_file() for image in texts):
+        raise UserError(
+            f"none of the pictures is in {arguments.images}, such as {next(iter(file.file_names.values()), '?')}"
+        )
+
     details = {"captions of": arguments.captions, "references of": arguments.references, "baseline": arguments.compare}
     scores = scored(captions)
     scorecard = Scorecard(
@@ -136,9 +141,13 @@ def _rows(captions: dict[str, str], file: CaptionsFile, scores: Scores, images: 
             references=tuple(file.captions[image]),
             scores={name: values[image] for name, values in per_image.items()},
             read_image=lambda: None,
-            image_path=str(images / file.file_names.get(image, image)) if images else "",
+            image_path=str(_picture(images, file, image)) if images else "",
             finished=True,
         )
+
+
+def _picture(folder: Path, file: CaptionsFile, image: str) -> Path:
+    return folder / file.file_names.get(image, image)
 
 
 def _submit(arguments: argparse.Namespace) -> None:

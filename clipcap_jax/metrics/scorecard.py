@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from clipcap_jax.metrics import significance
@@ -14,7 +14,10 @@ from clipcap_jax.metrics.significance import Difference, Interval
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """A line of the table; `aside` if it holds no score of these captions, but something to read beside one."""
+    """A line of the table, with a cell a column or with one text alone.
+
+    `aside` if it holds no score of these captions, but something to read beside one.
+    """
 
     label: str
     cells: tuple[str, ...]
@@ -61,7 +64,7 @@ class Scorecard:
             "score",
             "95% interval",
             *self.domains,
-            *(("less the baseline", "p") if self.baseline else ()),
+            *(("gain", "its interval", "p") if self.baseline else ()),
         )
 
     def lines(self) -> Iterator[Line]:
@@ -73,14 +76,17 @@ class Scorecard:
             cells += [_number(scores[metric]) if metric in scores else "" for scores in domains.values()]
             if difference := self.differences.get(metric):
                 low, high = difference.interval.low, difference.interval.high
-                cells += [f"{difference.value:+.4f} ({low:+.4f} to {high:+.4f})", f"{difference.p:.3f}"]
-            yield Line(metric, tuple(cells))
+                cells += [f"{difference.value:+.4f}", f"{low:+.4f} {high:+.4f}", f"{difference.p:.3f}"]
+            yield self._line(metric, cells)
             for row, printed in ROWS.get(self.paper, {}).items():
                 if any(metric in scores for scores in printed.values()):
                     cells = [_number(printed.get(name, {}).get(metric)) for name in (OVERALL, *domains)]
-                    yield Line(f"  paper: {row}", (cells[0], "", *cells[1:]), aside=True)
+                    yield self._line(f"  paper: {row}", [cells[0], "", *cells[1:]], aside=True)
         for metric, reason in self.scores.not_computed.items():
             yield Line(metric, (reason,), aside=True)
+
+    def _line(self, label: str, cells: Sequence[str], *, aside: bool = False) -> Line:
+        return Line(label, (*cells, *[""] * (len(self.header) - 1 - len(cells))), aside)
 
     def facts(self) -> dict[str, str]:
         """Everything that is no score, by name."""

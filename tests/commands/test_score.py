@@ -93,7 +93,7 @@ def test_two_captioners_are_compared(
     assert report["differences"]["CIDEr"]["value"] == pytest.approx(better)
     assert report["baseline"] == scorer.score(worse).overall
     assert 0 < report["differences"]["CIDEr"]["p"] < 0.05
-    assert f"{better:+.4f} (" in capsys.readouterr().out
+    assert f"{better:+.4f}" in capsys.readouterr().out
 
 
 def test_references_without_captions_can_be_left_out(
@@ -136,6 +136,7 @@ def test_mistakes(
         ((captions, references, "--compare", tmp_path / "other.json"), "other.json: none of the 1 captions"),
         ((captions, references, "--output", "scores.txt"), "has to end in .json, .md, .html"),
         ((captions, references, "--output", tmp_path / "gone" / "scores.json"), "cannot be written"),
+        ((captions, references, "--images", tmp_path / "gone"), "none of the pictures is in"),
         ((captions, references, "--paper", "mscoco"), "invalid choice"),
     ):
         assert clipcap("score", *arguments) == 2, arguments

@@ -70,11 +70,11 @@ def test_markdown_is_one_table() -> None:
 def test_a_baseline_adds_its_columns() -> None:
     baseline = Scores(("1", "2"), {"CIDEr": mean([0.15, 0.65])}, {})
     card = scorecard(paper="", domains={}, baseline=baseline)
-    assert card.header == ("metric", "score", "95% interval", "less the baseline", "p")
+    assert card.header == ("metric", "score", "95% interval", "gain", "its interval", "p")
     first, second, _ = card.lines()
-    assert first.cells[2] == "+0.1000 (+0.1000 to +0.1000)"
-    assert float(first.cells[3]) == pytest.approx(0.5, abs=0.06)  # of four ways to change sides two are as far apart
-    assert len(second.cells) == 2  # the baseline has no SPICE
+    assert first.cells[2:4] == ("+0.1000", "+0.1000 +0.1000")
+    assert float(first.cells[4]) == pytest.approx(0.5, abs=0.06)  # of four ways to change sides two are as far apart
+    assert second.cells == ("0.2000", "0.2000-0.2000", "", "", "")  # the baseline has no SPICE
     assert json.loads(card.to_json())["differences"]["CIDEr"]["value"] == pytest.approx(0.1)
 
 
