@@ -5,14 +5,14 @@ it is: CIDEr's weights, which come from all references.
 """
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
 from clipcap_jax.metrics.measure import Measure
 from clipcap_jax.metrics.references import Scores
 
-_AT_ONCE = 100  # draws, each of as many numbers as there are images
+_NUMBERS_AT_ONCE = 1_000_000  # in memory: each draw is as many as there are images
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +51,7 @@ def intervals(scores: Scores, *, draws: int = 1000, level: float = 0.95, seed: i
       An interval for each score.
     """
     weights = _bootstrap(len(scores.images), draws, np.random.default_rng(seed))
-    drawn = _rescore(weights, scores.measures.values())
+    drawn = _rescore(weights, list(scores.measures.values()))
     return {name: _interval(values, level) for name, values in zip(scores.measures, drawn.T, strict=True)}
 
 
@@ -77,39 +77,47 @@ def differences(
         raise ValueError("the scores are of other images, or of the same in another order")
     names = [name for name in first.measures if name in second.measures]
     before, after = [first.measures[name] for name in names], [second.measures[name] for name in names]
-    rng = np.random.default_rng(seed)
-    weights = list(_bootstrap(len(first.images), draws, rng))
-    drawn = _rescore(weights, after) - _rescore(weights, before)
-    # The counts of both, one after the other: of each image's two, one goes to one side and one to the other.
-    both = [Measure(np.concatenate([a.counts, b.counts]), a.score) for a, b in zip(after, before, strict=True)]
-    sides = [rng.random((size, len(first.images))) < 0.5 for size in _sizes(draws)]
-    stay = _rescore((np.hstack([side, ~side]).astype(float) for side in sides), both)
-    swap = _rescore((np.hstack([~side, side]).astype(float) for side in sides), both)
-    values = np.array([a.overall - b.overall for a, b in zip(after, before, strict=True)])
-    # The same sum in another order differs in the last digits.
-    extreme = (np.abs(stay - swap) >= np.abs(values) - 1e-12).sum(axis=0)
-    return {
-        name: Difference(float(value), _interval(drawn[:, i], level), float((extreme[i] + 1) / (draws + 1)))
-        for i, (name, value) in enumerate(zip(names, values, strict=True))
-    }
+    rng, images = np.random.default_rng(seed), len(first.images)
+    drawn = _rescore(_bootstrap(images, draws, rng), [*after, *before])
+    gains = drawn[:, : len(names)] - drawn[:, len(names) :]
+    swapped = np.concatenate([_swap(before, after, rng.random((size, images))) for size in _sizes(images, draws)])
+    found = {}
+    for i, name in enumerate(names):
+        value = after[i].overall - before[i].overall
+        # The same sum in another order differs in the last digits.
+        extreme = int((np.abs(swapped[:, i]) >= abs(value) - 1e-12).sum())
+        found[name] = Difference(value, _interval(gains[:, i], level), (extreme + 1) / (draws + 1))
+    return found
 
 
 def _bootstrap(images: int, draws: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
     """How often each draw takes each image, (some draws, images)."""
-    for size in _sizes(draws):
+    for size in _sizes(images, draws):
         yield rng.multinomial(images, np.full(images, 1 / images), size).astype(np.float64)
 
 
-def _sizes(draws: int) -> list[int]:
-    return [min(_AT_ONCE, draws - start) for start in range(0, draws, _AT_ONCE)]
+def _sizes(images: int, draws: int) -> list[int]:
+    """How many draws at once, so that they fit into memory."""
+    size = max(1, _NUMBERS_AT_ONCE // images)
+    return [min(size, draws - start) for start in range(0, draws, size)]
 
 
-def _rescore(weights: Iterable[np.ndarray], measures: Iterable[Measure]) -> np.ndarray:
+def _rescore(weights: Iterable[np.ndarray], measures: Sequence[Measure]) -> np.ndarray:
     """The scores of weighted sets, (draws, measures)."""
-    measures = list(measures)
     return np.concatenate(
         [np.stack([measure.score(some @ measure.counts) for measure in measures], axis=-1) for some in weights]
     )
+
+
+def _swap(before: Sequence[Measure], after: Sequence[Measure], random: np.ndarray) -> np.ndarray:
+    """The differences when, of each image, the captions change sides where `random`, (draws, images), is below 1/2."""
+    sides = (random < 0.5).astype(np.float64)
+    differences = []
+    for old, new in zip(before, after, strict=True):
+        total = new.counts.sum(axis=0) + old.counts.sum(axis=0)
+        one_side = new.counts.sum(axis=0) + sides @ (old.counts - new.counts)
+        differences.append(new.score(one_side) - new.score(total - one_side))
+    return np.stack(differences, axis=-1)
 
 
 def _interval(values: np.ndarray, level: float) -> Interval:
