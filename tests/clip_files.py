@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from original import load_clip
@@ -12,7 +11,7 @@ from random_models import random_params
 from safetensors.numpy import save_file
 from tokenizers.pre_tokenizers import ByteLevel
 
-from clipcap_jax.convert import clip_text, mapping
+from clipcap_jax.convert import clip_text, files, mapping
 from clipcap_jax.models.clip_text import ClipText, ClipTextConfig
 
 MERGES = [("p", "h"), ("o", "g</w>"), ("d", "og</w>"), ("ph", "o"), ("t", "s</w>")]
@@ -32,9 +31,8 @@ def write_tokenizer(folder: Path) -> Path:
 
 
 def text_params(config: ClipTextConfig = CONFIG, seed: int = 0) -> Any:
-    """On the host."""
-    tower = ClipText(config, jnp.dtype("float32"))
-    return jax.device_get(random_params(tower, seed, np.zeros((1, 4), np.int32)))
+    """Random ones."""
+    return random_params(ClipText(config, jnp.dtype("float32")), seed, np.zeros((1, 4), np.int32))
 
 
 def openai_state(kind: str = "vit", config: ClipTextConfig = CONFIG) -> dict[str, np.ndarray]:
@@ -53,3 +51,15 @@ def write_clip(folder: Path) -> Path:
     sizes = {"quick_gelu": True, "vision_cfg": {"width": 128, "layers": 2}, "text_cfg": {"heads": CONFIG.heads}}
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": sizes}))
     return folder
+
+
+def in_hub_cache(cache: Path, repository: str) -> Path:
+    """The folder of the only snapshot of a repository in a copy of the hub's cache, to write its files to."""
+    folder = cache / f"models--{repository.replace('/', '--')}"
+    snapshot = folder / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text(snapshot.name)
+    for name in files.CONFIG_FILES:
+        (snapshot / name).write_text("{}")
+    return snapshot
