@@ -14,6 +14,7 @@ from clipcap_jax import checkpoint, cli, evaluation, parallel
 from clipcap_jax.captioner import Captioner
 from clipcap_jax.errors import UserError
 from clipcap_jax.metrics import SpiceConfig
+from clipcap_jax.metrics.clipscore import ClipScorer
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs/shapes", "the run's folder, which train.py wrote to")
 _WHICH = flags.DEFINE_string("checkpoint", "best", '"best" (by CIDEr on the validation pictures), "latest" or a step')
@@ -27,6 +28,8 @@ _BATCH_SIZE = flags.DEFINE_integer("batch_size", 0, "pictures per step, over all
 _METEOR = flags.DEFINE_bool("meteor", True, "METEOR as well, where Java and pycocoevalcap are there")
 _SPICE = flags.DEFINE_bool("spice", False, "SPICE as well, which needs Java, and minutes")
 _SPICE_JARS = flags.DEFINE_string("spice_jars", "", "the folder with Stanford CoreNLP 3.6.0, Nashorn and ASM")
+_CLIPSCORE = flags.DEFINE_string("clipscore", "", "CLIPScore as well, by this CLIP: a file, a folder or a hub name")
+_CLIP_TOKENIZER = flags.DEFINE_string("clip_tokenizer", "", "CLIP's: a file, folder or hub name [beside its weights]")
 _OUTPUT = flags.DEFINE_string("output", "", "folder for the results [<workdir>/evaluations/<split>-<step>]")
 
 # Seconds between looks at a run that is followed.
@@ -59,6 +62,7 @@ def _evaluate(console: Console, workdir: Path, which: str) -> None:
         batch_size=batch_size,
         meteor=_METEOR.value,
         spice=SpiceConfig(_SPICE_JARS.value) if _SPICE.value else None,
+        clip=ClipScorer.load(_CLIPSCORE.value, _CLIP_TOKENIZER.value) if _CLIPSCORE.value else None,
         console=console,
     )
     evaluation.write(result, captioner, folder, console)

@@ -8,9 +8,7 @@ import dataclasses
 import functools
 import hashlib
 import re
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -166,7 +164,7 @@ def _write(
 
     run, params = parallel.map_rows(apply), parallel.replicate(encoder.params)
     parts: list[Any] = [writer.source.parts[index] for index in indices]
-    with Progress() as progress, ThreadPoolExecutor(workers) as pool:
+    with Progress() as progress:
         task = progress.add_task(f"Embedding {writer.source.name}", total=sum(part.stop - part.start for part in parts))
 
         def load(split: Split, index: int) -> tuple[Example, np.ndarray] | Problem:
@@ -178,19 +176,13 @@ def _write(
                 return Problem(f"{split.name}/{split.split}", "image broken", f"{example.image_id}: {error}")
             return dataclasses.replace(example, image=None), pixels
 
-        def loaded(part: _Rows) -> Iterator[Any]:
-            """In order, decoded up to two batches ahead."""
-            waiting: deque[Future[Any]] = deque()
-            for index in range(part.start, part.stop):
-                waiting.append(pool.submit(load, splits[part.split], index))
-                if len(waiting) > 2 * batch_size:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-
         def examples(part: _Rows) -> Iterator[Example | Problem]:
             batch: list[tuple[Example, np.ndarray]] = []
-            for item in loaded(part):
+            split = splits[part.split]
+            indices = range(part.start, part.stop)
+            for item in images.load_ahead(
+                functools.partial(load, split), indices, workers=workers, ahead=2 * batch_size
+            ):
                 progress.advance(task)
                 if isinstance(item, Problem):
                     yield item

@@ -14,8 +14,10 @@ from clipcap_jax.captioner import Caption, Captioner
 from clipcap_jax.data import CaptionData
 from clipcap_jax.datasets import shapes
 from clipcap_jax.datasets.schema import open_split
+from clipcap_jax.embed import encoder_name
 from clipcap_jax.errors import UserError
 from clipcap_jax.metrics import References, Scores, SpiceConfig, coco_files, paper, score_domains
+from clipcap_jax.metrics.clipscore import ClipScorer
 from clipcap_jax.metrics.health import health
 from clipcap_jax.metrics.measure import mean
 from clipcap_jax.metrics.scorecard import Scorecard
@@ -70,6 +72,7 @@ def evaluate(
     batch_size: int,
     meteor: bool = False,
     spice: SpiceConfig | None = None,
+    clip: ClipScorer | None = None,
     console: Console,
 ) -> Evaluation:
     """Caption every example of a split and score the captions.
@@ -77,6 +80,7 @@ def evaluate(
     Args:
       captioner, data, batch_size, console: as `caption_all` takes them; every example has references.
       meteor, spice: also METEOR and SPICE, which need Java.
+      clip: also CLIPScore and RefCLIPScore by this CLIP, of the pictures, or of embeddings if it made them.
 
     Raises:
       UserError: the split has examples without references, or ids that occur twice.
@@ -91,6 +95,10 @@ def evaluate(
     if data.name.startswith("shapes/"):
         right = [shapes.names_exactly(text, shapes.scene_of(image_id)) for image_id, text in texts.items()]
         scores = scores.add({"exact scenes": mean(right)})
+    if clip is not None:
+        seen = _embeddings(data, clip)
+        pictures = functools.partial(_read_picture, data) if seen is None else seen
+        scores = scores.add(clip.measures(data.image_ids, pictures, list(texts.values()), data.captions))
     pairs = data.pairs(metadata.tokenizer, config.data.max_tokens, config.train.targets)
     loss = LossMeter(captioner.model, config.train.targets)
     return Evaluation(
@@ -101,6 +109,21 @@ def evaluate(
         loss=loss(captioner.params, data, pairs, batch_size),
         loss_permuted=loss(captioner.params, data, pairs, batch_size, permuted=True),
     )
+
+
+def _embeddings(data: CaptionData, clip: ClipScorer) -> np.ndarray | None:
+    """The data set's, if this CLIP made them."""
+    if not data.encoder or data.encoder != encoder_name(clip.vision, clip.vision_params):
+        return None
+    return data.inputs(np.arange(len(data)))
+
+
+def _read_picture(data: CaptionData, index: int) -> bytes:
+    if (image := data.image(index)) is not None:
+        return image
+    if not data.image_paths[index]:
+        raise UserError(f"{data.name} neither holds it nor says where it lies")
+    return Path(data.image_paths[index]).read_bytes()
 
 
 def open_data(captioner: Captioner, name: str, split: str, data_dir: str) -> CaptionData:

@@ -12,6 +12,10 @@ As there, transparency is dropped: what a transparent pixel shows is the colour 
 """
 
 import io
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -20,6 +24,9 @@ from clipcap_jax.errors import UserError
 
 # A resized picture's long side grows with this ratio: 1 x 65,535 pixels would become 10 GB.
 MAX_ASPECT_RATIO = 100
+
+_Item = TypeVar("_Item")
+_Loaded = TypeVar("_Loaded")
 
 
 def decode(data: bytes) -> Image.Image:
@@ -83,3 +90,20 @@ def preprocess(image: Image.Image, size: int) -> np.ndarray:
     resized = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = round((width - size) / 2), round((height - size) / 2)  # round half to even, as torchvision's CenterCrop
     return np.asarray(resized.crop((left, top, left + size, top + size)))
+
+
+def load_ahead(
+    load: Callable[[_Item], _Loaded], items: Iterable[_Item], *, workers: int, ahead: int
+) -> Iterator[_Loaded]:
+    """`load(item)` of each item, in order, by threads that are up to `ahead` items ahead of whoever takes them."""
+    waiting: deque[Future[_Loaded]] = deque()
+    pool = ThreadPoolExecutor(workers)
+    try:
+        for item in items:
+            waiting.append(pool.submit(load, item))
+            if len(waiting) > ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)

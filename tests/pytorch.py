@@ -50,8 +50,38 @@ def clip_vision(seed: int = 0, scale: float = 0.05, **sizes: Any) -> Any:
         return randomize(CLIPVisionModelWithProjection(CLIPVisionConfig(**sizes)), seed, scale)
 
 
+def clip_text(seed: int = 0, scale: float = 0.05, **sizes: Any) -> Any:
+    """transformers' `CLIPTextModelWithProjection`."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+        return randomize(CLIPTextModelWithProjection(CLIPTextConfig(**sizes)), seed, scale)
+
+
+def whole_clip(vision: dict[str, Any], text: dict[str, Any], width: int, seed: int = 0, scale: float = 0.05) -> Any:
+    """transformers' `CLIPModel`, with embeddings of this width."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from transformers import CLIPConfig, CLIPModel
+
+        config = CLIPConfig(vision_config=vision, text_config=text, projection_dim=width)
+        return randomize(CLIPModel(config), seed, scale)
+
+
 def modified_resnet(seed: int = 0, scale: float = 0.02, **sizes: Any) -> Any:
-    """open_clip's `ModifiedResNet`, without the rest of that package, which wants torchvision."""
+    """open_clip's `ModifiedResNet`."""
+    return randomize(_open_clip("modified_resnet").ModifiedResNet(**sizes), seed, scale)
+
+
+def text_transformer(seed: int = 0, scale: float = 0.05, **sizes: Any) -> Any:
+    """open_clip's `TextTransformer`, as OpenAI's CLIPs have it."""
+    module = _open_clip("transformer")
+    return randomize(module.TextTransformer(act_layer=module.QuickGELU, **sizes), seed, scale)
+
+
+def _open_clip(module: str) -> Any:
+    """A module of open_clip, without the rest of that package, which wants torchvision."""
     spec = importlib.util.find_spec("open_clip")
     if spec is None:
         pytest.skip("needs open_clip: pip install --no-deps open_clip_torch==3.3.0")
@@ -64,10 +94,10 @@ def modified_resnet(seed: int = 0, scale: float = 0.02, **sizes: Any) -> Any:
     with pytest.MonkeyPatch.context() as patch:
         for name, stub in {**stubs, "open_clip": package}.items():
             patch.setitem(sys.modules, name, stub)
-        module = importlib.import_module("open_clip.modified_resnet")
+        found = importlib.import_module(f"open_clip.{module}")
         for name in [name for name in sys.modules if name.startswith("open_clip.")]:
             patch.delitem(sys.modules, name)
-    return randomize(module.ModifiedResNet(**sizes), seed, scale)
+    return found
 
 
 def arrays(model: Any) -> dict[str, np.ndarray]:

@@ -1,6 +1,7 @@
 import contextlib
 import io
 import struct
+import time
 import zlib
 from pathlib import Path
 
@@ -200,3 +201,35 @@ def test_preprocess_equals_transformers_on_photos(shared: Path) -> None:
         assert np.abs(expected.astype(int) - ours).max() <= 1, path.name
         compared += 1
     assert compared >= 60
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_loading_ahead(workers: int) -> None:
+    """In order, and not further ahead than told."""
+    begun: list[int] = []
+
+    def load(item: int) -> int:
+        begun.append(item)
+        time.sleep(0.01 * (item % 3))
+        return -item
+
+    for taken, loaded in enumerate(images.load_ahead(load, range(20), workers=workers, ahead=4)):
+        assert loaded == -taken
+        assert len(begun) <= taken + 5
+    assert sorted(begun) == list(range(20))
+    assert list(images.load_ahead(load, [], workers=workers, ahead=4)) == []
+
+
+def test_an_error_ends_loading_ahead() -> None:
+    begun: list[int] = []
+
+    def load(item: int) -> int:
+        begun.append(item)
+        time.sleep(0.01)
+        if item == 2:
+            raise UserError("broken")
+        return item
+
+    with pytest.raises(UserError, match="broken"):
+        list(images.load_ahead(load, range(1000), workers=1, ahead=100))
+    assert len(begun) < 10

@@ -1,4 +1,3 @@
-import itertools
 import json
 import shutil
 import socket
@@ -7,9 +6,9 @@ from typing import Any
 
 import huggingface_hub.constants
 import pytest
-import regex  # type: ignore[import-untyped]
 from hypothesis import given
 from hypothesis import strategies as st
+from openai_bpe import Gpt2Bpe
 
 from clipcap_jax.errors import UserError
 from clipcap_jax.tokenizer import Tokenizer
@@ -32,38 +31,6 @@ def gpt2(gpt2_folder: Path) -> Tokenizer:
     return Tokenizer.load(str(gpt2_folder))
 
 
-class OpenAi:
-    """GPT-2's tokenizer as openai/gpt-2, src/encoder.py, has it, without its speed."""
-
-    words = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
-
-    def __init__(self, folder: Path):
-        self.ids = json.loads((folder / "encoder.json").read_text(encoding="utf-8"))
-        merges = (folder / "vocab.bpe").read_text(encoding="utf-8").split("\n")[1:-1]
-        self.ranks = {tuple(merge.split()): rank for rank, merge in enumerate(merges)}
-        # Printable bytes stand for themselves, the others for the characters from 256 on.
-        printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
-        others = [byte for byte in range(256) if byte not in printable]
-        self.characters = [chr(byte if byte in printable else 256 + others.index(byte)) for byte in range(256)]
-
-    def encode(self, text: str) -> list[int]:
-        return [self.ids[piece] for word in self.words.findall(text) for piece in self.pieces(word)]
-
-    def pieces(self, word: str) -> list[str]:
-        pieces = [self.characters[byte] for byte in word.encode()]
-        while len(pieces) > 1:
-            best = min(itertools.pairwise(pieces), key=lambda pair: self.ranks.get(pair, len(self.ranks)))
-            if best not in self.ranks:
-                break
-            joined, i = [], 0
-            while i < len(pieces):
-                width = 2 if tuple(pieces[i : i + 2]) == best else 1
-                joined.append("".join(pieces[i : i + width]))
-                i += width
-            pieces = joined
-        return pieces
-
-
 def test_gpt2_known_ids(gpt2: Tokenizer) -> None:
     """From OpenAI's and Hugging Face's documentation."""
     assert (gpt2.size, gpt2.end_id) == (50257, 50256)
@@ -76,7 +43,7 @@ def test_gpt2_known_ids(gpt2: Tokenizer) -> None:
 
 
 def test_gpt2_equals_openais(gpt2: Tokenizer, gpt2_folder: Path, shared: Path) -> None:
-    openai = OpenAi(gpt2_folder)
+    openai = Gpt2Bpe(gpt2_folder)
     annotations = json.loads((shared / "data" / "coco_captions" / "captions_val2017.json").read_text())["annotations"]
     captions = [annotation["caption"] for annotation in annotations[::100]]
     captions += [

@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -16,6 +16,9 @@ from clipcap_jax.metrics.health import health
 from clipcap_jax.metrics.paper import ROWS
 from clipcap_jax.metrics.scorecard import Scorecard
 from clipcap_jax.report import Row
+
+if TYPE_CHECKING:
+    from clipcap_jax.metrics.clipscore import ClipScorer
 
 _SUFFIXES = (".json", ".md", ".html")
 
@@ -43,6 +46,10 @@ def add(commands: Any) -> None:
     score.add_argument("--plain-cider", action="store_true", help="also CIDEr itself; CIDEr-D is what is called CIDEr")
     score.add_argument("--meteor", action="store_true", help="also METEOR, which needs Java")
     score.add_argument("--spice", action="store_true", help="also SPICE, which needs Java, and minutes")
+    score.add_argument(
+        "--clipscore", metavar="WEIGHTS", help="also CLIPScore, by this CLIP: a file, folder or hub name"
+    )
+    score.add_argument("--clip-tokenizer", default="", help="CLIP's: a file, folder or hub name [beside its weights]")
     score.add_argument("--spice-jars", default="", help="the folder with Stanford CoreNLP 3.6.0, Nashorn and ASM")
     score.add_argument("--spice-cache", default="", help="where parses are kept [~/.cache/clipcap_jax/spice]")
     score.add_argument("--spice-memory", type=positive, default=SpiceConfig.memory, help="GiB, at most [8]")
@@ -81,17 +88,29 @@ def _score(arguments: argparse.Namespace) -> None:
         if given is not None:
             _check(path, given, references, arguments)
 
+    if arguments.images and not any(_picture(arguments.images, file, image).is_file() for image in texts):
+        name = next(iter(file.file_names.values()), "?")
+        raise UserError(f"none of the pictures is in {arguments.images}, such as {name}")
+    clip = _load_clip(arguments) if arguments.clipscore else None
+
     def scored(given: dict[str, str]) -> Scores:
-        return references.score(
+        scores = references.score(
             given, meteor=arguments.meteor, spice=_spice(arguments), plain_cider=arguments.plain_cider
         )
-
-    if arguments.images and not any(_picture(arguments.images, file, image).is_file() for image in texts):
-        raise UserError(
-            f"none of the pictures is in {arguments.images}, such as {next(iter(file.file_names.values()), '?')}"
+        if clip is None:
+            return scores
+        pictures = [_picture(arguments.images, file, image) for image in texts]
+        captions = [given[image] for image in texts]
+        return scores.add(
+            clip.measures(list(texts), lambda i: pictures[i].read_bytes(), captions, list(texts.values()))
         )
 
-    details = {"captions of": arguments.captions, "references of": arguments.references, "baseline": arguments.compare}
+    details = {
+        "captions of": arguments.captions,
+        "references of": arguments.references,
+        "baseline": arguments.compare,
+        "CLIP": arguments.clipscore,
+    }
     scores = scored(captions)
     scorecard = Scorecard(
         scores=scores,
@@ -130,6 +149,16 @@ def _spice(arguments: argparse.Namespace) -> SpiceConfig | None:
     if not arguments.spice:
         return None
     return SpiceConfig(arguments.spice_jars, arguments.spice_memory, arguments.spice_threads, arguments.spice_cache)
+
+
+def _load_clip(arguments: argparse.Namespace) -> "ClipScorer":
+    from clipcap_jax import parallel
+    from clipcap_jax.metrics.clipscore import ClipScorer
+
+    if not arguments.images:
+        raise UserError("--clipscore compares captions with pictures: say where they are with --images")
+    parallel.keep_compiled_programs()
+    return ClipScorer.load(arguments.clipscore, arguments.clip_tokenizer)
 
 
 def _rows(captions: dict[str, str], file: CaptionsFile, scores: Scores, images: Path | None) -> Iterator[Row]:

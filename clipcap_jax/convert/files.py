@@ -155,13 +155,13 @@ def _check_published(path: Path, data: bytes) -> None:
 
 
 def locate(source: str, files: tuple[str, ...]) -> Path:
-    """The weights that a path or a hub name stands for, on this machine.
+    """The file that a path or a hub name stands for, on this machine.
 
     Args:
       source: a file; a folder with one of `files`; or a repository of the Hugging Face hub, such as "gpt2", which is
         downloaded to the hub's cache unless it is there. "gpt2@REVISION" asks for a branch, a tag or a commit (in its
         40 digits).
-      files: the weights' possible names; the first that is there is taken. `CONFIG_FILES` come with it.
+      files: its possible names; the first that is there is taken. `CONFIG_FILES` come with it.
 
     Raises:
       UserError: there is nothing of that name, or the hub cannot be reached.
@@ -173,7 +173,7 @@ def locate(source: str, files: tuple[str, ...]) -> Path:
         for name in files:
             if (path / name).is_file():
                 return path / name
-        raise UserError(f"{path} holds no weights: it needs one of {', '.join(files)}")
+        raise UserError(f"{path} holds none of {', '.join(files)}")
     if path.suffix in (".safetensors", ".bin", ".pt") or source.startswith(("/", ".", "~")):  # no name on the hub
         raise UserError(f"there is no file or folder {source}")
     return _download(source, files)
