@@ -4,6 +4,7 @@ Works beside a training run: `--follow` scores each new checkpoint as it comes.
 """
 
 import dataclasses
+import functools
 import time
 from pathlib import Path
 
@@ -36,6 +37,11 @@ _OUTPUT = flags.DEFINE_string("output", "", "folder for the results [<workdir>/e
 _PATIENCE = 5.0
 
 
+@functools.cache
+def _clip() -> ClipScorer | None:
+    return ClipScorer.load(_CLIPSCORE.value, _CLIP_TOKENIZER.value) if _CLIPSCORE.value else None
+
+
 def _evaluate(console: Console, workdir: Path, which: str) -> None:
     captioner = Captioner.load(workdir, which)
     decode = captioner.decode
@@ -62,7 +68,7 @@ def _evaluate(console: Console, workdir: Path, which: str) -> None:
         batch_size=batch_size,
         meteor=_METEOR.value,
         spice=SpiceConfig(_SPICE_JARS.value) if _SPICE.value else None,
-        clip=ClipScorer.load(_CLIPSCORE.value, _CLIP_TOKENIZER.value) if _CLIPSCORE.value else None,
+        clip=_clip(),
         console=console,
     )
     evaluation.write(result, captioner, folder, console)

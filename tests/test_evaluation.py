@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from clip_files import write_clip
 from rich.console import Console
 from tiny import SPLITS, Source
 
@@ -12,9 +13,11 @@ from clipcap_jax import evaluation
 from clipcap_jax.captioner import Caption, Captioner
 from clipcap_jax.data import CaptionData
 from clipcap_jax.datasets import RecordsSource, open_split, prepare_records, shapes
+from clipcap_jax.embed import encoder_name
 from clipcap_jax.errors import UserError
 from clipcap_jax.evaluation import Evaluation
 from clipcap_jax.metrics import References
+from clipcap_jax.metrics.clipscore import ClipScorer
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +117,37 @@ def test_embeddings_of_another_encoder(captioner: Captioner, source: Source, tmp
         UserError, match=r"from ViT-B/32, but the checkpoint was trained on\s+embeddings from mean colour"
     ):
         evaluation.open_data(captioner, "records/other", "test", str(tmp_path))
+
+
+def test_clipscore_of_pictures_and_of_its_own_embeddings(
+    captioner: Captioner, data: CaptionData, source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clip = ClipScorer.load(str(write_clip(tmp_path)))
+    console = Console(file=io.StringIO())
+    found = evaluation.evaluate(captioner, data, batch_size=4, clip=clip, console=console)
+    texts = [caption.text for caption in found.captions]
+    scored, _ = clip.score(data.image_ids, lambda i: data.image(i) or b"", texts, data.captions)
+    np.testing.assert_allclose(found.scores.measures["CLIPScore"].per_image, scored)
+
+    embeddings = np.random.default_rng(0).normal(size=(len(data), clip.vision.embedding_width)).astype(np.float16)
+    monkeypatch.setattr(evaluation, "caption_all", lambda *_, **__: found.captions)
+    monkeypatch.setattr(evaluation, "LossMeter", lambda *_: lambda *_, **__: 1.0)
+    monkeypatch.setattr(data, "encoder", encoder_name(clip.vision, clip.vision_params))
+    monkeypatch.setattr(data, "inputs", lambda rows: embeddings[rows])
+    monkeypatch.setattr(data, "image", None)  # so it is not looked at
+    found = evaluation.evaluate(captioner, data, batch_size=4, clip=clip, console=console)
+    scored, _ = clip.score(data.image_ids, embeddings, texts, data.captions)
+    np.testing.assert_allclose(found.scores.measures["CLIPScore"].per_image, scored)
+
+
+def test_clipscore_without_pictures(
+    captioner: Captioner, data: CaptionData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data, "image", lambda index: None)
+    monkeypatch.setattr(data, "image_paths", [""] * len(data))
+    clip = ClipScorer.load(str(write_clip(tmp_path)))
+    with pytest.raises(UserError, match=r"picture \w+: records/both/test neither holds it nor says where it lies"):
+        evaluation.evaluate(captioner, data, batch_size=4, clip=clip, console=Console(file=io.StringIO()))
 
 
 def test_a_split_without_references(captioner: Captioner, data: CaptionData, monkeypatch: pytest.MonkeyPatch) -> None:

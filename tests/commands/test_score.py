@@ -4,10 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from clip_files import write_clip
 from PIL import Image
 from tiny import Clipcap
 
 from clipcap_jax.metrics import References, coco_files, submission
+from clipcap_jax.metrics.clipscore import ClipScorer
 
 COCO_100 = json.loads((Path(__file__).parents[1] / "data" / "metrics" / "coco_100.json").read_text("utf-8"))
 IMAGES: dict[str, Any] = dict(list(COCO_100["images"].items())[:30])
@@ -109,6 +111,37 @@ def test_references_without_captions_can_be_left_out(
     assert clipcap("score", tmp_path / "part.json", references, "--only-captioned", "--output", output) == 0
     expected = References({image: REFERENCES[image] for image in part}).score(part).overall
     assert json.loads(output.read_text())["scores"] == expected
+
+
+def test_clipscore(clipcap: Clipcap, captions: Path, references: Path, tmp_path: Path) -> None:
+    weights, photos, output = write_clip(tmp_path / "clip"), tmp_path / "photos", tmp_path / "scores.json"
+    photos.mkdir()
+    for i, image in enumerate(IMAGES):
+        Image.new("RGB", (40, 40), (8 * i, 255 - 8 * i, 100)).save(photos / f"{image}.png")
+    arguments = ("score", captions, references, "--clipscore", weights, "--output", output)
+    assert clipcap(*arguments, "--images", photos) == 0
+    report = json.loads(output.read_text())
+    scored, with_references = ClipScorer.load(str(weights)).score(
+        list(IMAGES),
+        lambda i: (photos / f"{list(IMAGES)[i]}.png").read_bytes(),
+        list(CAPTIONS.values()),
+        list(REFERENCES.values()),
+    )
+    assert report["scores"]["CLIPScore"] == pytest.approx(scored.mean())
+    assert report["scores"]["RefCLIPScore"] == pytest.approx(with_references.mean())
+
+
+def test_clipscore_needs_every_picture(
+    clipcap: Clipcap, captions: Path, references: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights, photos = write_clip(tmp_path / "clip"), tmp_path / "photos"
+    arguments = ("score", captions, references, "--clipscore", weights)
+    assert clipcap(*arguments) == 2
+    assert "say where they are with --images" in capsys.readouterr().err
+    photos.mkdir()
+    Image.new("RGB", (40, 40)).save(photos / f"{next(iter(IMAGES))}.png")
+    assert clipcap(*arguments, "--images", photos) == 2
+    assert f"picture {list(IMAGES)[1]} cannot be read: No such file" in capsys.readouterr().err
 
 
 def test_java_that_is_not_there_is_told(
