@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from clipcap_jax.models.clip_vit import quick_gelu
-from clipcap_jax.models.transformer import EPSILON, Transformer
+from clipcap_jax.models.clip_vit import clip_transformer
+from clipcap_jax.models.transformer import EPSILON
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,17 +47,7 @@ class ClipText(nn.Module):
         positions = self.param("positions", init, (config.context_length, config.width))
         x = (token_embeddings[tokens] + positions[None, :length]).astype(self.dtype)  # B T width
         causal = jnp.tril(jnp.ones((length, length), bool))[None, None]  # 1 1 T T
-        x = Transformer(
-            width=config.width,
-            layers=config.layers,
-            heads=config.heads,
-            mlp_width=4 * config.width,
-            activation=quick_gelu,
-            kernel_init=init,
-            residual_init=nn.initializers.normal((2 * config.width * config.layers) ** -0.5),
-            dtype=self.dtype,
-            name="transformer",
-        )(x, causal)
+        x = clip_transformer(config.width, config.layers, config.heads, self.dtype)(x, causal)
         end = jnp.argmax(tokens, axis=1)  # as the original finds it
         x = jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0]  # B width
         x = nn.LayerNorm(epsilon=EPSILON, dtype=self.dtype, name="final_norm")(x)

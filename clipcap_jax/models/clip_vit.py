@@ -46,6 +46,21 @@ def normalize_pixels(images: jax.Array) -> jax.Array:
     return (images.astype(jnp.float32) / 255.0 - mean) / std
 
 
+def clip_transformer(width: int, layers: int, heads: int, dtype: jnp.dtype) -> Transformer:
+    """The transformer of both towers, as the submodule "transformer"."""
+    return Transformer(
+        width=width,
+        layers=layers,
+        heads=heads,
+        mlp_width=4 * width,
+        activation=quick_gelu,
+        kernel_init=nn.initializers.normal(width**-0.5),
+        residual_init=nn.initializers.normal((2 * width * layers) ** -0.5),
+        dtype=dtype,
+        name="transformer",
+    )
+
+
 class ClipVit(nn.Module):
     """Normalised pixels to CLIP embeddings."""
 
@@ -73,17 +88,7 @@ class ClipVit(nn.Module):
         x = jnp.concatenate([jnp.broadcast_to(class_token, (x.shape[0], 1, config.width)), x], axis=1)  # B I+1 width
         x = x + self.param("positions", init, x.shape[1:])[None].astype(self.dtype)
         x = nn.LayerNorm(epsilon=EPSILON, dtype=self.dtype, name="norm_before")(x)
-        x = Transformer(
-            width=config.width,
-            layers=config.layers,
-            heads=config.heads,
-            mlp_width=4 * config.width,
-            activation=quick_gelu,
-            kernel_init=init,
-            residual_init=nn.initializers.normal((2 * config.width * config.layers) ** -0.5),
-            dtype=self.dtype,
-            name="transformer",
-        )(x)
+        x = clip_transformer(config.width, config.layers, config.heads, self.dtype)(x)
         x = nn.LayerNorm(epsilon=EPSILON, dtype=self.dtype, name="norm_after")(x[:, 0])  # B width
         x = nn.Dense(config.embedding_width, use_bias=False, kernel_init=init, dtype=self.dtype, name="projection")(x)
         return x.astype(jnp.float32)  # B E
