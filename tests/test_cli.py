@@ -4,38 +4,19 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny import SPLITS, Source
+from tiny import SPLITS, Clipcap, Source
 
-from clipcap_jax import __main__, cli
+from clipcap_jax import cli
 from clipcap_jax.captioner import Captioner
 from clipcap_jax.commands.caption import find_pictures
 from clipcap_jax.datasets import open_split
 from clipcap_jax.errors import UserError
 
 PICTURES = sum(SPLITS.values())
-
-Clipcap = Callable[..., int]
-
-
-@pytest.fixture
-def clipcap(monkeypatch: pytest.MonkeyPatch) -> Clipcap:
-    """Runs the command with the given arguments and returns its exit status."""
-
-    def run(*arguments: str | Path) -> int:
-        monkeypatch.setattr("sys.argv", ["clipcap", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "300")
-        try:
-            __main__.main()
-        except SystemExit as stop:
-            return int(stop.code or 0)
-        return 0
-
-    return run
 
 
 @pytest.fixture

@@ -8,6 +8,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -192,14 +194,38 @@ def test_prepared_by_an_earlier_version(tmp_path: Path) -> None:
         prepare.prepare(made, str(tmp_path))
 
 
-def test_two_at_once(tmp_path: Path) -> None:
-    made = source(tmp_path / "log", ("a",), ("b",))
-    with (
-        Writer(made, str(tmp_path)).locked(),
-        pytest.raises(UserError, match=r"made is being prepared in .* by another process"),
-    ):
-        prepare.prepare(made, str(tmp_path))
-    prepare.prepare(made, str(tmp_path))
+@dataclasses.dataclass(frozen=True)
+class Slow:
+    """One example, given once the file `go` is there."""
+
+    go: Path
+    split: str = "train"
+
+    def __iter__(self) -> Iterator[Example]:
+        self.go.with_name("asked").touch()
+        while not self.go.exists():
+            time.sleep(0.01)
+        yield Example(None, None, "", "a", ("a picture",), "")
+
+
+def prepare_slowly(folder: Path) -> prepare.Summary:
+    return prepare.prepare(Source("made", {}, [Slow(folder / "go")], has_images=False), str(folder))
+
+
+def test_two_processes_at_once(tmp_path: Path) -> None:
+    """The second is refused while the first is at work, and afterwards finds it done."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        first = pool.submit(prepare_slowly, tmp_path)
+        while not (tmp_path / "asked").exists():
+            time.sleep(0.01)
+        with pytest.raises(UserError, match=r"made is being prepared in .* by another process"):
+            prepare_slowly(tmp_path)
+        with pytest.raises(UserError, match="not prepared"):
+            read(tmp_path)
+        (tmp_path / "go").touch()
+        assert not first.result().already_prepared
+    assert prepare_slowly(tmp_path).already_prepared
+    assert read(tmp_path) == ["a"]
 
 
 def test_ids_that_occur_twice(tmp_path: Path) -> None:
