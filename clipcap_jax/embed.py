@@ -16,9 +16,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.progress import Progress
 
-from clipcap_jax import images, parallel
+from clipcap_jax import images, parallel, progress
 from clipcap_jax.config import PRESETS
 from clipcap_jax.datasets import prepare
 from clipcap_jax.datasets.schema import Example, Split, fingerprint, open_builder, open_split
@@ -166,8 +165,8 @@ def _write(
 
     run, params = parallel.map_rows(apply), parallel.replicate(encoder.params)
     parts: list[Any] = [writer.source.parts[index] for index in indices]
-    with Progress() as progress, ThreadPoolExecutor(workers) as pool:
-        task = progress.add_task(f"Embedding {writer.source.name}", total=sum(part.stop - part.start for part in parts))
+    with progress.bar() as bar, ThreadPoolExecutor(workers) as pool:
+        task = bar.add_task(f"Embedding {writer.source.name}", total=sum(part.stop - part.start for part in parts))
 
         def load(split: Split, index: int) -> tuple[Example, np.ndarray] | Problem:
             example = split[index]
@@ -191,7 +190,7 @@ def _write(
         def examples(part: _Rows) -> Iterator[Example | Problem]:
             batch: list[tuple[Example, np.ndarray]] = []
             for item in loaded(part):
-                progress.advance(task)
+                bar.advance(task)
                 if isinstance(item, Problem):
                     yield item
                     continue

@@ -115,12 +115,22 @@ def write_dataset_page(path: str | Path, summary: "Summary", samples: Mapping[st
         path,
         "dataset.html",
         summary=summary,
+        origin={name: _told(value) for name, value in summary.origin.items() if value is not None},
         bars=[(words, summary.words.get(words, 0), summary.words.get(words, 0) / most) for words in lengths],
         sections={
             split: [(example, _picture(example.image, example.image_path, example.image_id)) for example in examples]
             for split, examples in samples.items()
         },
     )
+
+
+def _told(value: Any) -> str:
+    """A JSON value as one writes it: "a, b" for a list, "yes" and "no"."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_told(part)}" for key, part in value.items())
+    return ", ".join(map(_told, value)) if isinstance(value, list) else str(value)
 
 
 def _write(path: str | Path, template: str, **content: Any) -> None:

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 from rich.console import Group, RenderableType
-from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
@@ -26,6 +25,7 @@ from clipcap_jax.datasets import schema
 from clipcap_jax.datasets.shards import VERSION, Shard, Writer, changes, tidy
 from clipcap_jax.datasets.source import Problem, Source, first_problems
 from clipcap_jax.errors import UserError
+from clipcap_jax.progress import track
 
 _SAMPLES = 12  # pictures of each split on the page
 _STORED_PROBLEMS = 100  # in metadata.json, which is read whenever the data set is opened; problems.jsonl has all
@@ -44,6 +44,7 @@ class Summary:
       skipped: how often something was skipped, by reason, the most frequent first.
       problems: the first of what was skipped, one by one.
       notes: what else the user should know, such as fields that were not used.
+      origin: what it was prepared from.
       already_prepared: nothing was written this time.
     """
 
@@ -55,6 +56,7 @@ class Summary:
     skipped: Mapping[str, int]
     problems: tuple[Problem, ...]
     notes: tuple[str, ...]
+    origin: Mapping[str, Any]
     already_prepared: bool = False
 
     @property
@@ -118,7 +120,8 @@ def _write(writer: Writer, processes: int, max_skipped: float) -> list[Shard]:
     left = [index for index in range(len(source.parts)) if index not in shards]
     problems = 0
     with contextlib.closing(run(writer, left, processes)) as tasks:
-        for index, shard in track(tasks, f"Preparing {source.name}", total=len(left)):
+        description = f"Preparing the shards of {source.name}"
+        for index, shard in track(tasks, description, total=len(source.parts), done=len(shards)):
             shards[index] = shard
             problems += sum(problem.count for problem in shard.problems if problem.reason not in source.expected)
             if source.records is not None and problems > max(1000, max_skipped * source.records):
@@ -239,8 +242,9 @@ def _check_share(writer: Writer, shards: Mapping[int, Shard], records: int, max_
             writer.forget(index)
     reasons = ", ".join(f"{reason} {count:,}" for reason, count in _counts(counted).items())
     raise UserError(
-        f"{source.name}: {total:,} problems in {records:,} records, more than max_skipped={max_skipped:g} allows "
-        f"({reasons}). Mend them, or raise max_skipped to go on without them.{_then(counted)}"
+        f"{source.name}: {total:,} problems in {records:,} records, more than --max-skipped={max_skipped:g} allows "
+        f"({reasons}). Mend them, or raise --max-skipped (in Python max_skipped) to go on without them."
+        f"{_then(counted)}"
     )
 
 
@@ -272,7 +276,7 @@ def find_prepared(name: str, data_dir: str, origin: Mapping[str, Any]) -> Summar
     if before != now:
         raise UserError(
             f"{name} was prepared before, but from something else{changes(before, now)}. "
-            f"Delete {folder} to prepare it again, or choose another name or data_dir."
+            f"Delete {folder} to prepare it again, or choose another name or --data-dir."
         )
     return dataclasses.replace(_summary(builder), already_prepared=True)
 
@@ -288,6 +292,7 @@ def _summary(builder: tfds.core.DatasetBuilder) -> Summary:
         skipped=dict(stored["skipped"]),
         problems=tuple(Problem(**problem) for problem in stored["problems"]),
         notes=tuple(stored["notes"]),
+        origin=stored["source"],
     )
 
 

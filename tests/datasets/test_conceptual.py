@@ -95,11 +95,14 @@ def test_both_splits_in_one_folder(tmp_path: Path) -> None:
         assert example.captions == (f"Picture {number}.",)
 
 
-@pytest.mark.parametrize("name", ["cc3m-valid-0000.tar", "cc3m-test-0000.tar"])
-def test_a_split_is_never_guessed(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("kind", WRITERS)
+@pytest.mark.parametrize("name", ["cc3m-valid-0000", "cc3m-test-0000", "cc3m-0000", "00000"])
+def test_a_split_is_never_guessed(tmp_path: Path, name: str, kind: str) -> None:
+    if kind == "files":  # whose names are but numbers
+        name = "00000"
     write_tar(tmp_path / "cc3m-train-0000.tar", keyed(0, 1))
-    write_tar(tmp_path / name, keyed(2))
-    with pytest.raises(UserError, match=rf"{name}: is it of train or of validation"):
+    WRITERS[kind](tmp_path / name, keyed(2))
+    with pytest.raises(UserError, match=rf"{name}(.tar)?: is it of train or of validation"):
         conceptual_source("cc3m", tmp_path)
 
 

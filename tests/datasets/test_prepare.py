@@ -2,6 +2,7 @@ import dataclasses
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -161,7 +162,7 @@ def test_killed_when_it_had_just_got_its_name(tmp_path: Path, monkeypatch: pytes
 
 def test_too_many_problems_cost_only_the_shards_that_have_them(tmp_path: Path) -> None:
     log, parts = tmp_path / "log", [("a",), ("b", "problem"), ("c",)]
-    with pytest.raises(UserError, match=r"more than max_skipped=0\.01 allows"):
+    with pytest.raises(UserError, match=r"more than --max-skipped=0\.01 allows"):
         prepare.prepare(source(log, *parts), str(tmp_path))
     assert prepare.prepare(source(log, *parts), str(tmp_path), max_skipped=0.9).skipped == {"a reason": 3}
     assert log.read_text().splitlines().count("('a',)") == 1
@@ -238,7 +239,7 @@ def test_ids_that_occur_twice(tmp_path: Path) -> None:
 
 def test_what_is_expected_is_no_problem(tmp_path: Path) -> None:
     made = source(tmp_path / "log", ("a", "problem"), ("b",))
-    with pytest.raises(UserError, match=r"made: 3 problems in 5 records, more than max_skipped=0.5 allows"):
+    with pytest.raises(UserError, match=r"made: 3 problems in 5 records, more than --max-skipped=0.5 allows"):
         prepare.prepare(made, str(tmp_path), max_skipped=0.5)
     summary = prepare.prepare(dataclasses.replace(made, expected=["a reason"]), str(tmp_path), max_skipped=0.0)
     assert summary.skipped == {"a reason": 3}
@@ -281,6 +282,20 @@ def test_the_page(tmp_path: Path) -> None:
             assert split == "train" or all(caption in page for caption in example.captions)
     assert page.count('<i style="height:') == max(lengths) - min(lengths) + 1
     assert "http" not in page.replace("http-equiv", "")
+    assert "<dt>scenes</dt><dd>train 30, test 3</dd>" in page  # what it was prepared from
+
+
+def test_the_page_names_the_source_and_the_tower(tmp_path: Path) -> None:
+    origin = {"annotations": ["<a>.json", "b.json"], "images": "/photos", "encoder": "ViT-B/32, weights 1f", "x": None}
+    made = source(tmp_path / "log", ("a",), ("b",), origin=origin | {"store_images": False})
+    prepare.prepare(made, str(tmp_path))
+    page = (tmp_path / "made" / "1.0.0" / "report.html").read_text()
+    assert re.findall("<dt>(.*)</dt><dd>(.*)</dd>", page) == [
+        ("annotations", "&lt;a&gt;.json, b.json"),
+        ("images", "/photos"),
+        ("encoder", "ViT-B/32, weights 1f"),
+        ("store images", "no"),
+    ]
 
 
 def prepare_script(data_dir: Path, processes: int) -> str:
