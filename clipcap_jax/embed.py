@@ -9,7 +9,7 @@ import functools
 import hashlib
 import re
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -163,7 +163,7 @@ def _write(
         with jax.default_matmul_precision("highest" if encoder.dtype == "float32" else "default"):
             return model.apply({"params": params}, normalize_pixels(pixels)).astype(jnp.float32)
 
-    run, params = parallel.map_rows(apply), parallel.replicate(encoder.params)
+    begin, params = parallel.begin_rows(apply), parallel.replicate(encoder.params)
     parts: list[Any] = [writer.source.parts[index] for index in indices]
     with progress.bar() as bar, ThreadPoolExecutor(workers) as pool:
         task = bar.add_task(f"Embedding {writer.source.name}", total=sum(part.stop - part.start for part in parts))
@@ -188,6 +188,8 @@ def _write(
                 yield waiting.popleft().result()
 
         def examples(part: _Rows) -> Iterator[Example | Problem]:
+            """A batch is handed out when the next has begun, so that the devices need not wait for the host."""
+            begun: Iterator[Example] = iter(())
             batch: list[tuple[Example, np.ndarray]] = []
             for item in loaded(part):
                 bar.advance(task)
@@ -196,16 +198,19 @@ def _write(
                     continue
                 batch.append(item)
                 if len(batch) == batch_size:
-                    yield from embedded(batch)
-                    batch = []
-            if batch:
-                yield from embedded(batch)
+                    before, begun, batch = begun, embedded(batch), []
+                    yield from before
+            last = embedded(batch) if batch else iter(())
+            yield from begun
+            yield from last
 
         def embedded(batch: list[tuple[Example, np.ndarray]]) -> Iterator[Example]:
             pixels = np.stack([pixels for _, pixels in batch])
             filled = np.concatenate([pixels, np.repeat(pixels[:1], batch_size - len(batch), axis=0)])  # one shape
-            embeddings = run(params, filled)[: len(batch)].astype(np.float16)
-            for (example, _), embedding in zip(batch, embeddings, strict=True):
+            return finished([example for example, _ in batch], begin(params, parallel.send(filled)))
+
+        def finished(batch: list[Example], wait: Callable[[], np.ndarray]) -> Iterator[Example]:
+            for example, embedding in zip(batch, wait()[: len(batch)].astype(np.float16), strict=True):
                 if not np.isfinite(embedding).all():
                     raise UserError(
                         f"the embedding of {example.image_id} is not finite: the tower's weights are broken"

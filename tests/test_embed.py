@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import json
 import os
 import random
@@ -18,7 +19,7 @@ from safetensors.numpy import save_file
 from sources import listed
 from tiny import SPLITS, Clipcap, Source, make_config, train
 
-from clipcap_jax import cache, images
+from clipcap_jax import cache, images, parallel
 from clipcap_jax import embed as embed_module
 from clipcap_jax.captioner import Captioner
 from clipcap_jax.datasets import RecordsSource, open_split, prepare, prepare_records, prepare_shapes, shards
@@ -96,6 +97,32 @@ def test_every_picture_is_embedded_once(encoder: Encoder, pictures: Path, monkey
             np.testing.assert_allclose(example.embedding, expected, rtol=1e-3, atol=1e-3)  # float16
     stored = open_split("embeddings/mine", "val", str(pictures))
     assert (stored.encoder, stored.embedding_width, stored.has_images) == (encoder.name, 24, False)
+
+
+def test_a_batch_begins_before_the_one_ahead_of_it_is_waited_for(
+    encoder: Encoder, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin_rows, events = parallel.begin_rows, []
+
+    def watched(function: Any) -> Any:
+        begin, numbers = begin_rows(function), itertools.count()
+
+        def begin_and_tell(*arguments: Any) -> Any:
+            number, wait = next(numbers), begin(*arguments)
+            events.append(f"begins {number}")
+
+            def wait_and_tell() -> Any:
+                events.append(f"is waited for {number}")
+                return wait()
+
+            return wait_and_tell
+
+        return begin_and_tell
+
+    monkeypatch.setattr(parallel, "begin_rows", watched)
+    prepare.prepare(listed("few", "train", list(open_split("records/pictures", "train", str(pictures)))), str(pictures))
+    embed(encoder, "few", "mine", str(pictures), batch_size=8)
+    assert events == ["begins 0", "begins 1", "is waited for 0", "begins 2", "is waited for 1", "is waited for 2"]
 
 
 def test_the_name_tells_weights_apart(encoder: Encoder) -> None:
