@@ -23,7 +23,7 @@ from rich.text import Text
 from clipcap_jax import cache, report
 from clipcap_jax.datasets import schema
 from clipcap_jax.datasets.shards import VERSION, Shard, Writer, changes, tidy
-from clipcap_jax.datasets.source import Problem, Source, first_problems
+from clipcap_jax.datasets.source import Part, Problem, Source, first_problems
 from clipcap_jax.errors import UserError
 from clipcap_jax.progress import track
 
@@ -143,9 +143,9 @@ def run(writer: Writer, indices: Sequence[int], processes: int) -> Generator[tup
         return
     # Spawned: a process that is forked from one in which JAX has started may hang.
     with concurrent.futures.ProcessPoolExecutor(
-        min(processes, len(indices)), multiprocessing.get_context("spawn"), _begin_worker, (writer,)
+        min(processes, len(indices)), multiprocessing.get_context("spawn"), _begin_worker, (writer.without_parts(),)
     ) as pool:
-        waiting = {pool.submit(_write_shard, index): index for index in indices}
+        waiting = {pool.submit(_write_shard, index, writer.source.parts[index]): index for index in indices}
         try:
             for future in concurrent.futures.as_completed(waiting):
                 yield waiting.pop(future), future.result()
@@ -161,7 +161,7 @@ def run(writer: Writer, indices: Sequence[int], processes: int) -> Generator[tup
             raise
 
 
-_writer: Writer  # of a worker: sent once, as it holds every record
+_writer: Writer  # of a worker
 
 
 def _begin_worker(writer: Writer) -> None:
@@ -179,8 +179,8 @@ def _begin_worker(writer: Writer) -> None:
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 
-def _write_shard(index: int) -> Shard:
-    return _writer.write(index)
+def _write_shard(index: int, part: Part) -> Shard:
+    return _writer.write(index, part)
 
 
 def finish(writer: Writer, shards: list[Shard], max_skipped: float) -> Summary:

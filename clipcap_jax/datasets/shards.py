@@ -6,6 +6,7 @@ added and the folder gets its own name: whoever reads sees a whole data set or n
 """
 
 import contextlib
+import copy
 import dataclasses
 import hashlib
 import json
@@ -15,7 +16,7 @@ import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core import example_serializer, file_adapters, naming
@@ -105,6 +106,7 @@ class Writer:
         self.unfinished = self.folder.with_name(f"{VERSION}.unfinished")
         counts = Counter(part.split for part in source.parts)
         numbers: Counter[str] = Counter()
+        self._splits = [part.split for part in source.parts]
         self.names: list[str] = []  # of the parts' files
         for part in source.parts:
             path = _template(source, self.unfinished, part.split).sharded_filepath(
@@ -114,6 +116,12 @@ class Writer:
             numbers[part.split] += 1
         self._plan = {"origin": json.loads(json.dumps(source.origin)), "shards": self.names}
         self._digest = hashlib.sha256(json.dumps(self._plan, sort_keys=True).encode()).hexdigest()
+
+    def without_parts(self) -> Self:
+        """For another process that writes, and is given the parts one by one: they may hold every record."""
+        light = copy.copy(self)
+        light.source = dataclasses.replace(self.source, parts=(), problems=())
+        return light
 
     @contextlib.contextmanager
     def locked(self, work: str = "", *, wait: bool = False) -> Iterator[None]:
@@ -193,7 +201,7 @@ class Writer:
         Raises:
           OSError: the disk is full, or a file cannot be read or written.
         """
-        part, path = self.source.parts[index], self.unfinished / self.names[index]
+        split, path = self._splits[index], self.unfinished / self.names[index]
         features = schema.features(self.source.has_images, self.source.embedding_width)
         serializer = example_serializer.ExampleSerializer(features.get_serialized_info())
         ids: list[str] = []
@@ -205,13 +213,13 @@ class Writer:
         def records() -> Iterator[tuple[int, bytes]]:
             nonlocal failed
             failed = True
-            for example in part if examples is None else examples:
+            for example in self.source.parts[index] if examples is None else examples:
                 if isinstance(example, Problem):
                     problems.append(example)
                     continue
                 ids.append(example.image_id)
                 words.update(len(caption.split()) for caption in example.captions)
-                fields = schema.to_fields(example, part.split)
+                fields = schema.to_fields(example, split)
                 # As `serialize_example` does, but the same bytes every time: a proto's map has no order.
                 record = serializer.get_tf_example(features.encode_example(fields)).SerializeToString(
                     deterministic=True
