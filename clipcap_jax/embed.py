@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clipcap_jax import images, parallel, progress
+from clipcap_jax import cache, images, parallel, progress
 from clipcap_jax.config import PRESETS
 from clipcap_jax.datasets import prepare
 from clipcap_jax.datasets.schema import Example, Split, fingerprint, open_builder, open_split
@@ -98,6 +98,24 @@ def embed(
     if not all(split.has_images for split in splits.values()):
         raise UserError(f"{name} holds no pictures: there is nothing to embed")
     source = _source(encoder, name, output, data_dir, splits)
+    write = functools.partial(_embed, encoder, source, splits, batch_size, workers, max_skipped)
+    if not cache.is_remote(data_dir):
+        return write(share, data_dir)
+    if share != (0, 1):
+        raise UserError(f"several hosts share this work on a disk that all of them see, not on {data_dir}")
+    return prepare.prepare_remote(source, data_dir, functools.partial(write, share))
+
+
+def _embed(
+    encoder: Encoder,
+    source: Source,
+    splits: dict[str, Split],
+    batch_size: int,
+    workers: int,
+    max_skipped: float,
+    share: tuple[int, int],
+    data_dir: str,
+) -> prepare.Summary | None:
     if done := prepare.find_prepared(source.name, data_dir, source.origin):
         return done
     writer = Writer(source, data_dir)

@@ -3,14 +3,16 @@
 import concurrent.futures
 import contextlib
 import dataclasses
+import hashlib
 import json
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import threading
 from collections import Counter
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from rich.text import Text
 
 from clipcap_jax import cache, report
 from clipcap_jax.datasets import schema
-from clipcap_jax.datasets.shards import VERSION, Shard, Writer, changes, tidy
+from clipcap_jax.datasets.shards import VERSION, Shard, Writer, changes, tidy, upload
 from clipcap_jax.datasets.source import Part, Problem, Source, first_problems
 from clipcap_jax.errors import UserError
 from clipcap_jax.progress import track
@@ -100,6 +102,12 @@ def prepare(source: Source, data_dir: str, *, max_skipped: float = 0.01, process
       UserError: there are more problems than `max_skipped` allows, or ids that occur twice; a data set of this name was
         prepared from something else, or is just being prepared; a file could not be read or written.
     """
+    if cache.is_remote(data_dir):
+        return prepare_remote(
+            source,
+            data_dir,
+            lambda folder: prepare(source, folder, max_skipped=max_skipped, processes=processes),
+        )
     writer = Writer(source, data_dir)
     try:
         if done := find_prepared(source.name, data_dir, source.origin):
@@ -112,6 +120,34 @@ def prepare(source: Source, data_dir: str, *, max_skipped: float = 0.01, process
             return finish(writer, shards, max_skipped)
     except OSError as error:
         raise UserError(f"{source.name} could not be prepared in {data_dir}: {error}") from error
+
+
+def prepare_remote(source: Source, data_dir: str, work: Callable[[str], Any]) -> Summary:
+    """Have a data set prepared in a folder of the cache, on this machine's disk, and copy it to a remote `data_dir`.
+
+    Args:
+      source: what is prepared.
+      data_dir: such as "gs://bucket/data".
+      work: prepares it in the folder that it is given, and goes on with what lies there.
+
+    Returns:
+      What was kept and skipped.
+
+    Raises:
+      UserError: see `prepare`.
+    """
+    place = cache.home() / "prepared" / hashlib.sha256(data_dir.encode()).hexdigest()[:16]
+    folder = Path(source.name) / VERSION
+    try:
+        if done := find_prepared(source.name, data_dir, source.origin):
+            return done
+        with Writer(source, str(place)).locked("upload"):
+            work(str(place))
+            upload(place / folder, tfds.core.Path(data_dir) / folder)
+            shutil.rmtree(place / folder)
+    except OSError as error:
+        raise UserError(f"{source.name} could not be prepared in {data_dir}: {error}") from error
+    return _summary(tfds.builder_from_directory(tfds.core.Path(data_dir) / folder))
 
 
 def _write(writer: Writer, processes: int, max_skipped: float) -> list[Shard]:
@@ -265,10 +301,12 @@ def find_prepared(name: str, data_dir: str, origin: Mapping[str, Any]) -> Summar
     Raises:
       UserError: it was prepared from another `origin`.
     """
-    folder = Path(data_dir).expanduser() / name / VERSION
-    if cache.is_remote(data_dir) or not folder.exists():
-        return None
-    tidy(folder)  # in case the process that finished it was killed before it had
+    with schema.reachable(data_dir):
+        folder = tfds.core.Path(data_dir).expanduser() / name / VERSION
+        if not schema.is_finished(folder):
+            return None
+    if not cache.is_remote(data_dir):
+        tidy(Path(folder))  # in case the process that finished it was killed before it had
     builder = tfds.builder_from_directory(folder)
     if "words" not in builder.info.metadata:
         raise UserError(f"{folder} was prepared by an earlier version: delete it to prepare it again.")

@@ -27,6 +27,7 @@ from clipcap_jax.datasets import schema
 from clipcap_jax.datasets.schema import Example
 from clipcap_jax.datasets.source import Problem, Source
 from clipcap_jax.errors import UserError
+from clipcap_jax.progress import track
 
 VERSION = "1.0.0"
 _WRITER = file_adapters.ADAPTER_FOR_FORMAT[file_adapters.FileFormat(schema.FILE_FORMAT)]
@@ -95,11 +96,6 @@ class Writer:
     """
 
     def __init__(self, source: Source, data_dir: str) -> None:
-        if cache.is_remote(data_dir):
-            raise UserError(
-                f"data sets cannot be written to {data_dir}, only read from there: write to a disk, then copy the "
-                "folder of the data set"
-            )
         self.source = source
         self.data_dir = Path(data_dir).expanduser()
         self.folder = self.data_dir / source.name / VERSION
@@ -285,6 +281,27 @@ def tidy(folder: Path) -> None:
     for pattern in ("*.tmp", "*.note.json", "plan.json"):
         for path in folder.glob(pattern):
             path.unlink(missing_ok=True)
+
+
+def upload(folder: Path, target: Any) -> None:
+    """Copy a finished data set to a remote folder; shards that an interrupted call has copied are not copied again.
+
+    The file by which a data set is recognised goes last (see `schema.is_finished`).
+
+    Raises:
+      OSError: a file could not be read or written.
+    """
+    mark, digest = target / "upload.txt", schema.fingerprint(tfds.builder_from_directory(folder))
+    begun = mark.exists() and mark.read_text() == digest  # or what lies there may be of another data set
+    target.mkdir(parents=True, exist_ok=True)
+    mark.write_text(digest)
+    paths = sorted(folder.iterdir(), key=lambda path: path.name == "dataset_info.json")
+    for path in track(paths, f"Copying to {target}", total=len(paths)):
+        copy = target / path.name
+        is_shard = f".{schema.FILE_FORMAT}-" in path.name
+        if not (begun and is_shard and copy.exists() and copy.stat().length == path.stat().st_size):
+            tfds.core.Path(path).copy(copy, overwrite=True)
+    mark.unlink()
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:

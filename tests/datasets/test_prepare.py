@@ -181,11 +181,6 @@ def test_an_error_of_the_source_is_not_taken_for_the_disks(tmp_path: Path) -> No
         prepare.prepare(Source("made", {}, [Broken()], has_images=False), str(tmp_path))
 
 
-def test_no_disk(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="cannot be written to gs://bucket/data, only read from there"):
-        prepare.prepare(source(tmp_path / "log", ("a",), ("b",)), "gs://bucket/data")
-
-
 def test_prepared_by_an_earlier_version(tmp_path: Path) -> None:
     made = source(tmp_path / "log", ("a",), ("b",))
     prepare.prepare(made, str(tmp_path))
