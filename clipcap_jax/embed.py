@@ -79,7 +79,7 @@ def embed(
       encoder: the tower.
       name: a prepared data set that holds pictures.
       output: the new data set will be "embeddings/<output>": float16 embeddings, not normalised, no pictures.
-      data_dir: the folder of prepared data sets.
+      data_dir: the folder of prepared data sets; on gs:// there is but one share.
       batch_size: pictures a step, over this process's devices; rounded up to a multiple of them.
       workers: threads that decode pictures, ahead of the devices.
       share: this process's number, from 0, and how many there are.

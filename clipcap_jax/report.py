@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # they import this
     from clipcap_jax.datasets import Example, Summary
 
 _LONGEST_SIDE = 320  # of an embedded picture, in pixels
+_HOW = ("store_images", "split")  # of a data set's origin: options, not where it is from
 _DRAWING_SIDE = 128  # a picture no larger than this is kept exact and shown with hard pixel edges
 
 
@@ -115,7 +116,7 @@ def write_dataset_page(path: str | Path, summary: "Summary", samples: Mapping[st
         path,
         "dataset.html",
         summary=summary,
-        origin={name: _told(value) for name, value in summary.origin.items() if value is not None},
+        origin={name: _told(value) for name, value in summary.origin.items() if value is not None and name not in _HOW},
         bars=[(words, summary.words.get(words, 0), summary.words.get(words, 0) / most) for words in lengths],
         sections={
             split: [(example, _picture(example.image, example.image_path, example.image_id)) for example in examples]

@@ -90,7 +90,7 @@ def prepare(source: Source, data_dir: str, *, max_skipped: float = 0.01, process
 
     Args:
       source: what to prepare.
-      data_dir: the folder of prepared data sets.
+      data_dir: the folder of prepared data sets, perhaps on gs:// (see `prepare_remote`).
       max_skipped: how many problems to put up with, as a share of the records.
       processes: how many write shards at the same time. With more than one, a script that calls this needs the usual
         `if __name__ == "__main__":`.

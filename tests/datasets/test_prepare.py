@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import os
+import pickle
 import random
 import re
 import shutil
@@ -89,6 +90,16 @@ def test_several_processes_write_the_same_bytes(tmp_path: Path) -> None:
         made = source(tmp_path / "log", *[(f"{i}", f"{i}b") for i in range(5)])
         prepare.prepare(made, str(folder), processes=processes)
     assert files(tmp_path / "1") == files(tmp_path / "2")
+
+
+def test_a_process_is_not_sent_what_others_write(tmp_path: Path) -> None:
+    """Or each would hold every record."""
+    made = source(tmp_path / "log", ("first id",), ("second id",), problems=[Problem("a line", "a reason", "")] * 9)
+    writer = Writer(made, str(tmp_path))
+    sent = pickle.dumps(writer.without_parts())
+    for text in (b"first id", b"second id", b"a line"):
+        assert text in pickle.dumps(writer)
+        assert text not in sent
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -281,15 +292,20 @@ def test_the_page(tmp_path: Path) -> None:
 
 
 def test_the_page_names_the_source_and_the_tower(tmp_path: Path) -> None:
-    origin = {"annotations": ["<a>.json", "b.json"], "images": "/photos", "encoder": "ViT-B/32, weights 1f", "x": None}
-    made = source(tmp_path / "log", ("a",), ("b",), origin=origin | {"store_images": False})
+    origin = {
+        "annotations": ["<a>.json", "b.json"],
+        "images": "/photos",
+        "encoder": "ViT-B/32, weights 1f",
+        "normalized": False,
+    }
+    made = source(tmp_path / "log", ("a",), ("b",), origin=origin | {"x": None, "store_images": False})
     prepare.prepare(made, str(tmp_path))
     page = (tmp_path / "made" / "1.0.0" / "report.html").read_text()
     assert re.findall("<dt>(.*)</dt><dd>(.*)</dd>", page) == [
         ("annotations", "&lt;a&gt;.json, b.json"),
         ("images", "/photos"),
         ("encoder", "ViT-B/32, weights 1f"),
-        ("store images", "no"),
+        ("normalized", "no"),
     ]
 
 
