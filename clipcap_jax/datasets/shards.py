@@ -301,7 +301,7 @@ def upload(folder: Path, target: Any) -> None:
         is_shard = f".{schema.FILE_FORMAT}-" in path.name
         if not (begun and is_shard and copy.exists() and copy.stat().length == path.stat().st_size):
             tfds.core.Path(path).copy(copy, overwrite=True)
-    mark.unlink()
+    mark.unlink(missing_ok=True)  # another machine may have copied the same
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
