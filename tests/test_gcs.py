@@ -139,6 +139,26 @@ def test_stopped_while_it_is_copied_to_gs(bucket: str, tmp_path: Path, monkeypat
     assert contents(there) == contents(here)
 
 
+def test_killed_while_the_copy_on_the_disk_is_removed(
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(folder: Path, ignore_errors: bool = False) -> None:
+        if folder.exists():
+            next(folder.glob("*.array_record-*")).unlink()
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            prepare_shapes(bucket, {"train": 20})
+    there = tfds.core.Path(bucket) / "shapes" / "1.0.0"
+    before = contents(there)
+    assert prepare_shapes(bucket, {"train": 20}).already_prepared
+    there.rmtree()
+    prepare_shapes(bucket, {"train": 20})
+    assert contents(there) == before
+
+
 def test_embedded_on_gs(bucket: str, data_dir: Path) -> None:
     encoder = Encoder(*load_clip("vit")[:2])
     with pytest.raises(UserError, match=r"several hosts share this work on a disk .*, not on gs://bucket/data"):

@@ -144,7 +144,10 @@ def prepare_remote(source: Source, data_dir: str, work: Callable[[str], Any]) ->
         with Writer(source, str(place)).locked("upload"):
             work(str(place))
             upload(place / folder, tfds.core.Path(data_dir) / folder)
-            shutil.rmtree(place / folder)
+            copied = (place / folder).with_name(f"{VERSION}.copied")  # half of it must not be taken for whole
+            shutil.rmtree(copied, ignore_errors=True)
+            (place / folder).rename(copied)
+            shutil.rmtree(copied)
     except OSError as error:
         raise UserError(f"{source.name} could not be prepared in {data_dir}: {error}") from error
     return _summary(tfds.builder_from_directory(tfds.core.Path(data_dir) / folder))
