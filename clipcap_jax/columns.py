@@ -24,10 +24,8 @@ from typing import Any, Self, TypeVar, overload
 
 import numpy as np
 import numpy.typing as npt
-from rich.progress import track
 
-from clipcap_jax import cache
-from clipcap_jax.datasets import schema
+from clipcap_jax import cache, progress
 from clipcap_jax.datasets.schema import Split
 from clipcap_jax.errors import UserError
 
@@ -161,8 +159,9 @@ def _write(folder: Path, split: Split) -> None:
         embeddings = (
             None if width is None else stack.enter_context(ArrayWriter(folder / "embeddings.npy", np.float16, width))
         )
-        chunks = sum(-(-length // schema.READ_AT_ONCE) for length in split.shard_lengths)
-        for examples in track(split.read_whole(folder), f"Unpacking {name}", total=chunks):
+        bar = stack.enter_context(progress.bar())
+        task = bar.add_task(f"Unpacking {name}", total=sum(split.shard_lengths))
+        for examples in split.read_whole(folder):
             if embeddings is not None:
                 rows = np.stack([np.asarray(example.embedding) for example in examples])
                 if len(bad := np.flatnonzero(~np.isfinite(rows).all(axis=1))):
@@ -176,6 +175,7 @@ def _write(folder: Path, split: Split) -> None:
             domains.extend([example.domain for example in examples])
             ends.extend(captions.count + np.cumsum([len(example.captions) for example in examples]))
             captions.extend([caption for example in examples for caption in example.captions])
+            bar.advance(task, len(examples))
 
 
 class ArrayWriter:

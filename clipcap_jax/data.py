@@ -21,9 +21,8 @@ from pathlib import Path
 
 import grain
 import numpy as np
-from rich.progress import track
 
-from clipcap_jax import cache, images
+from clipcap_jax import cache, images, progress
 from clipcap_jax.columns import ArrayWriter, load, open_columns
 from clipcap_jax.datasets.schema import Split
 from clipcap_jax.errors import UserError
@@ -182,7 +181,9 @@ def _write_pairs(
         files = {
             name: stack.enter_context(ArrayWriter(folder / f"{name}.npy", dtype)) for name, dtype in dtypes.items()
         }
-        for first in track(range(0, len(captions), _TOKENISED_AT_ONCE), description, disable=not description):
+        bar = stack.enter_context(progress.bar(disable=not description))
+        task = bar.add_task(description, total=len(captions))
+        for first in range(0, len(captions), _TOKENISED_AT_ONCE):
             some = captions[first : first + _TOKENISED_AT_ONCE]
             ids = tokenizer.encode([text for texts in some for text in texts], strip=targets == "all")
             whole = np.array([len(caption) + len(end) for caption in ids], np.int64)
@@ -192,6 +193,7 @@ def _write_pairs(
             files["starts"].extend(files["tokens"].count + np.cumsum(lengths) - lengths)
             files["lengths"].extend(lengths)
             files["tokens"].extend([token for caption in ids for token in (caption + end)[:max_tokens]])
+            bar.advance(task, len(some))
         files["tokens"].extend([tokenizer.end_id])
 
 

@@ -8,15 +8,14 @@ import dataclasses
 import functools
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.progress import Progress
 
-from clipcap_jax import images, parallel
+from clipcap_jax import cache, images, parallel, progress
 from clipcap_jax.config import PRESETS
 from clipcap_jax.datasets import prepare
 from clipcap_jax.datasets.schema import Example, Split, fingerprint, open_builder, open_split
@@ -78,7 +77,7 @@ def embed(
       encoder: the tower.
       name: a prepared data set that holds pictures.
       output: the new data set will be "embeddings/<output>": float16 embeddings, not normalised, no pictures.
-      data_dir: the folder of prepared data sets.
+      data_dir: the folder of prepared data sets; on gs:// there is but one share.
       batch_size: pictures a step, over this process's devices; rounded up to a multiple of them.
       workers: threads that decode pictures, ahead of the devices.
       share: this process's number, from 0, and how many there are.
@@ -97,6 +96,24 @@ def embed(
     if not all(split.has_images for split in splits.values()):
         raise UserError(f"{name} holds no pictures: there is nothing to embed")
     source = _source(encoder, name, output, data_dir, splits)
+    write = functools.partial(_embed, encoder, source, splits, batch_size, workers, max_skipped)
+    if not cache.is_remote(data_dir):
+        return write(share, data_dir)
+    if share != (0, 1):
+        raise UserError(f"several hosts share this work on a disk that all of them see, not on {data_dir}")
+    return prepare.prepare_remote(source, data_dir, functools.partial(write, share))
+
+
+def _embed(
+    encoder: Encoder,
+    source: Source,
+    splits: dict[str, Split],
+    batch_size: int,
+    workers: int,
+    max_skipped: float,
+    share: tuple[int, int],
+    data_dir: str,
+) -> prepare.Summary | None:
     if done := prepare.find_prepared(source.name, data_dir, source.origin):
         return done
     writer = Writer(source, data_dir)
@@ -162,10 +179,10 @@ def _write(
         with jax.default_matmul_precision("highest" if encoder.dtype == "float32" else "default"):
             return model.apply({"params": params}, normalize_pixels(pixels)).astype(jnp.float32)
 
-    run, params = parallel.map_rows(apply), parallel.replicate(encoder.params)
+    begin, params = parallel.begin_rows(apply), parallel.replicate(encoder.params)
     parts: list[Any] = [writer.source.parts[index] for index in indices]
-    with Progress() as progress:
-        task = progress.add_task(f"Embedding {writer.source.name}", total=sum(part.stop - part.start for part in parts))
+    with progress.bar() as bar:
+        task = bar.add_task(f"Embedding {writer.source.name}", total=sum(part.stop - part.start for part in parts))
 
         def load(split: Split, index: int) -> tuple[Example, np.ndarray] | Problem:
             example = split[index]
@@ -177,28 +194,31 @@ def _write(
             return dataclasses.replace(example, image=None), pixels
 
         def examples(part: _Rows) -> Iterator[Example | Problem]:
+            """A batch is handed out when the next has begun, so that the devices need not wait for the host."""
+            begun: Iterator[Example] = iter(())
             batch: list[tuple[Example, np.ndarray]] = []
-            split = splits[part.split]
-            indices = range(part.start, part.stop)
-            for item in images.load_ahead(
-                functools.partial(load, split), indices, workers=workers, ahead=2 * batch_size
-            ):
-                progress.advance(task)
+            split, indices = splits[part.split], range(part.start, part.stop)
+            ahead = images.load_ahead(functools.partial(load, split), indices, workers=workers, ahead=2 * batch_size)
+            for item in ahead:
+                bar.advance(task)
                 if isinstance(item, Problem):
                     yield item
                     continue
                 batch.append(item)
                 if len(batch) == batch_size:
-                    yield from embedded(batch)
-                    batch = []
-            if batch:
-                yield from embedded(batch)
+                    before, begun, batch = begun, embedded(batch), []
+                    yield from before
+            last = embedded(batch) if batch else iter(())
+            yield from begun
+            yield from last
 
         def embedded(batch: list[tuple[Example, np.ndarray]]) -> Iterator[Example]:
             pixels = np.stack([pixels for _, pixels in batch])
             filled = np.concatenate([pixels, np.repeat(pixels[:1], batch_size - len(batch), axis=0)])  # one shape
-            embeddings = run(params, filled)[: len(batch)].astype(np.float16)
-            for (example, _), embedding in zip(batch, embeddings, strict=True):
+            return finished([example for example, _ in batch], begin(params, parallel.send(filled)))
+
+        def finished(batch: list[Example], wait: Callable[[], np.ndarray]) -> Iterator[Example]:
+            for example, embedding in zip(batch, wait()[: len(batch)].astype(np.float16), strict=True):
                 if not np.isfinite(embedding).all():
                     raise UserError(
                         f"the embedding of {example.image_id} is not finite: the tower's weights are broken"

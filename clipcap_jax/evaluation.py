@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 from rich.console import Console
-from rich.progress import track
 
 from clipcap_jax.captioner import Caption, Captioner
 from clipcap_jax.data import CaptionData
@@ -21,6 +20,7 @@ from clipcap_jax.metrics.clipscore import ClipScorer
 from clipcap_jax.metrics.health import health
 from clipcap_jax.metrics.measure import mean
 from clipcap_jax.metrics.scorecard import Scorecard
+from clipcap_jax.progress import track
 from clipcap_jax.report import Row, captions_table, scores_table, write_page
 from clipcap_jax.validation import LossMeter
 

@@ -11,9 +11,9 @@ from typing import Any
 import jax
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
 
+from clipcap_jax import progress
 from clipcap_jax.errors import UserError
 
 
@@ -98,16 +98,7 @@ class Monitor:
         self._losses = losses
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
         self._since, self._last = time.perf_counter(), start
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
-        )
+        self._progress = progress.bar(console=console, disable=not console.is_terminal)
         self._task = self._progress.add_task("training", total=total, completed=start)
         self._progress.start()
 

@@ -147,10 +147,16 @@ def map_sum(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def map_rows(function: Callable[..., Any]) -> Callable[..., Any]:
     """Run `function(constants, batch)` on every device's share; its results joined along axis 0, on the host."""
+    begin = begin_rows(function)
+    return lambda constants, batch: begin(constants, batch)()
+
+
+def begin_rows(function: Callable[..., Any]) -> Callable[..., Callable[[], Any]]:
+    """As `map_rows`, but a call only begins: what it returns, called in turn, waits for the results and gives them."""
     mapped = jax.pmap(function, axis_name=AXIS, in_axes=(None, 0))
 
-    def call(constants: Any, batch: Any) -> Any:
+    def begin(constants: Any, batch: Any) -> Callable[[], Any]:
         result = _wait_on_cpu(mapped(constants, _split(batch)))
-        return jax.tree.map(lambda x: np.reshape(x, (-1, *x.shape[2:])), jax.device_get(result))
+        return lambda: jax.tree.map(lambda x: np.reshape(x, (-1, *x.shape[2:])), jax.device_get(result))
 
-    return call
+    return begin

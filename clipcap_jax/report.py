@@ -9,18 +9,19 @@ from typing import TYPE_CHECKING, Any
 
 import jinja2
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
 from clipcap_jax import images
 from clipcap_jax.errors import UserError
 from clipcap_jax.metrics.scorecard import Scorecard
+from clipcap_jax.progress import track
 
 if TYPE_CHECKING:  # they import this
     from clipcap_jax.datasets import Example, Summary
 
 _LONGEST_SIDE = 320  # of an embedded picture, in pixels
+_HOW = ("store_images", "split")  # of a data set's origin: options, not where it is from
 _DRAWING_SIDE = 128  # a picture no larger than this is kept exact and shown with hard pixel edges
 
 
@@ -76,7 +77,7 @@ def write_page(
     """
     ranked = sorted(rows, key=lambda row: (-row.scores["CIDEr"], row.image_id))
     left_out = range(pictures - pictures // 2, len(ranked) - pictures // 2)
-    bar = track(ranked, "Writing the page", console=Console(stderr=True), transient=True)
+    bar = track(ranked, "Writing the page", total=len(ranked), console=Console(stderr=True), transient=True)
     _write(
         path,
         "page.html",
@@ -108,12 +109,22 @@ def write_dataset_page(path: str | Path, summary: "Summary", samples: Mapping[st
         path,
         "dataset.html",
         summary=summary,
+        origin={name: _told(value) for name, value in summary.origin.items() if value is not None and name not in _HOW},
         bars=[(words, summary.words.get(words, 0), summary.words.get(words, 0) / most) for words in lengths],
         sections={
             split: [(example, _picture(example.image, example.image_path, example.image_id)) for example in examples]
             for split, examples in samples.items()
         },
     )
+
+
+def _told(value: Any) -> str:
+    """A JSON value as one writes it: "a, b" for a list, "yes" and "no"."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_told(part)}" for key, part in value.items())
+    return ", ".join(map(_told, value)) if isinstance(value, list) else str(value)
 
 
 def _write(path: str | Path, template: str, **content: Any) -> None:

@@ -1,5 +1,4 @@
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import hypothesis
@@ -31,21 +30,3 @@ def shared() -> Path:
     if not Path(folder).is_dir():
         pytest.fail(f"CLIPCAP_SHARED is {folder}, which is not a folder")
     return Path(folder)
-
-
-@pytest.fixture
-def clipcap(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    """Runs the `clipcap` command with the given arguments and returns its exit status."""
-
-    def run(*arguments: str | Path) -> int:
-        from clipcap_jax import __main__
-
-        monkeypatch.setattr("sys.argv", ["clipcap", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "300")
-        try:
-            __main__.main()
-        except SystemExit as stop:
-            return int(stop.code or 0)
-        return 0
-
-    return run

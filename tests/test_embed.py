@@ -1,7 +1,9 @@
 import dataclasses
+import itertools
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -15,12 +17,12 @@ import pytest
 from original import load_clip
 from safetensors.numpy import save_file
 from sources import listed
-from tiny import SPLITS, Source, make_config, train
+from tiny import SPLITS, Clipcap, Source, make_config, train
 
+from clipcap_jax import cache, images, parallel
 from clipcap_jax import embed as embed_module
-from clipcap_jax import images
 from clipcap_jax.captioner import Captioner
-from clipcap_jax.datasets import RecordsSource, open_split, prepare, prepare_records, prepare_shapes
+from clipcap_jax.datasets import RecordsSource, open_split, prepare, prepare_records, prepare_shapes, shards
 from clipcap_jax.datasets.schema import Example
 from clipcap_jax.datasets.shards import Writer
 from clipcap_jax.embed import Encoder, embed, encoder_name
@@ -97,6 +99,32 @@ def test_every_picture_is_embedded_once(encoder: Encoder, pictures: Path, monkey
     assert (stored.encoder, stored.embedding_width, stored.has_images) == (encoder.name, 24, False)
 
 
+def test_a_batch_begins_before_the_one_ahead_of_it_is_waited_for(
+    encoder: Encoder, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin_rows, events = parallel.begin_rows, []
+
+    def watched(function: Any) -> Any:
+        begin, numbers = begin_rows(function), itertools.count()
+
+        def begin_and_tell(*arguments: Any) -> Any:
+            number, wait = next(numbers), begin(*arguments)
+            events.append(f"begins {number}")
+
+            def wait_and_tell() -> Any:
+                events.append(f"is waited for {number}")
+                return wait()
+
+            return wait_and_tell
+
+        return begin_and_tell
+
+    monkeypatch.setattr(parallel, "begin_rows", watched)
+    prepare.prepare(listed("few", "train", list(open_split("records/pictures", "train", str(pictures)))), str(pictures))
+    embed(encoder, "few", "mine", str(pictures), batch_size=8)
+    assert events == ["begins 0", "begins 1", "is waited for 0", "begins 2", "is waited for 1", "is waited for 2"]
+
+
 def test_the_name_tells_weights_apart(encoder: Encoder) -> None:
     other = jax.tree.map(np.array, encoder.params)
     assert encoder_name(encoder.config, other) == encoder.name
@@ -156,6 +184,51 @@ def test_hosts_that_do_not_agree(encoder: Encoder, pictures: Path, monkeypatch: 
     with pytest.raises(UserError, match=r"was begun, but not finished, from something else: dtype was float32"):
         embed(other, "records/pictures", "mine", str(pictures), share=(1, 2))
     assert embed(encoder, "records/pictures", "mine", str(pictures), share=(1, 2)) is not None
+
+
+def test_a_disk_that_fills(encoder: Encoder, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embed_module, "EMBEDDINGS_PER_SHARD", 5)
+    to_disk, written = shards._to_disk, []
+
+    def fill(path: Path) -> None:
+        written.append(path)
+        if len(written) == 4:
+            raise OSError(28, "No space left on device")
+        to_disk(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "_to_disk", fill)
+        with pytest.raises(UserError, match=r"embeddings/mine could not be written to .*: .*No space left on device"):
+            embed(encoder, "records/pictures", "mine", str(pictures))
+    with pytest.raises(UserError, match="not prepared"):
+        read(pictures)
+    assert not list((pictures / "embeddings" / "mine").glob("*/*.tmp"))
+    summary = embed(encoder, "records/pictures", "mine", str(pictures))
+    assert summary is not None
+    assert summary.images == SPLITS
+
+
+def test_two_at_once(encoder: Encoder, pictures: Path) -> None:
+    folder = pictures / "embeddings" / "mine"
+    folder.mkdir(parents=True)
+    with (
+        cache.locked(folder / "1.0.0share0of1.lock"),
+        pytest.raises(UserError, match=r"embeddings/mine is being prepared in .* by another process"),
+    ):
+        embed(encoder, "records/pictures", "mine", str(pictures))
+
+
+def test_what_the_command_says_to_train_with(
+    weights: Path, pictures: Path, clipcap: Clipcap, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("records/pictures", "--clip", weights, "--data-dir", pictures, "--batch-size", 8, "--workers", 1)
+    assert clipcap("embed", *arguments) == 0
+    printed = capsys.readouterr().out
+    assert f"embeddings/records_pictures is prepared: {pictures}" in printed
+    settings = dict(re.findall(r"--config\.(\S+)=(\S+)", printed))
+    assert settings == {"data.name": "embeddings/records_pictures", "data.input": "embedding"}
+    train(pictures / "run", make_config(pictures, settings))
+    assert losses(pictures / "run")
 
 
 def test_what_cannot_be_embedded(encoder: Encoder, pictures: Path, source: Source) -> None:

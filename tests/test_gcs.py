@@ -12,11 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from original import load_clip
 from tiny import IMAGE_SIZE
 
 from clipcap_jax import cache
 from clipcap_jax.data import CaptionData
-from clipcap_jax.datasets import open_split
+from clipcap_jax.datasets import open_split, prepare_shapes, shapes
+from clipcap_jax.embed import Encoder, embed
 from clipcap_jax.errors import UserError
 from clipcap_jax.tokenizer import Tokenizer
 
@@ -46,11 +48,13 @@ def bucket(
     """The tiny data sets on gs://."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     if request.param == "folder":
-        monkeypatch.setitem(gpath._PREFIX_TO_BACKEND, "gs", Folder(tmp_path))
+        folder = Folder(tmp_path)
+        monkeypatch.setitem(gpath._PREFIX_TO_BACKEND, "gs", folder)
+        monkeypatch.setattr(gpath, "_GCS_BACKENDS", [folder])
         shutil.copytree(data_dir, tmp_path / "bucket" / "data", ignore=shutil.ignore_patterns("columns"))
         yield "gs://bucket/data"
         return
-    pytest.importorskip("gcsfs", reason="needs gcsfs and gcp-storage-emulator")
+    gcsfs = pytest.importorskip("gcsfs", reason="needs gcsfs and gcp-storage-emulator")
     emulator = pytest.importorskip("gcp_storage_emulator.server", reason="needs gcsfs and gcp-storage-emulator")
     with socket.create_server(("localhost", 0)) as free:
         port = free.getsockname()[1]
@@ -62,6 +66,7 @@ def bucket(
             tfds.core.Path("gs://bucket/data", path.relative_to(data_dir)).write_bytes(path.read_bytes())
     yield "gs://bucket/data"
     server.stop()
+    gcsfs.GCSFileSystem.current().invalidate_cache()  # it knows what lay in the bucket
 
 
 def test_a_data_set_on_gs(bucket: str, data_dir: Path) -> None:
@@ -90,6 +95,84 @@ def test_a_part_on_gs(bucket: str, data_dir: Path) -> None:
     np.testing.assert_array_equal(there.inputs([0, 1]), here.inputs([0, 1]))
 
 
+def contents(folder: Any) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def test_prepared_on_gs(bucket: str, tmp_path: Path) -> None:
+    sizes = {"train": 30, "val": 4}
+    assert not prepare_shapes(bucket, sizes).already_prepared
+    prepare_shapes(str(tmp_path / "here"), sizes)
+    there, here = (tfds.core.Path(at) / "shapes" / "1.0.0" for at in (bucket, tmp_path / "here"))
+    assert contents(there) == contents(here)
+    assert not list(cache.home().glob("prepared/*/shapes/1.0.0*/*"))
+    summary = prepare_shapes(bucket, sizes)
+    assert (summary.already_prepared, summary.folder) == (True, str(there))
+    with pytest.raises(UserError, match=r"scenes was .*'val': 4.*, is now .*'val': 5"):
+        prepare_shapes(bucket, sizes | {"val": 5})
+
+
+def test_stopped_while_it_is_copied_to_gs(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was copied counts for nothing before all of it is there; then shards are not copied again."""
+    monkeypatch.setattr(shapes, "PICTURES_PER_SHARD", 10)
+    copy = gpath._GPath.copy
+    copied: list[str] = []
+
+    def limited(self: Any, target: Any, overwrite: bool = False) -> Any:
+        if len(copied) in (2, 6):  # of 9 files
+            copied.append("")
+            raise OSError("the connection broke")
+        copied.append(self.name)
+        return copy(self, target, overwrite)
+
+    monkeypatch.setattr(gpath._GPath, "copy", limited)
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"shapes could not be prepared in gs://bucket/data: the connection broke"):
+            prepare_shapes(bucket, {"train": 40})
+        with pytest.raises(UserError, match="'shapes' is not prepared in gs://bucket/data"):
+            open_split("shapes", "train", bucket)
+    prepare_shapes(bucket, {"train": 40})
+    assert len(shards := [name for name in copied if ".array_record-" in name]) == len(set(shards)) == 4
+    assert copied[-1] == "dataset_info.json"
+    prepare_shapes(str(tmp_path / "here"), {"train": 40})
+    there, here = (tfds.core.Path(at) / "shapes" / "1.0.0" for at in (bucket, tmp_path / "here"))
+    assert contents(there) == contents(here)
+
+
+def test_killed_while_the_copy_on_the_disk_is_removed(
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(folder: Path, ignore_errors: bool = False) -> None:
+        if folder.exists():
+            next(folder.glob("*.array_record-*")).unlink()
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            prepare_shapes(bucket, {"train": 20})
+    there = tfds.core.Path(bucket) / "shapes" / "1.0.0"
+    before = contents(there)
+    assert prepare_shapes(bucket, {"train": 20}).already_prepared
+    there.rmtree()
+    prepare_shapes(bucket, {"train": 20})
+    assert contents(there) == before
+
+
+def test_embedded_on_gs(bucket: str, data_dir: Path) -> None:
+    encoder = Encoder(*load_clip("vit")[:2])
+    with pytest.raises(UserError, match=r"several hosts share this work on a disk .*, not on gs://bucket/data"):
+        embed(encoder, "records/pictures", "mine", bucket, share=(0, 2))
+    for at in (bucket, str(data_dir)):
+        summary = embed(encoder, "records/pictures", "gs", at)
+        assert summary is not None
+        assert summary.folder == f"{at}/embeddings/gs/1.0.0"
+    there, here = (CaptionData(open_split("embeddings/gs", "train", str(at)), None) for at in (bucket, data_dir))
+    np.testing.assert_array_equal(there.inputs(range(17)), here.inputs(range(17)))
+    assert list(there.captions) == list(here.captions)
+    shutil.rmtree(data_dir / "embeddings")
+
+
 def test_what_is_not_on_gs(bucket: str) -> None:
     with pytest.raises(UserError, match="'records/none' is not prepared in gs://bucket/data"):
         open_split("records/none", "train", bucket)
@@ -97,5 +180,7 @@ def test_what_is_not_on_gs(bucket: str) -> None:
 
 @pytest.mark.skipif(importlib.util.find_spec("gcsfs") is not None, reason="gcsfs is installed")
 def test_without_gcsfs() -> None:
-    with pytest.raises(UserError, match=r"gs://bucket/data cannot be read: .*pip install clipcap_jax\[gcs\]"):
+    with pytest.raises(UserError, match=r"gs://bucket/data cannot be reached: .*pip install clipcap_jax\[gcs\]"):
         open_split("records/both", "train", "gs://bucket/data")
+    with pytest.raises(UserError, match=r"gs://bucket/data cannot be reached: .*pip install clipcap_jax\[gcs\]"):
+        prepare_shapes("gs://bucket/data")

@@ -26,7 +26,7 @@ from orbax.checkpoint import args
 from PIL import Image
 from rich.console import Console
 
-from clipcap_jax import config, trainer
+from clipcap_jax import __main__, config, trainer
 from clipcap_jax.config import Config
 from clipcap_jax.datasets import RecordsSource, prepare_records
 from clipcap_jax.logs import Monitor
@@ -193,6 +193,22 @@ def data_dir(source: Source, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ):
         prepare_records(prepared, str(data_dir))
     return data_dir
+
+
+@pytest.fixture
+def clipcap(monkeypatch: pytest.MonkeyPatch) -> Clipcap:
+    """Runs the command with the given arguments and returns its exit status."""
+
+    def run(*arguments: str | Path) -> int:
+        monkeypatch.setattr("sys.argv", ["clipcap", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "300")
+        try:
+            __main__.main()
+        except SystemExit as stop:
+            return int(stop.code or 0)
+        return 0
+
+    return run
 
 
 def train(run: Path, settings: Config) -> str:

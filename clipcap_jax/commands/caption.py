@@ -11,13 +11,13 @@ from typing import IO, Any
 
 import numpy as np
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
 from clipcap_jax.cli import positive
 from clipcap_jax.commands.convert import ORIGINAL_OPTIONS, add_original_options, load_original
 from clipcap_jax.errors import UserError
+from clipcap_jax.progress import track
 
 IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 

@@ -235,9 +235,9 @@ def _shards(name: str, folder: Path, split: str, store_images: bool, held_out: t
     with os.scandir(place) as entries:  # of which there may be millions
         for entry in entries:
             has_pictures |= entry.name.endswith(".jpg")
-            # In a folder for both splits, the name of a shard says which it is of, or it is of train.
+            # In a folder for both splits, the name of a shard says which it is of.
             pattern = r"\d+" if entry.is_dir() else r"(.*[-_])?\d+\.tar"
-            if re.fullmatch(pattern, entry.name) and (place != folder or _split_of(entry.path) == split):
+            if re.fullmatch(pattern, entry.name) and (place != folder or _split_of(name, entry.path) == split):
                 paths.append(Path(entry.path))
     if len({path.stem for path in paths}) < len(paths):
         raise UserError(f"{place} holds shards both as .tar and as folders. Leave one of them there.")
@@ -254,12 +254,15 @@ def _shards(name: str, folder: Path, split: str, store_images: bool, held_out: t
     ]
 
 
-def _split_of(path: str) -> str:
-    """The split that the name of a tar says, "train" where it is but a number."""
-    words = re.findall(r"[a-z]+", os.path.basename(path).removesuffix(".tar"))
-    if {"test", "dev", "valid"} & set(words):
-        raise UserError(f"{path}: is it of train or of validation? Put it into a folder of that name.")
-    return "val" if {"val", "validation"} & set(words) else "train"
+def _split_of(name: str, path: str) -> str:
+    """The split that the name of a shard says; CC12M has but one, and its shards' names need not say it."""
+    words = set(re.findall(r"[a-z]+", os.path.basename(path).removesuffix(".tar")))
+    for split, spellings in _FOLDERS.items():
+        if words & set(spellings):
+            return split
+    if name == "cc12m" and not words & {"test", "dev", "valid"}:
+        return "train"
+    raise UserError(f"{path}: is it of train or of validation? Put it into a folder of that name.")
 
 
 def _samples(shard: Shard) -> Iterator[_Sample | Problem]:

@@ -26,7 +26,6 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
-    track,
 )
 
 from clipcap_jax import cache, images
@@ -34,6 +33,7 @@ from clipcap_jax.datasets import nocaps
 from clipcap_jax.datasets.annotations import find_file, not_there
 from clipcap_jax.datasets.source import Problem
 from clipcap_jax.errors import UserError
+from clipcap_jax.progress import track
 
 TRIES = 5
 PAUSE = 2.0  # seconds before the second try; doubled for each further one
@@ -270,7 +270,7 @@ def unpack(archive: Path, folder: Path) -> None:
                     raise UserError(
                         f"{archive} would write outside {folder}: {member.filename!r}. Nothing was unpacked."
                     )
-            for member in track(members, f"Unpacking {archive.name}"):
+            for member in track(members, f"Unpacking {archive.name}", total=len(members)):
                 target = folder / member.filename
                 if target.is_file() and target.stat().st_size == member.file_size:
                     continue

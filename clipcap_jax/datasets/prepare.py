@@ -3,29 +3,31 @@
 import concurrent.futures
 import contextlib
 import dataclasses
+import hashlib
 import json
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import threading
 from collections import Counter
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
 from rich.console import Group, RenderableType
-from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
 from clipcap_jax import cache, report
 from clipcap_jax.datasets import schema
-from clipcap_jax.datasets.shards import VERSION, Shard, Writer, changes, tidy
-from clipcap_jax.datasets.source import Problem, Source, first_problems
+from clipcap_jax.datasets.shards import VERSION, Shard, Writer, changes, tidy, upload
+from clipcap_jax.datasets.source import Part, Problem, Source, first_problems
 from clipcap_jax.errors import UserError
+from clipcap_jax.progress import track
 
 _SAMPLES = 12  # pictures of each split on the page
 _STORED_PROBLEMS = 100  # in metadata.json, which is read whenever the data set is opened; problems.jsonl has all
@@ -44,6 +46,7 @@ class Summary:
       skipped: how often something was skipped, by reason, the most frequent first.
       problems: the first of what was skipped, one by one.
       notes: what else the user should know, such as fields that were not used.
+      origin: what it was prepared from.
       already_prepared: nothing was written this time.
     """
 
@@ -55,6 +58,7 @@ class Summary:
     skipped: Mapping[str, int]
     problems: tuple[Problem, ...]
     notes: tuple[str, ...]
+    origin: Mapping[str, Any]
     already_prepared: bool = False
 
     @property
@@ -86,7 +90,7 @@ def prepare(source: Source, data_dir: str, *, max_skipped: float = 0.01, process
 
     Args:
       source: what to prepare.
-      data_dir: the folder of prepared data sets.
+      data_dir: the folder of prepared data sets, perhaps on gs:// (see `prepare_remote`).
       max_skipped: how many problems to put up with, as a share of the records.
       processes: how many write shards at the same time. With more than one, a script that calls this needs the usual
         `if __name__ == "__main__":`.
@@ -98,6 +102,12 @@ def prepare(source: Source, data_dir: str, *, max_skipped: float = 0.01, process
       UserError: there are more problems than `max_skipped` allows, or ids that occur twice; a data set of this name was
         prepared from something else, or is just being prepared; a file could not be read or written.
     """
+    if cache.is_remote(data_dir):
+        return prepare_remote(
+            source,
+            data_dir,
+            lambda folder: prepare(source, folder, max_skipped=max_skipped, processes=processes),
+        )
     writer = Writer(source, data_dir)
     try:
         if done := find_prepared(source.name, data_dir, source.origin):
@@ -112,13 +122,45 @@ def prepare(source: Source, data_dir: str, *, max_skipped: float = 0.01, process
         raise UserError(f"{source.name} could not be prepared in {data_dir}: {error}") from error
 
 
+def prepare_remote(source: Source, data_dir: str, work: Callable[[str], Any]) -> Summary:
+    """Have a data set prepared in a folder of the cache, on this machine's disk, and copy it to a remote `data_dir`.
+
+    Args:
+      source: what is prepared.
+      data_dir: such as "gs://bucket/data".
+      work: prepares it in the folder that it is given, and goes on with what lies there.
+
+    Returns:
+      What was kept and skipped.
+
+    Raises:
+      UserError: see `prepare`.
+    """
+    place = cache.home() / "prepared" / hashlib.sha256(data_dir.encode()).hexdigest()[:16]
+    folder = Path(source.name) / VERSION
+    try:
+        if done := find_prepared(source.name, data_dir, source.origin):
+            return done
+        with Writer(source, str(place)).locked("upload"):
+            work(str(place))
+            upload(place / folder, tfds.core.Path(data_dir) / folder)
+            copied = (place / folder).with_name(f"{VERSION}.copied")  # half of it must not be taken for whole
+            shutil.rmtree(copied, ignore_errors=True)
+            (place / folder).rename(copied)
+            shutil.rmtree(copied)
+    except OSError as error:
+        raise UserError(f"{source.name} could not be prepared in {data_dir}: {error}") from error
+    return _summary(tfds.builder_from_directory(tfds.core.Path(data_dir) / folder))
+
+
 def _write(writer: Writer, processes: int, max_skipped: float) -> list[Shard]:
     source = writer.source
     shards = {index: shard for index in range(len(source.parts)) if (shard := writer.finished(index))}
     left = [index for index in range(len(source.parts)) if index not in shards]
     problems = 0
     with contextlib.closing(run(writer, left, processes)) as tasks:
-        for index, shard in track(tasks, f"Preparing {source.name}", total=len(left)):
+        description = f"Preparing the shards of {source.name}"
+        for index, shard in track(tasks, description, total=len(source.parts), done=len(shards)):
             shards[index] = shard
             problems += sum(problem.count for problem in shard.problems if problem.reason not in source.expected)
             if source.records is not None and problems > max(1000, max_skipped * source.records):
@@ -140,9 +182,9 @@ def run(writer: Writer, indices: Sequence[int], processes: int) -> Generator[tup
         return
     # Spawned: a process that is forked from one in which JAX has started may hang.
     with concurrent.futures.ProcessPoolExecutor(
-        min(processes, len(indices)), multiprocessing.get_context("spawn"), _begin_worker, (writer,)
+        min(processes, len(indices)), multiprocessing.get_context("spawn"), _begin_worker, (writer.without_parts(),)
     ) as pool:
-        waiting = {pool.submit(_write_shard, index): index for index in indices}
+        waiting = {pool.submit(_write_shard, index, writer.source.parts[index]): index for index in indices}
         try:
             for future in concurrent.futures.as_completed(waiting):
                 yield waiting.pop(future), future.result()
@@ -158,7 +200,7 @@ def run(writer: Writer, indices: Sequence[int], processes: int) -> Generator[tup
             raise
 
 
-_writer: Writer  # of a worker: sent once, as it holds every record
+_writer: Writer  # of a worker
 
 
 def _begin_worker(writer: Writer) -> None:
@@ -176,8 +218,8 @@ def _begin_worker(writer: Writer) -> None:
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 
-def _write_shard(index: int) -> Shard:
-    return _writer.write(index)
+def _write_shard(index: int, part: Part) -> Shard:
+    return _writer.write(index, part)
 
 
 def finish(writer: Writer, shards: list[Shard], max_skipped: float) -> Summary:
@@ -239,8 +281,9 @@ def _check_share(writer: Writer, shards: Mapping[int, Shard], records: int, max_
             writer.forget(index)
     reasons = ", ".join(f"{reason} {count:,}" for reason, count in _counts(counted).items())
     raise UserError(
-        f"{source.name}: {total:,} problems in {records:,} records, more than max_skipped={max_skipped:g} allows "
-        f"({reasons}). Mend them, or raise max_skipped to go on without them.{_then(counted)}"
+        f"{source.name}: {total:,} problems in {records:,} records, more than --max-skipped={max_skipped:g} allows "
+        f"({reasons}). Mend them, or raise --max-skipped (in Python max_skipped) to go on without them."
+        f"{_then(counted)}"
     )
 
 
@@ -261,10 +304,12 @@ def find_prepared(name: str, data_dir: str, origin: Mapping[str, Any]) -> Summar
     Raises:
       UserError: it was prepared from another `origin`.
     """
-    folder = Path(data_dir).expanduser() / name / VERSION
-    if cache.is_remote(data_dir) or not folder.exists():
-        return None
-    tidy(folder)  # in case the process that finished it was killed before it had
+    with schema.reachable(data_dir):
+        folder = tfds.core.Path(data_dir).expanduser() / name / VERSION
+        if not schema.is_finished(folder):
+            return None
+    if not cache.is_remote(data_dir):
+        tidy(Path(folder))  # in case the process that finished it was killed before it had
     builder = tfds.builder_from_directory(folder)
     if "words" not in builder.info.metadata:
         raise UserError(f"{folder} was prepared by an earlier version: delete it to prepare it again.")
@@ -272,7 +317,7 @@ def find_prepared(name: str, data_dir: str, origin: Mapping[str, Any]) -> Summar
     if before != now:
         raise UserError(
             f"{name} was prepared before, but from something else{changes(before, now)}. "
-            f"Delete {folder} to prepare it again, or choose another name or data_dir."
+            f"Delete {folder} to prepare it again, or choose another name or --data-dir."
         )
     return dataclasses.replace(_summary(builder), already_prepared=True)
 
@@ -288,6 +333,7 @@ def _summary(builder: tfds.core.DatasetBuilder) -> Summary:
         skipped=dict(stored["skipped"]),
         problems=tuple(Problem(**problem) for problem in stored["problems"]),
         notes=tuple(stored["notes"]),
+        origin=stored["source"],
     )
 
 

@@ -223,11 +223,10 @@ def open_split(name: str, split: str, data_dir: str) -> Split:
 
 def open_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
     """Opens the newest version of a prepared data set; as `open_split`, for its metadata and the list of its splits."""
-    folder = tfds.core.Path(data_dir).expanduser() / name
-    try:
-        versions = tfds.core.utils.version.list_all_versions(folder)  # finished ones only, the newest last
-    except ImportError as error:
-        raise UserError(f"{data_dir} cannot be read: {error}. For gs:// pip install clipcap_jax[gcs].") from error
+    with reachable(data_dir):
+        folder = tfds.core.Path(data_dir).expanduser() / name
+        versions = tfds.core.utils.version.list_all_versions(folder)  # the newest last
+        versions = [version for version in versions if is_finished(folder / str(version))]
     if not versions:
         raise UserError(f"The data set {name!r} is not prepared in {data_dir}. {_how_to_prepare(name, data_dir)}")
     builder = tfds.builder_from_directory(folder / str(versions[-1]))
@@ -244,6 +243,20 @@ def open_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
             f"Prepare it again with file_format={FILE_FORMAT!r}."
         )
     return builder
+
+
+@contextlib.contextmanager
+def reachable(data_dir: str) -> Iterator[None]:
+    """Where the package is missing that reaches a remote folder, a UserError says so."""
+    try:
+        yield
+    except ImportError as error:
+        raise UserError(f"{data_dir} cannot be reached: {error}. For gs:// pip install clipcap_jax[gcs].") from error
+
+
+def is_finished(folder: Any) -> bool:
+    """Whether a data set lies in a folder, perhaps a remote one: of such a data set, this file is copied last."""
+    return bool((folder / "dataset_info.json").exists())
 
 
 def fingerprint(builder: tfds.core.DatasetBuilder) -> str:

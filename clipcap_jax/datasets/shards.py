@@ -6,6 +6,7 @@ added and the folder gets its own name: whoever reads sees a whole data set or n
 """
 
 import contextlib
+import copy
 import dataclasses
 import hashlib
 import json
@@ -15,7 +16,7 @@ import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core import example_serializer, file_adapters, naming
@@ -26,6 +27,7 @@ from clipcap_jax.datasets import schema
 from clipcap_jax.datasets.schema import Example
 from clipcap_jax.datasets.source import Problem, Source
 from clipcap_jax.errors import UserError
+from clipcap_jax.progress import track
 
 VERSION = "1.0.0"
 _WRITER = file_adapters.ADAPTER_FOR_FORMAT[file_adapters.FileFormat(schema.FILE_FORMAT)]
@@ -94,17 +96,13 @@ class Writer:
     """
 
     def __init__(self, source: Source, data_dir: str) -> None:
-        if cache.is_remote(data_dir):
-            raise UserError(
-                f"data sets cannot be written to {data_dir}, only read from there: write to a disk, then copy the "
-                "folder of the data set"
-            )
         self.source = source
         self.data_dir = Path(data_dir).expanduser()
         self.folder = self.data_dir / source.name / VERSION
         self.unfinished = self.folder.with_name(f"{VERSION}.unfinished")
         counts = Counter(part.split for part in source.parts)
         numbers: Counter[str] = Counter()
+        self._splits = [part.split for part in source.parts]
         self.names: list[str] = []  # of the parts' files
         for part in source.parts:
             path = _template(source, self.unfinished, part.split).sharded_filepath(
@@ -114,6 +112,12 @@ class Writer:
             numbers[part.split] += 1
         self._plan = {"origin": json.loads(json.dumps(source.origin)), "shards": self.names}
         self._digest = hashlib.sha256(json.dumps(self._plan, sort_keys=True).encode()).hexdigest()
+
+    def without_parts(self) -> Self:
+        """For another process that writes, and is given the parts one by one: they may hold every record."""
+        light = copy.copy(self)
+        light.source = dataclasses.replace(self.source, parts=(), problems=())
+        return light
 
     @contextlib.contextmanager
     def locked(self, work: str = "", *, wait: bool = False) -> Iterator[None]:
@@ -193,7 +197,7 @@ class Writer:
         Raises:
           OSError: the disk is full, or a file cannot be read or written.
         """
-        part, path = self.source.parts[index], self.unfinished / self.names[index]
+        split, path = self._splits[index], self.unfinished / self.names[index]
         features = schema.features(self.source.has_images, self.source.embedding_width)
         serializer = example_serializer.ExampleSerializer(features.get_serialized_info())
         ids: list[str] = []
@@ -205,13 +209,13 @@ class Writer:
         def records() -> Iterator[tuple[int, bytes]]:
             nonlocal failed
             failed = True
-            for example in part if examples is None else examples:
+            for example in self.source.parts[index] if examples is None else examples:
                 if isinstance(example, Problem):
                     problems.append(example)
                     continue
                 ids.append(example.image_id)
                 words.update(len(caption.split()) for caption in example.captions)
-                fields = schema.to_fields(example, part.split)
+                fields = schema.to_fields(example, split)
                 # As `serialize_example` does, but the same bytes every time: a proto's map has no order.
                 record = serializer.get_tf_example(features.encode_example(fields)).SerializeToString(
                     deterministic=True
@@ -277,6 +281,27 @@ def tidy(folder: Path) -> None:
     for pattern in ("*.tmp", "*.note.json", "plan.json"):
         for path in folder.glob(pattern):
             path.unlink(missing_ok=True)
+
+
+def upload(folder: Path, target: Any) -> None:
+    """Copy a finished data set to a remote folder; shards that an interrupted call has copied are not copied again.
+
+    The file by which a data set is recognised goes last (see `schema.is_finished`).
+
+    Raises:
+      OSError: a file could not be read or written.
+    """
+    mark, digest = target / "upload.txt", schema.fingerprint(tfds.builder_from_directory(folder))
+    begun = mark.exists() and mark.read_text() == digest  # or what lies there may be of another data set
+    target.mkdir(parents=True, exist_ok=True)
+    mark.write_text(digest)
+    paths = sorted(folder.iterdir(), key=lambda path: path.name == "dataset_info.json")
+    for path in track(paths, f"Copying to {target}", total=len(paths)):
+        copy = target / path.name
+        is_shard = f".{schema.FILE_FORMAT}-" in path.name
+        if not (begun and is_shard and copy.exists() and copy.stat().length == path.stat().st_size):
+            tfds.core.Path(path).copy(copy, overwrite=True)
+    mark.unlink(missing_ok=True)  # another machine may have copied the same
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:

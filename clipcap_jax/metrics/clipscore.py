@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
-from rich.progress import track
 
 from clipcap_jax import images, parallel
 from clipcap_jax.clip_tokenizer import ClipTokenizer
@@ -24,6 +23,7 @@ from clipcap_jax.metrics.measure import Measure, mean
 from clipcap_jax.models.clip_text import ClipText, ClipTextConfig
 from clipcap_jax.models.clip_vit import normalize_pixels
 from clipcap_jax.models.clipcap import ClipConfig, tower
+from clipcap_jax.progress import track
 
 _PROMPT = "A photo depicts "
 _WEIGHT = 2.5
@@ -209,7 +209,7 @@ def _even(batch_size: int, count: int) -> int:
 
 
 def _track(batches: Sequence[int], description: str) -> Any:
-    return track(batches, description, console=Console(stderr=True), transient=True)
+    return track(batches, description, total=len(batches), console=Console(stderr=True), transient=True)
 
 
 def _unit(embeddings: np.ndarray, names: Sequence[str]) -> np.ndarray:

@@ -5,10 +5,10 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 from rich.console import Console
-from rich.progress import track
 
 from clipcap_jax.metrics import java
 from clipcap_jax.metrics.measure import Measure
+from clipcap_jax.progress import track
 
 _MEMORY = "-Xmx2G"  # pycocoevalcap's limit; the table of paraphrases alone needs a quarter of it
 _START_SECONDS = 120.0  # to load the table of paraphrases: seven seconds on two cores

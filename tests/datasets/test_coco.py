@@ -268,7 +268,7 @@ def test_wrong_splits_of_the_whole(folder: Path, monkeypatch: pytest.MonkeyPatch
 def test_the_published_splits(shared: Path, tmp_path: Path) -> None:
     """With the real lists and captions of all of val and test, and invented pictures of train.
 
-    Their membership is that of the lists, and exchanged lists are noticed.
+    Their membership is that of the lists, whether they are read or Karpathy's file, and exchanged lists are noticed.
     """
     real = shared / "data" / "coco_captions"
     listed: dict[str, dict[int, str]] = {}
@@ -293,7 +293,29 @@ def test_the_published_splits(shared: Path, tmp_path: Path) -> None:
     for split in ("val", "test"):
         name = f"karpathy_{split}_images.txt"
         (tmp_path / name).write_bytes((real / name).read_bytes())
-    source = coco_source(tmp_path)
+    images = [
+        {
+            "filepath": Path(name).parent.name,
+            "filename": Path(name).name,
+            "cocoid": number,
+            "split": next((split for split in listed if number in listed[split]), ("train", "restval")[number % 2]),
+            "sentences": [{"raw": text} for text in captions[number]],
+        }
+        for number, name in files.items()
+    ]
+    (tmp_path / "dataset_coco.json").write_text(json.dumps({"images": images, "dataset": "coco"}))
+    check_published(coco_source(tmp_path), listed, captions)
+    (tmp_path / "dataset_coco.json").unlink()
+    check_published(coco_source(tmp_path), listed, captions)
+
+    (tmp_path / "karpathy_val_images.txt").rename(tmp_path / "x")
+    (tmp_path / "karpathy_test_images.txt").rename(tmp_path / "karpathy_val_images.txt")
+    (tmp_path / "x").rename(tmp_path / "karpathy_test_images.txt")
+    with pytest.raises(UserError, match="Are the lists exchanged"):
+        coco_source(tmp_path)
+
+
+def check_published(source: Source, listed: dict[str, dict[int, str]], captions: dict[int, list[str]]) -> None:
     assert (source.problems, source.notes) == ([], [])
     ids: dict[str, dict[int, Any]] = {"train": {}, "val": {}, "test": {}}
     for shard in source.parts:
@@ -305,9 +327,3 @@ def test_the_published_splits(shared: Path, tmp_path: Path) -> None:
         for number, record in ids[split].items():
             assert record.image == listed[split][number]
             assert record.captions == [" ".join(caption.split()) for caption in captions[number]]
-
-    (tmp_path / "karpathy_val_images.txt").rename(tmp_path / "x")
-    (tmp_path / "karpathy_test_images.txt").rename(tmp_path / "karpathy_val_images.txt")
-    (tmp_path / "x").rename(tmp_path / "karpathy_test_images.txt")
-    with pytest.raises(UserError, match="Are the lists exchanged"):
-        coco_source(tmp_path)

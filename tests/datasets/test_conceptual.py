@@ -95,11 +95,14 @@ def test_both_splits_in_one_folder(tmp_path: Path) -> None:
         assert example.captions == (f"Picture {number}.",)
 
 
-@pytest.mark.parametrize("name", ["cc3m-valid-0000.tar", "cc3m-test-0000.tar"])
-def test_a_split_is_never_guessed(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("kind", WRITERS)
+@pytest.mark.parametrize("name", ["cc3m-valid-0000", "cc3m-test-0000", "cc3m-0000", "00000"])
+def test_a_split_is_never_guessed(tmp_path: Path, name: str, kind: str) -> None:
+    if kind == "files":  # whose names are but numbers
+        name = "00000"
     write_tar(tmp_path / "cc3m-train-0000.tar", keyed(0, 1))
-    write_tar(tmp_path / name, keyed(2))
-    with pytest.raises(UserError, match=rf"{name}: is it of train or of validation"):
+    WRITERS[kind](tmp_path / name, keyed(2))
+    with pytest.raises(UserError, match=rf"{name}(.tar)?: is it of train or of validation"):
         conceptual_source("cc3m", tmp_path)
 
 
@@ -384,3 +387,34 @@ def test_parts_are_light(tmp_path: Path) -> None:
     source: Source = conceptual_source("cc3m", tmp_path)
     assert [part.split for part in source.parts] == ["train"] * 5 + ["val"] * 2
     assert all(len(repr(part)) < 3000 for part in source.parts)
+
+
+def test_other_files_are_another_origin(tmp_path: Path) -> None:
+    """Files are told by their names, sizes and counts: they are too large to be read for that."""
+    write_tar(tmp_path / "train" / "00000.tar", keyed(0, 1))
+    write_folder(tmp_path / "val" / "00000", keyed(2))
+    write_lists(tmp_path, "cc12m", {"train": numbered(0, 1)})
+
+    def origins() -> list[str]:
+        return [conceptual_source("cc12m", folder).origin["files"] for folder in (tmp_path, listed)]
+
+    listed = tmp_path / "listed"
+    listed.mkdir()
+    write_lists(listed, "cc12m", {"train": numbered(0, 1)})
+    known = [origins()]
+    assert origins() == known[0]
+    for change, where in (
+        (lambda: write_tar(tmp_path / "train" / "00000.tar", keyed(*range(9))), 0),
+        (lambda: write_tar(tmp_path / "train" / "00001.tar", keyed(10)), 0),
+        (lambda: write_stats(tmp_path / "train" / "00001_stats.json", 1), 0),
+        (lambda: write_stats(tmp_path / "train" / "00001_stats.json", 1, dead=1), 0),
+        (lambda: (tmp_path / "val" / "00000" / "000000003.jpg").write_bytes(jpeg(3)), 0),
+        (lambda: (tmp_path / "val" / "00000").rename(tmp_path / "val" / "00001"), 0),
+        (lambda: (listed / "train" / "00000000.jpg").write_bytes(jpeg(0)), 1),
+        (lambda: (listed / "cc12m.tsv").write_text("http://example.com/0.jpg\tPicture 0.\n"), 1),
+    ):
+        change()
+        found = origins()
+        assert found[where] not in [before[where] for before in known]
+        assert found[1 - where] == known[-1][1 - where]
+        known.append(found)

@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from tiny import Clipcap
 
-from clipcap_jax.datasets import downloads, nocaps
+from clipcap_jax import cache
+from clipcap_jax.datasets import downloads, nocaps, open_split
 from clipcap_jax.datasets.downloads import Remote, download, download_karpathy, download_nocaps, unpack
 from clipcap_jax.errors import UserError
 
@@ -245,3 +247,38 @@ def test_nocaps_pictures(server: Server, tmp_path: Path) -> None:
     server.requests.clear()
     assert len(download_nocaps(tmp_path)) == 6
     assert not any(path in ("/1.jpg", "/2.jpg") for path, _ in server.requests)
+
+
+def test_nothing_is_prepared_of_half_a_download(
+    server: Server, tmp_path: Path, clipcap: Clipcap, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(file, "JPEG")
+    server.files["/1.jpg"] = file.getvalue()
+    images = [
+        {"id": i, "coco_url": server.url(f"{i}.jpg"), "file_name": f"{i}.jpg", "domain": "in-domain"} for i in (1, 2)
+    ]
+    annotations = [{"image_id": i, "caption": "A dog."} for i in (1, 2)]
+    (tmp_path / nocaps.FILES["val"]).write_text(json.dumps({"images": images, "annotations": annotations}))
+    command = ("prepare", "nocaps", "--manual-dir", tmp_path, "--data-dir", tmp_path / "data", "--processes", 1)
+    assert clipcap(*command, "--download-images") == 2
+    printed = capsys.readouterr().err
+    assert "1 pictures could not be fetched. Run this again to try again, or without --download-images" in printed
+    assert "images[1]: not fetched" in printed
+    assert not (tmp_path / "data").exists()
+
+    assert clipcap(*command, "--max-skipped", 0.5) == 0  # as the message says
+    assert [example.image_id for example in open_split("nocaps", "val", str(tmp_path / "data"))] == ["1"]
+    server.files["/2.jpg"] = file.getvalue()
+    other = (*command[:5], tmp_path / "other", *command[6:])
+    assert clipcap(*other, "--download-images") == 0
+    assert len(open_split("nocaps", "val", str(tmp_path / "other"))) == 2
+
+
+def test_two_downloads_at_once(server: Server, tmp_path: Path) -> None:
+    (tmp_path / nocaps.FILES["val"]).write_text(json.dumps({"images": []}))
+    with cache.locked(tmp_path / ".download.lock"):
+        for work in (download_nocaps, lambda folder: download_karpathy(folder, "coco")):
+            with pytest.raises(UserError, match=f"another process is downloading to {tmp_path}"):
+                work(tmp_path)
+    assert server.requests == []

@@ -1,13 +1,17 @@
 import dataclasses
 import json
 import os
+import pickle
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +92,16 @@ def test_several_processes_write_the_same_bytes(tmp_path: Path) -> None:
     assert files(tmp_path / "1") == files(tmp_path / "2")
 
 
+def test_a_process_is_not_sent_what_others_write(tmp_path: Path) -> None:
+    """Or each would hold every record."""
+    made = source(tmp_path / "log", ("first id",), ("second id",), problems=[Problem("a line", "a reason", "")] * 9)
+    writer = Writer(made, str(tmp_path))
+    sent = pickle.dumps(writer.without_parts())
+    for text in (b"first id", b"second id", b"a line"):
+        assert text in pickle.dumps(writer)
+        assert text not in sent
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_finished_shards_are_not_done_again(tmp_path: Path, processes: int) -> None:
     log, parts = tmp_path / "log", [("a",), ("b",), ("fail", "c"), ("d",)]
@@ -159,7 +173,7 @@ def test_killed_when_it_had_just_got_its_name(tmp_path: Path, monkeypatch: pytes
 
 def test_too_many_problems_cost_only_the_shards_that_have_them(tmp_path: Path) -> None:
     log, parts = tmp_path / "log", [("a",), ("b", "problem"), ("c",)]
-    with pytest.raises(UserError, match=r"more than max_skipped=0\.01 allows"):
+    with pytest.raises(UserError, match=r"more than --max-skipped=0\.01 allows"):
         prepare.prepare(source(log, *parts), str(tmp_path))
     assert prepare.prepare(source(log, *parts), str(tmp_path), max_skipped=0.9).skipped == {"a reason": 3}
     assert log.read_text().splitlines().count("('a',)") == 1
@@ -178,11 +192,6 @@ def test_an_error_of_the_source_is_not_taken_for_the_disks(tmp_path: Path) -> No
         prepare.prepare(Source("made", {}, [Broken()], has_images=False), str(tmp_path))
 
 
-def test_no_disk(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="cannot be written to gs://bucket/data, only read from there"):
-        prepare.prepare(source(tmp_path / "log", ("a",), ("b",)), "gs://bucket/data")
-
-
 def test_prepared_by_an_earlier_version(tmp_path: Path) -> None:
     made = source(tmp_path / "log", ("a",), ("b",))
     prepare.prepare(made, str(tmp_path))
@@ -192,14 +201,38 @@ def test_prepared_by_an_earlier_version(tmp_path: Path) -> None:
         prepare.prepare(made, str(tmp_path))
 
 
-def test_two_at_once(tmp_path: Path) -> None:
-    made = source(tmp_path / "log", ("a",), ("b",))
-    with (
-        Writer(made, str(tmp_path)).locked(),
-        pytest.raises(UserError, match=r"made is being prepared in .* by another process"),
-    ):
-        prepare.prepare(made, str(tmp_path))
-    prepare.prepare(made, str(tmp_path))
+@dataclasses.dataclass(frozen=True)
+class Slow:
+    """One example, given once the file `go` is there."""
+
+    go: Path
+    split: str = "train"
+
+    def __iter__(self) -> Iterator[Example]:
+        self.go.with_name("asked").touch()
+        while not self.go.exists():
+            time.sleep(0.01)
+        yield Example(None, None, "", "a", ("a picture",), "")
+
+
+def prepare_slowly(folder: Path) -> prepare.Summary:
+    return prepare.prepare(Source("made", {}, [Slow(folder / "go")], has_images=False), str(folder))
+
+
+def test_two_processes_at_once(tmp_path: Path) -> None:
+    """The second is refused while the first is at work, and afterwards finds it done."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        first = pool.submit(prepare_slowly, tmp_path)
+        while not (tmp_path / "asked").exists():
+            time.sleep(0.01)
+        with pytest.raises(UserError, match=r"made is being prepared in .* by another process"):
+            prepare_slowly(tmp_path)
+        with pytest.raises(UserError, match="not prepared"):
+            read(tmp_path)
+        (tmp_path / "go").touch()
+        assert not first.result().already_prepared
+    assert prepare_slowly(tmp_path).already_prepared
+    assert read(tmp_path) == ["a"]
 
 
 def test_ids_that_occur_twice(tmp_path: Path) -> None:
@@ -212,7 +245,7 @@ def test_ids_that_occur_twice(tmp_path: Path) -> None:
 
 def test_what_is_expected_is_no_problem(tmp_path: Path) -> None:
     made = source(tmp_path / "log", ("a", "problem"), ("b",))
-    with pytest.raises(UserError, match=r"made: 3 problems in 5 records, more than max_skipped=0.5 allows"):
+    with pytest.raises(UserError, match=r"made: 3 problems in 5 records, more than --max-skipped=0.5 allows"):
         prepare.prepare(made, str(tmp_path), max_skipped=0.5)
     summary = prepare.prepare(dataclasses.replace(made, expected=["a reason"]), str(tmp_path), max_skipped=0.0)
     assert summary.skipped == {"a reason": 3}
@@ -255,6 +288,25 @@ def test_the_page(tmp_path: Path) -> None:
             assert split == "train" or all(caption in page for caption in example.captions)
     assert page.count('<i style="height:') == max(lengths) - min(lengths) + 1
     assert "http" not in page.replace("http-equiv", "")
+    assert "<dt>scenes</dt><dd>train 30, test 3</dd>" in page  # what it was prepared from
+
+
+def test_the_page_names_the_source_and_the_tower(tmp_path: Path) -> None:
+    origin = {
+        "annotations": ["<a>.json", "b.json"],
+        "images": "/photos",
+        "encoder": "ViT-B/32, weights 1f",
+        "normalized": False,
+    }
+    made = source(tmp_path / "log", ("a",), ("b",), origin=origin | {"x": None, "store_images": False})
+    prepare.prepare(made, str(tmp_path))
+    page = (tmp_path / "made" / "1.0.0" / "report.html").read_text()
+    assert re.findall("<dt>(.*)</dt><dd>(.*)</dd>", page) == [
+        ("annotations", "&lt;a&gt;.json, b.json"),
+        ("images", "/photos"),
+        ("encoder", "ViT-B/32, weights 1f"),
+        ("normalized", "no"),
+    ]
 
 
 def prepare_script(data_dir: Path, processes: int) -> str:

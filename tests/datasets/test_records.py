@@ -137,7 +137,9 @@ def test_problems_with_photos(folder: Path, changes: list[Any], reason: str, det
     (folder / "photos" / "broken.jpg").write_bytes(jpeg()[:-500])
     (folder / "photos" / "page.jpg").write_bytes(b"<html>")
     change_lines(folder, *changes)
-    with pytest.raises(UserError, match=rf"1 problems in \d records, more than max_skipped=0.01 allows \({reason} 1\)"):
+    with pytest.raises(
+        UserError, match=rf"1 problems in \d records, more than --max-skipped=0.01 allows \({reason} 1\)"
+    ):
         prepare(folder)
     with pytest.raises(UserError, match="not prepared"):
         read(folder)

@@ -1,6 +1,8 @@
+import dataclasses
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -163,3 +165,23 @@ def test_shards_are_not_all_open_at_once(tmp_path: Path, monkeypatch: pytest.Mon
     for index in [*range(60), *range(0, 60, 7)]:
         assert split[index].image_id.startswith("train-")
         assert len(os.listdir("/proc/self/fd")) <= open_files + 5
+
+
+def test_a_fingerprint_tells_what_was_prepared(tmp_path: Path) -> None:
+    """Wherever it lies; runs and embeddings are held to it."""
+    examples = [Example(None, EMBEDDING, captions=("a dog.",), **(TEXTS | {"image_id": name})) for name in "ab"]
+
+    def fingerprint(folder: Path) -> str:
+        return open_split("tiny", "train", str(folder)).fingerprint
+
+    for name, source in (
+        ("one", listed("tiny", "train", examples)),
+        ("same", listed("tiny", "train", examples)),
+        ("shorter", listed("tiny", "train", examples[:1])),
+        ("other", dataclasses.replace(listed("tiny", "train", examples), origin={"captions": "another file"})),
+        ("tower", dataclasses.replace(listed("tiny", "train", examples), encoder="another")),
+    ):
+        prepare.prepare(source, str(tmp_path / name))
+    shutil.copytree(tmp_path / "one", tmp_path / "copied")
+    assert fingerprint(tmp_path / "one") == fingerprint(tmp_path / "same") == fingerprint(tmp_path / "copied")
+    assert len({fingerprint(tmp_path / name) for name in ("one", "shorter", "other", "tower")}) == 4

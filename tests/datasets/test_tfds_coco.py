@@ -9,6 +9,7 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 from sources import read
+from tiny import Clipcap
 
 from clipcap_jax.datasets import schema, tfds_coco
 from clipcap_jax.datasets.schema import Example
@@ -116,6 +117,25 @@ def test_all_splits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file_format
     assert source.notes == [
         "this is not the COCO that was published: train 4 of 113,287, val 1 of 5,000, test 1 of 5,000"
     ]
+
+
+def test_prepared_again_as_ours(tmp_path: Path, clipcap: Clipcap) -> None:
+    prepare(tmp_path / "theirs")
+    options = ("--manual-dir", tmp_path / "theirs", "--data-dir", tmp_path / "ours", "--processes", 1)
+    assert clipcap("prepare", "tfds-coco", *options) == 0
+    found = {
+        (split, example.image_id): (example.image, example.captions)
+        for split in ("train", "val", "test")
+        for example in schema.open_split("coco", split, str(tmp_path / "ours"))
+    }
+    assert found == {
+        ("train" if split == "restval" else split, str(number)): (
+            picture(number),
+            tuple(" ".join(caption.split()) for caption in captions),
+        )
+        for split, pictures in CAPTIONS.items()
+        for number, captions in pictures.items()
+    }
 
 
 def test_the_folder_itself_and_no_pictures(tmp_path: Path) -> None:
