@@ -53,23 +53,19 @@ def _evaluate(console: Console, workdir: Path, which: str) -> None:
     data = evaluation.open_data(captioner, _DATA.value, _SPLIT.value, _DATA_DIR.value)
     batch_size = _BATCH_SIZE.value or captioner.metadata.config.evaluate.batch_size
     folder = Path(_OUTPUT.value or workdir / "evaluations" / f"{_SPLIT.value}-{captioner.step}")
+    clip = _clip()
+    captions = evaluation.caption_all(captioner, data, batch_size=batch_size, console=console)
+    evaluation.write_captions(data, captions, folder)
     if not any(data.captions):
-        captions = evaluation.caption_all(captioner, data, batch_size=batch_size, console=console)
-        evaluation.write_captions(data, captions, folder)
         console.print(
             f"{data.name} has no references: nothing is scored. `clipcap submit` takes {folder / 'captions.json'}.",
             soft_wrap=True,
             highlight=False,
         )
         return
+    spice = SpiceConfig(_SPICE_JARS.value) if _SPICE.value else None
     result = evaluation.evaluate(
-        captioner,
-        data,
-        batch_size=batch_size,
-        meteor=_METEOR.value,
-        spice=SpiceConfig(_SPICE_JARS.value) if _SPICE.value else None,
-        clip=_clip(),
-        console=console,
+        captioner, data, captions, batch_size=batch_size, meteor=_METEOR.value, spice=spice, clip=clip
     )
     evaluation.write(result, captioner, folder, console)
 

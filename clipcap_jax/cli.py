@@ -17,9 +17,11 @@ from clipcap_jax.errors import UserError
 def run_script(main: Callable[[], Any]) -> None:
     """Run a program; a `UserError` ends it with its message alone and status 2.
 
-    SIGTERM ends it as an exception does: what it started is stopped, and what it wrote half is removed.
+    SIGTERM and SIGHUP end it as an exception does: what it started is stopped, and what it wrote half is removed.
     """
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
     try:
         main()
     except UserError as error:

@@ -1,5 +1,6 @@
 """A checkpoint, a split of a data set: captions, scores and a page to look at."""
 
+import contextlib
 import dataclasses
 import datetime
 import functools
@@ -18,10 +19,10 @@ from clipcap_jax.errors import UserError
 from clipcap_jax.metrics import References, Scores, SpiceConfig, coco_files, paper, score_domains
 from clipcap_jax.metrics.clipscore import ClipScorer
 from clipcap_jax.metrics.health import health
-from clipcap_jax.metrics.measure import mean
+from clipcap_jax.metrics.measure import Measure, mean
 from clipcap_jax.metrics.scorecard import Scorecard
 from clipcap_jax.progress import track
-from clipcap_jax.report import Row, captions_table, scores_table, write_page
+from clipcap_jax.report import Row, captions_table, print_scores, write_page
 from clipcap_jax.validation import LossMeter
 
 _PRINTED = 10  # captions shown on the screen
@@ -52,13 +53,16 @@ def caption_all(captioner: Captioner, data: CaptionData, *, batch_size: int, con
 
     Args:
       captioner: from a checkpoint.
-      data: the split.
+      data: the split; of its examples either all have references or none.
       batch_size: pictures per step, over all devices; rounded up to a multiple of them.
       console: where progress is shown.
 
     Raises:
-      UserError: the split has ids that occur twice.
+      UserError: some examples have references and some have none, or ids occur twice.
     """
+    bare = sum(not captions for captions in data.captions)
+    if 0 < bare < len(data):
+        raise UserError(f"{data.name} has {bare} examples without references: there is nothing to score against")
     if len(set(data.image_ids)) < len(data):
         raise UserError(f"{data.name} has image ids that occur twice")
     captions = captioner.generate.all(captioner.params, data, np.arange(len(data)), batch_size)
@@ -68,37 +72,36 @@ def caption_all(captioner: Captioner, data: CaptionData, *, batch_size: int, con
 def evaluate(
     captioner: Captioner,
     data: CaptionData,
+    captions: list[Caption],
     *,
     batch_size: int,
     meteor: bool = False,
     spice: SpiceConfig | None = None,
     clip: ClipScorer | None = None,
-    console: Console,
 ) -> Evaluation:
-    """Caption every example of a split and score the captions.
+    """Score what a captioner made of a split.
 
     Args:
-      captioner, data, batch_size, console: as `caption_all` takes them; every example has references.
+      captioner, data, batch_size: as `caption_all` took them.
+      captions: what it gave.
       meteor, spice: also METEOR and SPICE, which need Java.
       clip: also CLIPScore and RefCLIPScore by this CLIP, of the pictures, or of embeddings if it made them.
 
     Raises:
-      UserError: the split has examples without references, or ids that occur twice.
+      UserError: a picture cannot be read that CLIPScore needs.
     """
     config, metadata = captioner.metadata.config, captioner.metadata
-    if bare := sum(not captions for captions in data.captions):
-        raise UserError(f"{data.name} has {bare} examples without references: there is nothing to score against")
-    captions = caption_all(captioner, data, batch_size=batch_size, console=console)
     texts = dict(zip(data.image_ids, (caption.text for caption in captions), strict=True))
     references = dict(zip(data.image_ids, data.captions, strict=True))
-    scores = References(references).score(texts, meteor=meteor, spice=spice)
-    if data.name.startswith("shapes/"):
-        right = [shapes.names_exactly(text, shapes.scene_of(image_id)) for image_id, text in texts.items()]
-        scores = scores.add({"exact scenes": mean(right)})
-    if clip is not None:
+    more: dict[str, Measure] = {}
+    if clip is not None:  # first, as a picture may be missing, and SPICE takes minutes
         seen = _embeddings(data, clip)
         pictures = functools.partial(_read_picture, data) if seen is None else seen
-        scores = scores.add(clip.measures(data.image_ids, pictures, list(texts.values()), data.captions))
+        more |= clip.measures(data.image_ids, pictures, list(texts.values()), data.captions)
+    if data.name.startswith("shapes/"):
+        right = [shapes.names_exactly(text, shapes.scene_of(image_id)) for image_id, text in texts.items()]
+        more |= {"exact scenes": mean(right)}
+    scores = References(references).score(texts, meteor=meteor, spice=spice).add(more)
     pairs = data.pairs(metadata.tokenizer, config.data.max_tokens, config.train.targets)
     loss = LossMeter(captioner.model, config.train.targets)
     return Evaluation(
@@ -143,17 +146,25 @@ def open_data(captioner: Captioner, name: str, split: str, data_dir: str) -> Cap
     return data
 
 
+@contextlib.contextmanager
+def _written_to(folder: Path) -> Iterator[None]:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise UserError(f"the results cannot be written to {folder}: {error.strerror}") from error
+
+
 def write_captions(data: CaptionData, captions: list[Caption], folder: Path) -> None:
     """Write `captions.json` (COCO results format) to `folder`, which is made."""
-    folder.mkdir(parents=True, exist_ok=True)
     texts = {image_id: caption.text for image_id, caption in zip(data.image_ids, captions, strict=True)}
-    coco_files.write_results(folder / "captions.json", texts)
+    with _written_to(folder):
+        coco_files.write_results(folder / "captions.json", texts)
 
 
 def write(evaluation: Evaluation, captioner: Captioner, folder: Path, console: Console) -> None:
-    """Write `captions.json`, `scores.json`, `scores.md` and `page.html` to `folder`; print the scores."""
+    """Print the scores; write `scores.json`, `scores.md` and `page.html` to `folder`."""
     data, captions = evaluation.data, evaluation.captions
-    write_captions(data, captions, folder)
     decode = dataclasses.asdict(captioner.decode)
     scorecard = Scorecard(
         scores=evaluation.scores,
@@ -168,15 +179,13 @@ def write(evaluation: Evaluation, captioner: Captioner, folder: Path, console: C
         paper=paper.rows_for(data.name),
         losses={"loss": evaluation.loss, "loss_permuted": evaluation.loss_permuted},
     )
-    title = f"Captions of {data.name}"
-    (folder / "scores.json").write_text(scorecard.to_json(), encoding="utf-8")
-    (folder / "scores.md").write_text(scorecard.to_markdown(title), encoding="utf-8")
-    rows = list(_rows(evaluation))
-    write_page(folder / "page.html", title=title, rows=rows, scorecard=scorecard)
+    title, rows = f"Captions of {data.name}", list(_rows(evaluation))
     console.print(captions_table(rows[:: -(-len(rows) // _PRINTED)]))
-    console.print(scores_table(scorecard))
-    for name, fact in scorecard.facts().items():
-        console.print(f"{name}: {fact}", highlight=False, markup=False)
+    print_scores(scorecard, console)
+    with _written_to(folder):
+        (folder / "scores.json").write_text(scorecard.to_json(), encoding="utf-8")
+        (folder / "scores.md").write_text(scorecard.to_markdown(title), encoding="utf-8")
+        write_page(folder / "page.html", title=title, rows=rows, scorecard=scorecard)
     console.print(f"Captions, scores and a page with the pictures: {folder}", highlight=False, soft_wrap=True)
 
 

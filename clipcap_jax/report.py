@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jinja2
+from rich import box
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -137,15 +139,21 @@ def _write(path: str | Path, template: str, **content: Any) -> None:
     path.write_text(page, encoding="utf-8")
 
 
-def scores_table(scorecard: Scorecard) -> Table:
-    """Its table for the terminal."""
-    table = Table(scorecard.header[0])
-    for column in scorecard.header[1:]:
-        table.add_column(column, justify="right")
-    for line in scorecard.lines():
-        style = "dim" if line.aside else ""
-        table.add_row(*(Text(cell, style=style) for cell in (line.label, *line.cells)))
-    return table
+def print_scores(scorecard: Scorecard, console: Console) -> None:
+    """Prints the scores and the facts, as wide as they need: what is narrower breaks lines, and cuts nothing off."""
+    for content in scorecard.tables():
+        table = Table(content.header[0], box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, collapse_padding=True)
+        for column in content.header[1:]:
+            table.add_column(column, justify="right")
+        for line in content.lines:
+            style = "dim" if line.aside else ""
+            table.add_row(*(Text(cell, style=style) for cell in (line.label, *line.cells)))
+        width, wanted = console.width, Measurement.get(console, console.options.update(max_width=1000), table).maximum
+        console.width = max(width, wanted)
+        console.print(table, "")
+        console.width = width
+    for name, fact in scorecard.facts().items():
+        console.print(f"{name}: {fact}", highlight=False, markup=False, soft_wrap=True)
 
 
 def captions_table(rows: Sequence[Row]) -> Table:
@@ -166,7 +174,7 @@ def _left_out(row: Row) -> _Picture:
 
 def _picture(image: bytes | None, path: str, name: str) -> _Picture:
     if image is None and not path:
-        return _Picture(None, False, "This data set holds no pictures.")
+        return _Picture(None, False, "There is no picture to show.")
     try:
         return _Picture(*_data_uri(Path(path).read_bytes() if image is None else image), "")
     except FileNotFoundError:

@@ -153,6 +153,7 @@ def test_broken_files(damage: Any, message: str, tmp_path: Path) -> None:
         (gzip.compress(b"version\na b\nb c"), "it has 2 merges, CLIP's 48894"),
         (b"", "it has 0 merges, CLIP's 48894"),
     ],
+    ids=["not gzip", "cut off", "no pairs", "too few", "empty"],  # not the bytes, which hold the time
 )
 def test_a_broken_file_of_openais(data: bytes, message: str, tmp_path: Path) -> None:
     (tmp_path / "bpe_simple_vocab_16e6.txt.gz").write_bytes(data)

@@ -30,8 +30,13 @@ def data(captioner: Captioner) -> CaptionData:
     return evaluation.open_data(captioner, "", "test", "")
 
 
+def caption_all(captioner: Captioner, data: CaptionData, batch_size: int = 4) -> list[Caption]:
+    return evaluation.caption_all(captioner, data, batch_size=batch_size, console=Console(file=io.StringIO()))
+
+
 def evaluate(captioner: Captioner, data: CaptionData, batch_size: int = 4) -> Evaluation:
-    return evaluation.evaluate(captioner, data, batch_size=batch_size, console=Console(file=io.StringIO()))
+    captions = caption_all(captioner, data, batch_size)
+    return evaluation.evaluate(captioner, data, captions, batch_size=batch_size)
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +46,7 @@ def evaluated(captioner: Captioner, data: CaptionData) -> Evaluation:
 
 def write(result: Evaluation, captioner: Captioner, folder: Path) -> str:
     console = Console(file=io.StringIO(), width=200)
+    evaluation.write_captions(result.data, result.captions, folder)
     evaluation.write(result, captioner, folder, console)
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
@@ -94,9 +100,7 @@ def test_files(captioner: Captioner, data: CaptionData, evaluated: Evaluation, t
     assert data.captions[0][0] in printed
 
 
-def test_the_right_scenes_of_shapes_are_counted(
-    pixels_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_right_scenes_of_shapes_are_counted(pixels_run: Path, tmp_path: Path) -> None:
     shapes.prepare_shapes(str(tmp_path), {"train": 3, "val": 3, "test": 6})
     captioner = Captioner.load(pixels_run)
     data = CaptionData(open_split("shapes", "test", str(tmp_path)), captioner.image_size)
@@ -104,8 +108,8 @@ def test_the_right_scenes_of_shapes_are_counted(
     texts[2] = texts[2].replace(" and ", " and a black ring and ")  # one shape too many
     texts[4] = texts[3]  # the wrong picture's
     captions = [Caption(text, True, 0.0) for text in texts]
-    monkeypatch.setattr(evaluation, "caption_all", lambda *_, **__: captions)
-    printed = write(evaluate(captioner, data), captioner, tmp_path / "results")
+    scored = evaluation.evaluate(captioner, data, captions, batch_size=4)
+    printed = write(scored, captioner, tmp_path / "results")
     assert json.loads((tmp_path / "results" / "scores.json").read_text())["scores"]["exact scenes"] == 4 / 6
     assert re.search(r"exact scenes\W+0.6667", printed)
 
@@ -123,43 +127,52 @@ def test_clipscore_of_pictures_and_of_its_own_embeddings(
     captioner: Captioner, data: CaptionData, source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clip = ClipScorer.load(str(write_clip(tmp_path)))
-    console = Console(file=io.StringIO())
-    found = evaluation.evaluate(captioner, data, batch_size=4, clip=clip, console=console)
-    texts = [caption.text for caption in found.captions]
+    captions = caption_all(captioner, data)
+    found = evaluation.evaluate(captioner, data, captions, batch_size=4, clip=clip)
+    texts = [caption.text for caption in captions]
     scored, _ = clip.score(data.image_ids, lambda i: data.image(i) or b"", texts, data.captions)
     np.testing.assert_allclose(found.scores.measures["CLIPScore"].per_image, scored)
 
     embeddings = np.random.default_rng(0).normal(size=(len(data), clip.vision.embedding_width)).astype(np.float16)
-    monkeypatch.setattr(evaluation, "caption_all", lambda *_, **__: found.captions)
     monkeypatch.setattr(evaluation, "LossMeter", lambda *_: lambda *_, **__: 1.0)
     monkeypatch.setattr(data, "encoder", encoder_name(clip.vision, clip.vision_params))
     monkeypatch.setattr(data, "inputs", lambda rows: embeddings[rows])
     monkeypatch.setattr(data, "image", None)  # so it is not looked at
-    found = evaluation.evaluate(captioner, data, batch_size=4, clip=clip, console=console)
+    found = evaluation.evaluate(captioner, data, captions, batch_size=4, clip=clip)
     scored, _ = clip.score(data.image_ids, embeddings, texts, data.captions)
     np.testing.assert_allclose(found.scores.measures["CLIPScore"].per_image, scored)
 
 
 def test_clipscore_without_pictures(
-    captioner: Captioner, data: CaptionData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    captioner: Captioner, data: CaptionData, evaluated: Evaluation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(data, "image", lambda index: None)
     monkeypatch.setattr(data, "image_paths", [""] * len(data))
     clip = ClipScorer.load(str(write_clip(tmp_path)))
     with pytest.raises(UserError, match=r"picture \w+: records/both/test neither holds it nor says where it lies"):
-        evaluation.evaluate(captioner, data, batch_size=4, clip=clip, console=Console(file=io.StringIO()))
+        evaluation.evaluate(captioner, data, evaluated.captions, batch_size=4, clip=clip)
 
 
 def test_a_split_without_references(captioner: Captioner, data: CaptionData, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data, "captions", [*data.captions[:-1], ()])
     with pytest.raises(UserError, match="1 examples without references"):
-        evaluate(captioner, data)
+        caption_all(captioner, data)
+    monkeypatch.setattr(data, "captions", [()] * len(data))
+    assert len(caption_all(captioner, data)) == len(data)
 
 
 def test_ids_that_occur_twice(captioner: Captioner, data: CaptionData, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data, "image_ids", [*data.image_ids[:-1], data.image_ids[0]])
     with pytest.raises(UserError, match="occur twice"):
-        evaluate(captioner, data)
+        caption_all(captioner, data)
+
+
+def test_a_folder_that_cannot_be_made(
+    captioner: Captioner, data: CaptionData, evaluated: Evaluation, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"cannot be written to .*file/x: Not a directory"):
+        write(evaluated, captioner, tmp_path / "file" / "x")
 
 
 def test_no_such_split(captioner: Captioner) -> None:

@@ -1,4 +1,5 @@
 import base64
+import dataclasses
 import html.parser
 import io
 import re
@@ -89,7 +90,15 @@ def test_page_shows_everything_it_was_given(tmp_path: Path) -> None:
         make_row("2", "", finished=False, score=0.25),
     ]
     page = write(tmp_path / "new" / "page.html", rows)
-    for text in ["flickr8k, test split", "CIDEr", "0.3750", "Bleu_4", "METEOR", "no [java] was found", "95% interval"]:
+    for text in [
+        "flickr8k, test split",
+        "CIDEr",
+        "0.3750",
+        "Bleu_4",
+        "METEOR",
+        "not computed: no [java] was found",
+        "95% interval",
+    ]:
         assert text in page.texts
     for text in ["checkpoint", "runs/flickr8k", "two dogs", "dogs", "a pair of dogs", "(empty)", "not finished"]:
         assert text in page.texts
@@ -177,7 +186,7 @@ def test_missing_and_broken_pictures_are_named(tmp_path: Path) -> None:
     page = write(tmp_path / "page.html", rows)
     assert not page.pictures()
     assert "There is no picture at photos/gone.jpg" in page.texts
-    assert "This data set holds no pictures." in page.texts
+    assert "There is no picture to show." in page.texts
     assert any(text.startswith("photos/broken.jpg: The image is truncated or broken") for text in page.texts)
     assert any(text.startswith("4: Not an image") for text in page.texts)
 
@@ -185,8 +194,20 @@ def test_missing_and_broken_pictures_are_named(tmp_path: Path) -> None:
 def test_terminal_tables() -> None:
     console = Console(width=100, record=True, file=io.StringIO())
     rows = [make_row("id1", "a [red] cat", score=1.234), make_row("id2", references=(), score=0.234)]
-    console.print(report.scores_table(make_scorecard(rows)))
+    report.print_scores(make_scorecard(rows), console)
     console.print(report.captions_table(rows))
     text = console.export_text()
     for part in ["CIDEr", "0.7340", "METEOR", "no [java] was found", "id1", "1.23", "a [red] cat", "a cat on a mat"]:
         assert part in text
+
+
+def test_no_number_is_cut_off() -> None:
+    """On a narrow screen, as a pipe is too."""
+    console = Console(width=40, record=True, file=io.StringIO())
+    rows = [make_row("id1", score=1.234), make_row("id2", score=0.234)]
+    scorecard = make_scorecard(rows)
+    scorecard = dataclasses.replace(scorecard, domains=dict.fromkeys(["near-domain", "out-domain"], scorecard.scores))
+    report.print_scores(scorecard, console)
+    lines = console.export_text().splitlines()
+    assert ["metric", "score", "95%", "interval", "near-domain", "out-domain"] in [line.split() for line in lines]
+    assert ["CIDEr", "0.7340", "0.2340-1.2340", "0.7340", "0.7340"] in [line.split() for line in lines]

@@ -1,6 +1,8 @@
 """`clipcap score` and `clipcap submit`."""
 
 import argparse
+import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +15,7 @@ from clipcap_jax.errors import UserError
 from clipcap_jax.metrics import References, Scores, SpiceConfig, coco_files, score_domains
 from clipcap_jax.metrics.coco_files import CaptionsFile
 from clipcap_jax.metrics.health import health
+from clipcap_jax.metrics.measure import Measure
 from clipcap_jax.metrics.paper import ROWS
 from clipcap_jax.metrics.scorecard import Scorecard
 from clipcap_jax.report import Row
@@ -73,76 +76,107 @@ def add(commands: Any) -> None:
 def _score(arguments: argparse.Namespace) -> None:
     from clipcap_jax.convert.files import whole  # importing it takes a second, which `clipcap --help` should not
 
-    for output in arguments.output:
-        if output.suffix not in _SUFFIXES:
-            raise UserError(f"--output {output}: the name has to end in {', '.join(_SUFFIXES)}")
+    _check_options(arguments)
     captions, file = coco_files.read_results(arguments.captions), coco_files.read_captions(arguments.references)
     compared = coco_files.read_results(arguments.compare) if arguments.compare else None
     texts = file.captions
     if arguments.only_captioned:
         texts = {image: several for image, several in texts.items() if image in captions}
+        compared = compared and {image: text for image, text in compared.items() if image in texts}
         if not texts:
             raise UserError(f"no caption of {arguments.captions} is of an image that {arguments.references} has")
-    references = References(texts)
-    for path, given in ((arguments.captions, captions), (arguments.compare, compared)):
-        if given is not None:
-            _check(path, given, references, arguments)
-
-    if arguments.images and not any(_picture(arguments.images, file, image).is_file() for image in texts):
-        name = next(iter(file.file_names.values()), "?")
-        raise UserError(f"none of the pictures is in {arguments.images}, such as {name}")
+    references = _references(texts, captions, compared, arguments)
+    pictures = {image: _picture(arguments.images, file, image) for image in texts} if arguments.images else {}
+    _check_pictures(pictures, arguments)
     clip = _load_clip(arguments) if arguments.clipscore else None
 
     def scored(given: dict[str, str]) -> Scores:
+        more: dict[str, Measure] = {}
+        if clip is not None:
+            files, ordered = list(pictures.values()), [given[image] for image in texts]
+            more = clip.measures(list(texts), lambda i: files[i].read_bytes(), ordered, list(texts.values()))
         scores = references.score(
             given, meteor=arguments.meteor, spice=_spice(arguments), plain_cider=arguments.plain_cider
         )
-        if clip is None:
-            return scores
-        pictures = [_picture(arguments.images, file, image) for image in texts]
-        captions = [given[image] for image in texts]
-        return scores.add(
-            clip.measures(list(texts), lambda i: pictures[i].read_bytes(), captions, list(texts.values()))
-        )
+        return scores.add(more)
 
     details = {
         "captions of": arguments.captions,
         "references of": arguments.references,
         "baseline": arguments.compare,
         "CLIP": arguments.clipscore,
+        "images without references": len(file.images.difference(file.captions)),
     }
     scores = scored(captions)
     scorecard = Scorecard(
         scores=scores,
         domains=score_domains(texts, captions, file.domains, scores),
         health=health(list(captions.values())),
-        details={name: str(path) for name, path in details.items() if path},
+        details={name: str(value) for name, value in details.items() if value},
         paper=arguments.paper,
         baseline=None if compared is None else scored(compared),
     )
     console, title = Console(), f"Captions of {arguments.captions.name}"
+    report.print_scores(scorecard, console)
     for output in arguments.output:
         with whole(output) as partial:
             if output.suffix == ".html":
-                rows = list(_rows(captions, file, scores, arguments.images))
+                rows = list(_rows(captions, file, scores, pictures))
                 report.write_page(partial, title=title, rows=rows, scorecard=scorecard)
             else:
                 text = scorecard.to_json() if output.suffix == ".json" else scorecard.to_markdown(title)
                 partial.write_text(text, encoding="utf-8")
-    console.print(report.scores_table(scorecard))
-    for name, fact in scorecard.facts().items():
-        console.print(f"{name}: {fact}", highlight=False, markup=False, soft_wrap=True)
-    for output in arguments.output:
         console.print(f"written: {output}", highlight=False, markup=False, soft_wrap=True)
 
 
-def _check(path: Path, captions: dict[str, str], references: References, arguments: argparse.Namespace) -> None:
-    """Before anything is scored, which may take minutes."""
+# All that can be wrong is looked for before anything is scored, which may take minutes.
+
+
+def _check_options(arguments: argparse.Namespace) -> None:
+    read = {path.resolve() for path in (arguments.captions, arguments.references, arguments.compare) if path}
+    for output in arguments.output:
+        if output.suffix not in _SUFFIXES:
+            raise UserError(f"--output {output}: the name has to end in {', '.join(_SUFFIXES)}")
+        if output.resolve() in read:
+            raise UserError(f"--output {output} is one of the files to read")
+        if output.is_dir() or not os.access(output.parent, os.W_OK):
+            raise UserError(f"--output {output} cannot be written")
+    for option, needed, kind in (
+        (arguments.clipscore, arguments.images, "--clipscore compares captions with pictures: name them with --images"),
+        (arguments.clip_tokenizer, arguments.clipscore, "--clip-tokenizer is --clipscore's: give that too"),
+        (arguments.spice_jars, arguments.spice, "--spice-jars is --spice's: give that too"),
+    ):
+        if option and not needed:
+            raise UserError(kind)
+
+
+def _references(
+    texts: dict[str, list[str]],
+    captions: dict[str, str],
+    compared: dict[str, str] | None,
+    arguments: argparse.Namespace,
+) -> References:
     try:
-        references.check(captions)
+        references = References(texts)
     except UserError as error:
-        hint = "" if arguments.only_captioned else ". --only-captioned leaves out images without a caption."
-        raise UserError(f"{path}: {error}{hint}") from error
+        raise UserError(f"{arguments.references}: {error}") from error
+    files = {arguments.captions: captions} | ({} if compared is None else {arguments.compare: compared})
+    for path, given in files.items():
+        try:
+            references.check(given)
+        except UserError as error:
+            partial = given is captions and 0 < len(texts.keys() & captions.keys()) < len(texts)
+            hint = ". --only-captioned leaves out the images that have none" if partial else ""
+            raise UserError(f"{path}: {error}{hint}") from error
+    return references
+
+
+def _check_pictures(pictures: dict[str, Path], arguments: argparse.Namespace) -> None:
+    missing = [path for path in pictures.values() if not path.is_file()]
+    if len(missing) == len(pictures) > 0 or (missing and arguments.clipscore):
+        raise UserError(
+            f"{len(missing)} of {len(pictures)} pictures are not there: {coco_files.first(list(map(str, missing)))}"
+        )
 
 
 def _spice(arguments: argparse.Namespace) -> SpiceConfig | None:
@@ -155,13 +189,11 @@ def _load_clip(arguments: argparse.Namespace) -> "ClipScorer":
     from clipcap_jax import parallel
     from clipcap_jax.metrics.clipscore import ClipScorer
 
-    if not arguments.images:
-        raise UserError("--clipscore compares captions with pictures: say where they are with --images")
     parallel.keep_compiled_programs()
     return ClipScorer.load(arguments.clipscore, arguments.clip_tokenizer)
 
 
-def _rows(captions: dict[str, str], file: CaptionsFile, scores: Scores, images: Path | None) -> Iterator[Row]:
+def _rows(captions: dict[str, str], file: CaptionsFile, scores: Scores, pictures: dict[str, Path]) -> Iterator[Row]:
     per_image = scores.per_image
     for image in scores.images:
         yield Row(
@@ -170,7 +202,7 @@ def _rows(captions: dict[str, str], file: CaptionsFile, scores: Scores, images: 
             references=tuple(file.captions[image]),
             scores={name: values[image] for name, values in per_image.items()},
             read_image=lambda: None,
-            image_path=str(_picture(images, file, image)) if images else "",
+            image_path=str(pictures.get(image, "")),
             finished=True,
         )
 
@@ -182,6 +214,8 @@ def _picture(folder: Path, file: CaptionsFile, image: str) -> Path:
 def _submit(arguments: argparse.Namespace) -> None:
     from clipcap_jax.metrics import submission
 
+    if not re.fullmatch(r"[\w.-]+", arguments.name):
+        raise UserError(f"--name {arguments.name} cannot be part of a file's name")
     given = {split: getattr(arguments, split) for split in ("val", "test") if getattr(arguments, split)}
     if arguments.server == "coco":
         if set(given) != {"val", "test"}:

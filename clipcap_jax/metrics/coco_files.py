@@ -7,6 +7,7 @@ nocaps' images each has a `domain` too. Ids are whole numbers or strings; here t
 
 import dataclasses
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -22,11 +23,13 @@ class CaptionsFile:
     """A captions file; each by image id, in the file's order.
 
     Attributes:
+      images: all that it lists, with captions or without.
       captions: of every image that has some.
       domains: of nocaps' images, such as "near-domain".
       file_names: of the pictures, where the file says them.
     """
 
+    images: set[str]
     captions: dict[str, list[str]]
     domains: dict[str, str]
     file_names: dict[str, str]
@@ -71,6 +74,7 @@ def read_captions(path: Path) -> CaptionsFile:
     for entry in annotations:
         captions.setdefault(str(entry["image_id"]), []).append(entry["caption"])
     return CaptionsFile(
+        {str(image["id"]) for image in images},
         captions,
         domains={str(image["id"]): image["domain"] for image in images if isinstance(image.get("domain"), str)},
         file_names={
@@ -98,8 +102,8 @@ def write_results(path: Path, captions: dict[str, str]) -> None:
 
 
 def coco_id(image_id: str) -> str | int:
-    """The id as a number where it is one."""
-    return int(image_id) if image_id.isdecimal() and str(int(image_id)) == image_id else image_id
+    """The id as a number where it is one, of up to 18 digits."""
+    return int(image_id) if re.fullmatch(r"0|[1-9][0-9]{,17}", image_id) else image_id
 
 
 _RESULTS = '[{"image_id": 391895, "caption": "a man on a motorcycle"}, ...]'
@@ -123,11 +127,20 @@ def _images(path: Path, content: dict[str, Any]) -> list[dict[str, Any]]:
     return images
 
 
+def _is_text(value: Any) -> bool:
+    """JSON may hold halves of characters, which no file can be written with."""
+    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
+
+
+def _is_id(value: Any) -> bool:
+    return _is_text(value) or (isinstance(value, int) and not isinstance(value, bool))
+
+
 _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "caption": ("text", lambda value: isinstance(value, str)),
-    "image_id": ("a whole number or text", lambda value: isinstance(value, int | str) and not isinstance(value, bool)),
+    "caption": ("text", _is_text),
+    "image_id": ("a whole number or text", _is_id),
+    "id": ("a whole number or text", _is_id),
 }
-_KINDS["id"] = _KINDS["image_id"]
 
 
 def _check(path: Path, where: str, entries: Sequence[Any], keys: Iterable[str]) -> None:

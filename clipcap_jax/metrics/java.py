@@ -2,8 +2,10 @@
 
 import contextlib
 import importlib.util
+import os
 import re
 import shutil
+import signal
 import subprocess
 import tempfile
 import threading
@@ -87,6 +89,8 @@ def run(
                 stderr=errors,
                 encoding="utf-8",
                 errors="replace",
+                env={**os.environ, "LC_ALL": "C.UTF-8"},  # what Java reads file names by
+                start_new_session=True,  # as `java` may be a script that starts the program
             )
         except OSError as error:
             raise Unavailable(f"{score}'s Java program does not start: {error}") from error
@@ -100,7 +104,7 @@ def run(
         def stop() -> None:
             nonlocal in_time
             in_time = False
-            program.kill()
+            _kill(program)
 
         timer = threading.Timer(seconds, stop)
         try:
@@ -111,7 +115,7 @@ def run(
             program.wait()
         finally:
             timer.cancel()
-            program.kill()
+            _kill(program)
             program.wait()
             feeder.join()
             stdout.close()
@@ -119,6 +123,12 @@ def run(
             raise Unavailable(f"{score}'s Java program was stopped after {seconds:.0f} seconds")
         if program.returncode:
             raise Unavailable(f"{score}'s Java program failed: {_reason(errors)}")
+
+
+def _kill(program: subprocess.Popen[str]) -> None:
+    """With all that it started; nothing of it may be left."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(program.pid, signal.SIGKILL)
 
 
 def _feed(stdin: IO[str], lines: Iterable[str]) -> None:

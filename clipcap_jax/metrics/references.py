@@ -156,14 +156,14 @@ def score_domains(
 
     Args:
       references, captions: as `References` and its `score` take them.
-      domains: image id -> domain, "" for none.
+      domains: image id -> domain, "" for none; other images' may be there too.
       scores: of all captions; of those that its program is slow to give, METEOR and SPICE, each domain gets its part.
 
     Returns:
       Domain -> scores, in alphabetical order.
     """
     found = {}
-    for domain in sorted(set(domains.values()) - {""}):
+    for domain in sorted({domains.get(image, "") for image in scores.images} - {""}):
         place = np.array([i for i, image in enumerate(scores.images) if domains.get(image) == domain])
         images = [scores.images[i] for i in place]
         plain_cider = "CIDEr_plain" in scores.measures

@@ -1,9 +1,10 @@
-"""All that is said about a set of captions, as one table for the screen, for Markdown, for a page and as JSON."""
+"""All that is said about a set of captions: tables for the screen, for Markdown and for a page, and JSON."""
 
 import dataclasses
 import functools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from clipcap_jax.metrics import significance
@@ -14,14 +15,19 @@ from clipcap_jax.metrics.significance import Difference, Interval
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """A line of the table, with a cell a column or with one text alone.
-
-    `aside` if it holds no score of these captions, but something to read beside one.
-    """
+    """A line of a table; `aside` if it holds no score of these captions, but something to read beside one."""
 
     label: str
     cells: tuple[str, ...]
     aside: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Columns, the one of the labels first, and lines with a cell for each of the others."""
+
+    header: tuple[str, ...]
+    lines: tuple[Line, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,52 +62,63 @@ class Scorecard:
         """What these captions gain over the baseline's."""
         return significance.differences(self.baseline, self.scores) if self.baseline else {}
 
-    @property
-    def header(self) -> tuple[str, ...]:
-        """The table's columns."""
-        return (
-            "metric",
-            "score",
-            "95% interval",
-            *self.domains,
-            *(("gain", "its interval", "p") if self.baseline else ()),
-        )
+    def tables(self) -> list[Table]:
+        """The scores, with the paper's below them, and, where there is a baseline, what is gained over it."""
+        tables = [Table(("metric", "score", "95% interval", *self.domains), tuple(self._score_lines()))]
+        if self.baseline:
+            tables.append(Table(("metric", "baseline", "gain", "95% interval", "p"), tuple(self._gain_lines())))
+        return tables
 
-    def lines(self) -> Iterator[Line]:
-        """The table: a line for each score, the paper's below it, then what was not computed and why."""
-        overall, domains = self.scores.overall, {name: scores.overall for name, scores in self.domains.items()}
-        for metric, score in overall.items():
+    def _score_lines(self) -> Iterator[Line]:
+        domains = {name: scores.overall for name, scores in self.domains.items()}
+        for metric, score in self.scores.overall.items():
             interval = self.intervals[metric]
-            cells = [_number(score), f"{_number(interval.low)}-{_number(interval.high)}"]
-            cells += [_number(scores[metric]) if metric in scores else "" for scores in domains.values()]
-            if difference := self.differences.get(metric):
-                low, high = difference.interval.low, difference.interval.high
-                cells += [f"{difference.value:+.4f}", f"{low:+.4f} {high:+.4f}", f"{difference.p:.3f}"]
-            yield self._line(metric, cells)
+            parts = [_number(scores[metric]) for scores in domains.values()]
+            yield Line(metric, (_number(score), f"{_number(interval.low)}-{_number(interval.high)}", *parts))
             for row, printed in ROWS.get(self.paper, {}).items():
                 if any(metric in scores for scores in printed.values()):
-                    cells = [_number(printed.get(name, {}).get(metric)) for name in (OVERALL, *domains)]
-                    yield self._line(f"  paper: {row}", [cells[0], "", *cells[1:]], aside=True)
-        for metric, reason in self.scores.not_computed.items():
-            yield Line(metric, (reason,), aside=True)
+                    whole, *parts = (_number(printed.get(name, {}).get(metric)) for name in (OVERALL, *domains))
+                    yield Line(f"  paper: {row}", (whole, "", *parts), aside=True)
 
-    def _line(self, label: str, cells: Sequence[str], *, aside: bool = False) -> Line:
-        return Line(label, (*cells, *[""] * (len(self.header) - 1 - len(cells))), aside)
+    def _gain_lines(self) -> Iterator[Line]:
+        assert self.baseline
+        for metric, found in self.differences.items():
+            before, interval = self.baseline.measures[metric].overall, found.interval
+            cells = (
+                _number(before),
+                f"{found.value:+.4f}",
+                f"{interval.low:+.4f} {interval.high:+.4f}",
+                f"{found.p:.3f}",
+            )
+            yield Line(metric, cells)
+
+    @property
+    def _not_computed(self) -> dict[str, str]:
+        missing = dict(self.scores.not_computed)
+        if self.baseline:
+            for name, reason in self.baseline.not_computed.items():
+                if missing.get(name) != reason:
+                    missing[f"{name} of the baseline"] = reason
+        return missing
 
     def facts(self) -> dict[str, str]:
-        """Everything that is no score, by name."""
+        """Everything that is no score, by name; of a score that was not computed, why."""
         losses = {name: f"{loss:.4f} nats per token" for name, loss in self.losses.items()}
         health = {
             name: f"{value:,}" if isinstance(value, int) else f"{value:.2f}" for name, value in self.health.items()
         }
         domains = {name: f"{len(scores.images):,} pictures" for name, scores in self.domains.items()}
-        return {**self.details, **health, **domains, **losses}
+        reasons = {name: f"not computed: {reason}" for name, reason in self._not_computed.items()}
+        return {**self.details, **health, **domains, **losses, **reasons}
 
     def to_json(self) -> str:
-        """All numbers at full precision, under pycocoevalcap's names."""
+        """All numbers at full precision, under pycocoevalcap's names; null where one is not finite."""
         content: dict[str, Any] = {
-            "scores": {**self.scores.overall, **self.losses},
-            "not_computed": self.scores.not_computed,
+            "scores": {
+                name: value if math.isfinite(value) else None
+                for name, value in {**self.scores.overall, **self.losses}.items()
+            },
+            "not_computed": self._not_computed,
             "intervals": {name: [interval.low, interval.high] for name, interval in self.intervals.items()},
             "domains": {
                 name: {"pictures": len(scores.images), "scores": scores.overall}
@@ -116,13 +133,15 @@ class Scorecard:
         return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
 
     def to_markdown(self, title: str) -> str:
-        """The table and the facts."""
-        rows = [self.header, ("---", *("---:" for _ in self.header[1:]))]
-        for line in self.lines():
-            rows.append((line.label.strip(), *line.cells, *[""] * (len(self.header) - 1 - len(line.cells))))
-        table = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
+        """The tables and the facts."""
         facts = "\n".join(f"- {name}: {value}" for name, value in self.facts().items())
-        return f"# {title}\n\n{table}\n\n{facts}\n"
+        return "\n\n".join([f"# {title}", *map(_markdown, self.tables()), facts]) + "\n"
+
+
+def _markdown(table: Table) -> str:
+    rows = [table.header, ("---", *["---:"] * (len(table.header) - 1))]
+    rows += [(line.label.strip(), *line.cells) for line in table.lines]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
 
 
 def _number(value: float | None) -> str:

@@ -111,7 +111,7 @@ def _check_jars(folder: Path) -> list[Path]:
         raise java.Unavailable(
             f"SPICE needs files that are not in {folder}: {', '.join(p.replace('*', '') for p in missing)}. Fetch "
             + " ".join(f"{_MAVEN}/{_JARS[pattern]}" for pattern in missing)
-            + " to a folder, and name it with --spice-jars."
+            + " to a folder, and name it with --spice-jars (evaluate.py: --spice_jars)."
         )
     return [files[0] for files in found.values()]
 

@@ -28,12 +28,14 @@ def checked(split: str, captions: Path, images: Path) -> list[dict[str, str | in
       UserError: a file is not what it should be; a caption is missing, empty or of a picture that is not listed.
     """
     texts, listed = coco_files.read_results(captions), coco_files.read_images(images)
-    problems = []
+    problems, known = [], set(listed)
+    if len(known) < len(listed):
+        problems.append(f"{images} lists {len(listed) - len(known):,} pictures twice")
     if len(listed) != COUNTS[split]:
         problems.append(f"{images} lists {len(listed):,} pictures, and {split} has {COUNTS[split]:,}")
     if missing := [image for image in listed if image not in texts]:
         problems.append(f"{len(missing):,} pictures have no caption: {coco_files.first(missing)}")
-    if extra := [image for image in texts if image not in listed]:
+    if extra := [image for image in texts if image not in known]:
         problems.append(f"{len(extra):,} captions are of pictures that are not listed: {coco_files.first(extra)}")
     if blank := [image for image, text in texts.items() if not text.strip()]:
         problems.append(f"{len(blank):,} captions are empty: {coco_files.first(blank)}")

@@ -18,10 +18,14 @@ REFERENCES = {image: entry["references"] for image, entry in IMAGES.items()}
 DOMAINS = ("in-domain", "near-domain", "out-domain")
 
 
+def write_results(path: Path, captions: dict[str, str]) -> Path:
+    coco_files.write_results(path, captions)
+    return path
+
+
 @pytest.fixture
 def captions(tmp_path: Path) -> Path:
-    coco_files.write_results(tmp_path / "captions.json", CAPTIONS)
-    return tmp_path / "captions.json"
+    return write_results(tmp_path / "captions.json", CAPTIONS)
 
 
 def write_references(path: Path, *, domains: bool = False) -> Path:
@@ -111,6 +115,16 @@ def test_references_without_captions_can_be_left_out(
     assert clipcap("score", tmp_path / "part.json", references, "--only-captioned", "--output", output) == 0
     expected = References({image: REFERENCES[image] for image in part}).score(part).overall
     assert json.loads(output.read_text())["scores"] == expected
+    compare = ("--compare", write_results(tmp_path / "all.json", CAPTIONS))  # of more images
+    assert clipcap("score", tmp_path / "part.json", references, "--only-captioned", *compare, "--output", output) == 0
+    assert json.loads(output.read_text())["differences"]["CIDEr"]["value"] == 0
+
+
+def test_a_domain_without_captions_is_left_out(clipcap: Clipcap, tmp_path: Path) -> None:
+    references, output = write_references(tmp_path / "nocaps.json", domains=True), tmp_path / "scores.json"
+    captions = write_results(tmp_path / "part.json", {image: CAPTIONS[image] for image in list(IMAGES)[::3]})
+    assert clipcap("score", captions, references, "--only-captioned", "--output", output) == 0
+    assert list(json.loads(output.read_text())["domains"]) == ["in-domain"]
 
 
 def test_clipscore(clipcap: Clipcap, captions: Path, references: Path, tmp_path: Path) -> None:
@@ -137,11 +151,11 @@ def test_clipscore_needs_every_picture(
     weights, photos = write_clip(tmp_path / "clip"), tmp_path / "photos"
     arguments = ("score", captions, references, "--clipscore", weights)
     assert clipcap(*arguments) == 2
-    assert "say where they are with --images" in capsys.readouterr().err
+    assert "name them with --images" in capsys.readouterr().err
     photos.mkdir()
     Image.new("RGB", (40, 40)).save(photos / f"{next(iter(IMAGES))}.png")
     assert clipcap(*arguments, "--images", photos) == 2
-    assert f"picture {list(IMAGES)[1]} cannot be read: No such file" in capsys.readouterr().err
+    assert f"29 of 30 pictures are not there: {photos / list(IMAGES)[1]}.png" in capsys.readouterr().err
 
 
 def test_java_that_is_not_there_is_told(
@@ -159,6 +173,8 @@ def test_mistakes(
     clipcap: Clipcap, captions: Path, references: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     coco_files.write_results(tmp_path / "other.json", {"1": "a dog"})
+    (tmp_path / "folder.json").mkdir()
+    (tmp_path / "empty.json").write_text('{"annotations": []}')
     coco_files.write_results(tmp_path / "extra.json", {**CAPTIONS, "1": "a dog"})
     for arguments, message in (
         ((references, captions), "is a file of references"),
@@ -169,13 +185,27 @@ def test_mistakes(
         ((captions, references, "--compare", tmp_path / "other.json"), "other.json: none of the 1 captions"),
         ((captions, references, "--output", "scores.txt"), "has to end in .json, .md, .html"),
         ((captions, references, "--output", tmp_path / "gone" / "scores.json"), "cannot be written"),
-        ((captions, references, "--images", tmp_path / "gone"), "none of the pictures is in"),
+        ((captions, references, "--images", tmp_path / "gone"), "30 of 30 pictures are not there"),
+        ((captions, references, "--output", captions), "is one of the files to read"),
+        ((captions, references, "--output", tmp_path / "folder.json"), "cannot be written"),
+        ((captions, references, "--spice-jars", tmp_path), "--spice-jars is --spice's"),
+        ((captions, tmp_path / "empty.json"), "empty.json: there is nothing to score against"),
         ((captions, references, "--paper", "mscoco"), "invalid choice"),
     ):
         assert clipcap("score", *arguments) == 2, arguments
         printed = capsys.readouterr().err
         assert message in printed, arguments
         assert "Traceback" not in printed
+        assert "--only-captioned leaves out" not in printed, arguments
+
+
+def test_images_without_references_are_counted(clipcap: Clipcap, captions: Path, references: Path) -> None:
+    content = json.loads(references.read_text())
+    content["images"].append({"id": 1})
+    references.write_text(json.dumps(content))
+    output = captions.with_name("scores.json")
+    assert clipcap("score", captions, references, "--output", output) == 0
+    assert json.loads(output.read_text())["details"]["images without references"] == "1"
 
 
 def test_submissions(
@@ -195,4 +225,7 @@ def test_submissions(
     assert clipcap("submit", "coco", "--val", *files, "--output", tmp_path / "x.zip") == 2
     assert "give --val and --test" in capsys.readouterr().err
     assert clipcap("submit", "nocaps", "--output", tmp_path / "x.json") == 2
+    both = ("--val", *files, "--test", *files)
+    assert clipcap("submit", "coco", *both, "--name", "a/b", "--output", tmp_path / "x.zip") == 2
+    assert "--name a/b cannot be part of a file's name" in capsys.readouterr().err
     assert not (tmp_path / "x.zip").exists()

@@ -34,6 +34,8 @@ def entry(image_id: Any = 1, caption: Any = "a dog") -> dict[str, Any]:
         ("[1, {}, null]", r"2 entries are no objects \{...\}: \[0\], \[2\]"),
         (json.dumps([entry(), {"image_id": 2}]), r"caption is not text in 1 entries: \[1\] has null"),
         ('[{"image_id": 1, "caption": NaN}]', r"caption is not text in 1 entries: \[0\] has NaN"),
+        (json.dumps([entry(caption="bad \ud800")]), "caption is not text in 1 entries"),
+        (json.dumps([entry("\udfff")]), "image_id is not a whole number or text in 1 entries"),
         (json.dumps([entry(1.0), entry(True), entry(None)]), r"image_id is not a whole number or text in 3 entries"),
         ('[{"image_id": NaN, "caption": "a"}]', r"image_id is not .* in 1 entries: \[0\] has NaN"),
         (
@@ -59,6 +61,7 @@ def test_captions(file: Path) -> None:
     annotations = [{"image_id": 1, "caption": "x"}, {"image_id": 2, "caption": "y"}, {"image_id": 1, "caption": "z"}]
     file.write_text(json.dumps({"images": images, "annotations": annotations}))
     found = coco_files.read_captions(file)
+    assert found.images == {"1", "2", "3"}
     assert found.captions == {"1": ["x", "z"], "2": ["y"]}
     assert found.domains == {"2": "in-domain", "3": "out-domain"}
     assert found.file_names == {"2": "b.jpg"}
@@ -89,6 +92,8 @@ def test_written_results_are_read_back(file: Path) -> None:
     assert [entry["image_id"] for entry in json.loads(file.read_text())] == [12, "x.jpg"]
 
 
-@pytest.mark.parametrize(("image_id", "stored"), [("12", 12), ("012", "012"), ("a1", "a1"), ("٣", "٣"), ("4.0", "4.0")])
+@pytest.mark.parametrize(
+    ("image_id", "stored"), [("12", 12), ("012", "012"), ("a1", "a1"), ("٣", "٣"), ("4.0", "4.0"), ("9" * 99, "9" * 99)]
+)
 def test_only_numbers_become_numbers(image_id: str, stored: int | str) -> None:
     assert coco_files.coco_id(image_id) == stored

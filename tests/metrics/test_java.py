@@ -1,5 +1,4 @@
 import contextlib
-import os
 import subprocess
 import sys
 import time
@@ -75,22 +74,38 @@ def test_a_hanging_program_is_stopped(fake_java: Callable[[str], Path]) -> None:
     assert time.monotonic() - start < 30
 
 
-def has_ended(process: int) -> bool:
+def is_running(process: int) -> bool:
     try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return True
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"  # that has ended, though nobody has asked how
+
+
+def has_ended(process: int) -> bool:
+    for _ in range(100):  # a signal takes a moment to arrive
+        if not is_running(process):
+            return True
+        time.sleep(0.05)
     return False
 
 
 def test_a_closed_generator_leaves_no_program_behind(fake_java: Callable[[str], Path]) -> None:
     with contextlib.closing(java.run("X", str(fake_java("echo $$; exec sleep 60")), [], seconds=60)) as lines:
         process = int(next(lines))
-        assert not has_ended(process)
+        assert is_running(process)
     assert has_ended(process)
 
 
-@pytest.mark.parametrize("signal", ["INT", "TERM"])
+def test_a_script_that_starts_the_program_leaves_none_behind(fake_java: Callable[[str], Path]) -> None:
+    with contextlib.closing(java.run("X", str(fake_java("sleep 60 & echo $!; wait")), [], seconds=60)) as lines:
+        process = int(next(lines))
+    assert has_ended(process)
+    with pytest.raises(Unavailable, match="stopped after 1 seconds"):
+        run(fake_java("sleep 60; exit"), seconds=1.0)
+
+
+@pytest.mark.parametrize("signal", ["INT", "TERM", "HUP"])
 def test_a_command_that_is_stopped_leaves_no_program_behind(fake_java: Callable[[str], Path], signal: str) -> None:
     code = (
         "import sys; from clipcap_jax import cli; from clipcap_jax.metrics import java\n"
@@ -101,5 +116,5 @@ def test_a_command_that_is_stopped_leaves_no_program_behind(fake_java: Callable[
         assert command.stdout is not None
         process = int(command.stdout.readline())
         subprocess.run(["kill", f"-{signal}", str(command.pid)], check=True)
-        assert command.wait(30) == {"INT": 130, "TERM": 143}[signal]
+        assert command.wait(30) == {"INT": 130, "TERM": 143, "HUP": 129}[signal]
     assert has_ended(process)

@@ -70,6 +70,7 @@ def test_domains_are_scored_alone() -> None:
     assert found["in-domain"].overall == {**alone.overall, "SPICE": np.mean(range(0, 100, 3))}
     assert found["in-domain"].per_image["CIDEr"] != {image: whole.per_image["CIDEr"][image] for image in inside}
     assert not score_domains(REFERENCES, CAPTIONS, {}, whole)
+    assert list(score_domains(REFERENCES, CAPTIONS, {**domains, "not scored": "near-domain"}, whole)) == list(found)
 
 
 def test_the_order_of_the_captions_does_not_matter() -> None:
@@ -131,10 +132,11 @@ def test_published_scores_of_blip2(shared: Path, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.java
 @pytest.mark.slow
 @pytest.mark.usefixtures("java")
-def test_published_java_scores_of_blip2(shared: Path) -> None:
-    """SPICE takes 12 minutes on two cores where its cache does not know the references."""
+def test_published_java_scores_of_blip2(shared: Path, tmp_path: Path) -> None:
+    """SPICE takes 12 minutes on two cores."""
     references, captions, published = blip2(shared)
-    scores = References(references).score(captions, meteor=True, spice=SpiceConfig(str(shared / "data" / "spice_jars")))
+    spice = SpiceConfig(str(shared / "data" / "spice_jars"), cache=str(tmp_path))
+    scores = References(references).score(captions, meteor=True, spice=spice)
     assert not scores.not_computed
     assert scores.overall["METEOR"] == pytest.approx(published["METEOR"], abs=1e-9)
     assert scores.overall["SPICE"] == pytest.approx(published["SPICE"], abs=1e-9)
@@ -167,8 +169,9 @@ def test_published_token_counts_of_viecap(shared: Path) -> None:
 @pytest.mark.java
 @pytest.mark.slow
 @pytest.mark.usefixtures("java")
-def test_published_java_scores_of_viecap(shared: Path) -> None:
+def test_published_java_scores_of_viecap(shared: Path, tmp_path: Path) -> None:
     references, captions = viecap(shared)
-    scores = references.score(captions, meteor=True, spice=SpiceConfig(str(shared / "data" / "spice_jars")))
+    spice = SpiceConfig(str(shared / "data" / "spice_jars"), cache=str(tmp_path))
+    scores = references.score(captions, meteor=True, spice=spice)
     assert round(scores.overall["METEOR"], 3) == 0.228
     assert round(scores.overall["SPICE"], 3) == 0.099

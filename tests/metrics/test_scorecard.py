@@ -23,17 +23,16 @@ def scorecard(**changes: object) -> Scorecard:
     return Scorecard(**{**given, **changes})  # type: ignore[arg-type]
 
 
-def test_lines_hold_the_papers_rows_beside_ours() -> None:
-    card = scorecard()
-    assert card.header == ("metric", "score", "95% interval", "in-domain")
-    assert list(card.lines()) == [
+def test_the_table_holds_the_papers_rows_beside_ours() -> None:
+    [table] = scorecard().tables()
+    assert table.header == ("metric", "score", "95% interval", "in-domain")
+    assert list(table.lines) == [
         Line("CIDEr", ("0.5000", "0.2500-0.7500", "0.7500")),
         Line("  paper: MLP + GPT-2", ("0.6570", "", "0.7973"), aside=True),
         Line("  paper: transformer", ("0.6583", "", "0.8485"), aside=True),
         Line("SPICE", ("0.2000", "0.2000-0.2000", "0.2000")),
         Line("  paper: MLP + GPT-2", ("0.1110", "", "0.1220"), aside=True),
         Line("  paper: transformer", ("0.1086", "", "0.1214"), aside=True),
-        Line("METEOR", ("no java | here",), aside=True),
     ]
 
 
@@ -56,9 +55,9 @@ def test_markdown_is_one_table() -> None:
         "| --- | ---: | ---: | ---: |",
         "| CIDEr | 0.5000 | 0.2500-0.7500 | 0.7500 |",
         "| SPICE | 0.2000 | 0.2000-0.2000 | 0.2000 |",
-        r"| METEOR | no java \| here |  |  |",
     ]
     for fact in (
+        "- METEOR: not computed: no java | here",
         "- captions: 2",
         "- words per caption: 7.50",
         "- loss: 1.2500 nats per token",
@@ -67,15 +66,23 @@ def test_markdown_is_one_table() -> None:
         assert fact in text
 
 
-def test_a_baseline_adds_its_columns() -> None:
-    baseline = Scores(("1", "2"), {"CIDEr": mean([0.15, 0.65])}, {})
+def test_a_baseline_has_a_table_of_gains() -> None:
+    baseline = Scores(("1", "2"), {"CIDEr": mean([0.15, 0.65])}, {"SPICE": "too late"})
     card = scorecard(paper="", domains={}, baseline=baseline)
-    assert card.header == ("metric", "score", "95% interval", "gain", "its interval", "p")
-    first, second, _ = card.lines()
-    assert first.cells[2:4] == ("+0.1000", "+0.1000 +0.1000")
-    assert float(first.cells[4]) == pytest.approx(0.5, abs=0.06)  # of four ways to change sides two are as far apart
-    assert second.cells == ("0.2000", "0.2000-0.2000", "", "", "")  # the baseline has no SPICE
-    assert json.loads(card.to_json())["differences"]["CIDEr"]["value"] == pytest.approx(0.1)
+    scores, gains = card.tables()
+    assert scores.header == ("metric", "score", "95% interval")
+    assert gains.header == ("metric", "baseline", "gain", "95% interval", "p")
+    [line] = gains.lines  # the baseline has no SPICE
+    assert line.cells[:3] == ("0.4000", "+0.1000", "+0.1000 +0.1000")
+    assert float(line.cells[3]) == pytest.approx(0.5, abs=0.06)  # of four ways to change sides two are as far apart
+    content = json.loads(card.to_json())
+    assert content["differences"]["CIDEr"]["value"] == pytest.approx(0.1)
+    assert content["not_computed"] == {"METEOR": "no java | here", "SPICE of the baseline": "too late"}
+    assert card.facts()["SPICE of the baseline"] == "not computed: too late"
+
+
+def test_a_loss_that_is_not_finite_is_null() -> None:
+    assert json.loads(scorecard(losses={"loss": float("nan")}).to_json())["scores"]["loss"] is None
 
 
 def test_which_splits_the_paper_has() -> None:

@@ -59,3 +59,9 @@ def test_a_list_of_other_pictures(captions: Path, images: Path, monkeypatch: pyt
     monkeypatch.setattr(submission, "COUNTS", {"test2014": 40_775})
     with pytest.raises(UserError, match=r"images\.json lists 4 pictures, and test2014 has 40,775"):
         submission.checked("test2014", captions, images)
+
+
+def test_a_list_with_a_picture_twice(captions: Path, tmp_path: Path, images: Path) -> None:
+    images.write_text(json.dumps({"images": [{"id": i} for i in (7, 3, 9, 1, 7)]}))
+    with pytest.raises(UserError, match="lists 1 pictures twice"):
+        submission.checked("nocaps val", captions, images)
