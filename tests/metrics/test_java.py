@@ -108,7 +108,8 @@ def test_a_script_that_starts_the_program_leaves_none_behind(fake_java: Callable
 @pytest.mark.parametrize("signal", ["INT", "TERM", "HUP"])
 def test_a_command_that_is_stopped_leaves_no_program_behind(fake_java: Callable[[str], Path], signal: str) -> None:
     code = (
-        "import sys; from clipcap_jax import cli; from clipcap_jax.metrics import java\n"
+        "import signal, sys; from clipcap_jax import cli; from clipcap_jax.metrics import java\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # whoever runs the tests may have it ignored
         "cli.run_script(lambda: [print(line, flush=True) for line in java.run('X', sys.argv[1], [], seconds=60)])"
     )
     program = fake_java("echo $$; exec sleep 60")
