@@ -35,11 +35,11 @@ def get_config(variant: str = "embeddings") -> ConfigDict:
         beta2=0.98,
         epsilon=1e-8,
         clip_norm=1.0,
-        average_decay=0.0,
+        average_decay=0.9995,
     )
     config.train = dict(
         seed=0,
-        epochs=10.0,
+        epochs=14.0,
         batch_size=32,
         trainable=("mapper", "gpt2"),
         pretrained=dict(clip="", gpt2=""),
@@ -62,6 +62,7 @@ def get_config(variant: str = "embeddings") -> ConfigDict:
         config.model.clip = dict(image_size=128, patch_size=32, width=256, layers=4, heads=4, embedding_width=512)
         config.model.mapper.kind = "mlp"
         config.model.mapper.dropout = 0.0
+        config.optimizer.average_decay = 0.0
         config.train.epochs = 3.0
         config.train.trainable = ("clip", "mapper", "gpt2")
     return config
