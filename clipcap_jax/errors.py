@@ -1,4 +1,6 @@
-"""The one exception that means "the user can mend this"."""
+"""The one exception that means "the user can mend this", and how its messages name many things."""
+
+from collections.abc import Sequence
 
 
 class UserError(Exception):
@@ -7,3 +9,9 @@ class UserError(Exception):
     Its message says what is wrong and what to do. `train.py`, `evaluate.py` and `clipcap` print the message without a
     traceback and exit with status 2; in a library call it propagates like any exception.
     """
+
+
+def first(names: Sequence[str]) -> str:
+    """The first three names, and how many more there are."""
+    named = ", ".join(names[:3])
+    return named if len(names) <= 3 else f"{named} and {len(names) - 3} more"

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from clipcap_jax import report
 from clipcap_jax.cli import positive
-from clipcap_jax.errors import UserError
+from clipcap_jax.errors import UserError, first
 from clipcap_jax.metrics import References, Scores, SpiceConfig, coco_files, score_domains
 from clipcap_jax.metrics.coco_files import CaptionsFile
 from clipcap_jax.metrics.health import health
@@ -174,9 +174,7 @@ def _references(
 def _check_pictures(pictures: dict[str, Path], arguments: argparse.Namespace) -> None:
     missing = [path for path in pictures.values() if not path.is_file()]
     if len(missing) == len(pictures) > 0 or (missing and arguments.clipscore):
-        raise UserError(
-            f"{len(missing)} of {len(pictures)} pictures are not there: {coco_files.first(list(map(str, missing)))}"
-        )
+        raise UserError(f"{len(missing)} of {len(pictures)} pictures are not there: {first(list(map(str, missing)))}")
 
 
 def _spice(arguments: argparse.Namespace) -> SpiceConfig | None:

@@ -13,9 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from clipcap_jax.errors import UserError
-
-_NAMED = 3  # of the bad entries, in an error
+from clipcap_jax.errors import UserError, first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,21 +143,11 @@ _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
 
 def _check(path: Path, where: str, entries: Sequence[Any], keys: Iterable[str]) -> None:
     if odd := [i for i, entry in enumerate(entries) if not isinstance(entry, dict)]:
-        raise UserError(f"{path}: {len(odd)} entries are no objects {{...}}: {_places(where, odd)}")
+        raise UserError(f"{path}: {len(odd)} entries are no objects {{...}}: " + first([f"{where}[{i}]" for i in odd]))
     for key in keys:
         kind, is_right = _KINDS[key]
         if odd := [i for i, entry in enumerate(entries) if not is_right(entry.get(key))]:
             raise UserError(
                 f"{path}: {key} is not {kind} in {len(odd)} entries: "
-                + ", ".join(f"{where}[{i}] has {json.dumps(entries[i].get(key))}" for i in odd[:_NAMED])
+                + first([f"{where}[{i}] has {json.dumps(entries[i].get(key))}" for i in odd])
             )
-
-
-def _places(where: str, numbers: Sequence[int]) -> str:
-    return first([f"{where}[{i}]" for i in numbers])
-
-
-def first(names: Sequence[str]) -> str:
-    """The first few names, and how many more there are."""
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return ", ".join(names[:_NAMED]) + more

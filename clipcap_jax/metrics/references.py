@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from clipcap_jax.errors import UserError
+from clipcap_jax.errors import UserError, first
 from clipcap_jax.metrics.bleu import bleu
 from clipcap_jax.metrics.cider import Cider
 from clipcap_jax.metrics.java import Unavailable
@@ -180,5 +180,4 @@ def _is_list_of_strings(texts: object) -> bool:
 
 
 def _first(images: Sequence[object]) -> str:
-    named = ", ".join(map(repr, images[:3]))
-    return named if len(images) <= 3 else f"{named} and {len(images) - 3} more"
+    return first(list(map(repr, images)))

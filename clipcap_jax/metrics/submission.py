@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from clipcap_jax.convert.files import whole
-from clipcap_jax.errors import UserError
+from clipcap_jax.errors import UserError, first
 from clipcap_jax.metrics import coco_files
 
 COUNTS = {"val2014": 40_504, "test2014": 40_775, "nocaps val": 4_500, "nocaps test": 10_600}
@@ -34,13 +34,13 @@ def checked(split: str, captions: Path, images: Path) -> list[dict[str, str | in
     if len(listed) != COUNTS[split]:
         problems.append(f"{images} lists {len(listed):,} pictures, and {split} has {COUNTS[split]:,}")
     if missing := [image for image in listed if image not in texts]:
-        problems.append(f"{len(missing):,} pictures have no caption: {coco_files.first(missing)}")
+        problems.append(f"{len(missing):,} pictures have no caption: {first(missing)}")
     if extra := [image for image in texts if image not in known]:
-        problems.append(f"{len(extra):,} captions are of pictures that are not listed: {coco_files.first(extra)}")
+        problems.append(f"{len(extra):,} captions are of pictures that are not listed: {first(extra)}")
     if blank := [image for image, text in texts.items() if not text.strip()]:
-        problems.append(f"{len(blank):,} captions are empty: {coco_files.first(blank)}")
+        problems.append(f"{len(blank):,} captions are empty: {first(blank)}")
     if odd := [image for image in texts if not isinstance(coco_files.coco_id(image), int)]:
-        problems.append(f"{len(odd):,} image ids are no numbers: {coco_files.first(odd)}")
+        problems.append(f"{len(odd):,} image ids are no numbers: {first(odd)}")
     if problems:
         raise UserError(f"{captions} is no submission for {split}:\n  " + "\n  ".join(problems))
     return [{"image_id": coco_files.coco_id(image), "caption": texts[image]} for image in listed]
