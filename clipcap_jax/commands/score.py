@@ -89,12 +89,13 @@ def _score(arguments: argparse.Namespace) -> None:
     pictures = {image: _picture(arguments.images, file, image) for image in texts} if arguments.images else {}
     _check_pictures(pictures, arguments)
     clip = _load_clip(arguments) if arguments.clipscore else None
+    files = list(pictures.values())
+    seen = clip.embed_pictures(list(texts), lambda i: files[i].read_bytes()) if clip else None
 
     def scored(given: dict[str, str]) -> Scores:
         more: dict[str, Measure] = {}
         if clip is not None:
-            files, ordered = list(pictures.values()), [given[image] for image in texts]
-            more = clip.measures(list(texts), lambda i: files[i].read_bytes(), ordered, list(texts.values()))
+            more = clip.measures(list(texts), seen, [given[image] for image in texts], list(texts.values()))
         scores = references.score(
             given, meteor=arguments.meteor, spice=_spice(arguments), plain_cider=arguments.plain_cider
         )

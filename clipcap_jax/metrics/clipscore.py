@@ -112,7 +112,7 @@ class ClipScorer:
         if not count == len(captions) == len(references):
             raise ValueError(f"{count} names, {len(captions)} captions and {len(references)} lists of references")
         if callable(pictures):
-            pictures = self._embed_pictures(names, pictures, batch_size, workers)
+            pictures = self.embed_pictures(names, pictures, batch_size=batch_size, workers=workers)
         elif pictures.shape != (count, self.vision.embedding_width):
             raise UserError(
                 f"the embeddings have the shape {pictures.shape}; of this CLIP and {count} pictures they have "
@@ -129,10 +129,10 @@ class ClipScorer:
         clip, with_references = self.score(*arguments, **options)
         return {"CLIPScore": mean(clip), "RefCLIPScore": mean(with_references)}
 
-    def _embed_pictures(
-        self, names: Sequence[str], read: Callable[[int], bytes], batch_size: int, workers: int
+    def embed_pictures(
+        self, names: Sequence[str], read: Callable[[int], bytes], *, batch_size: int = 64, workers: int = 4
     ) -> np.ndarray:
-        """Float32 `n E`."""
+        """Embeddings that `score` takes in the pictures' place, float32 `n E`; the arguments and errors are its own."""
 
         def load(index: int) -> np.ndarray:
             try:

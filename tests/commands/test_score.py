@@ -132,9 +132,10 @@ def test_clipscore(clipcap: Clipcap, captions: Path, references: Path, tmp_path:
     photos.mkdir()
     for i, image in enumerate(IMAGES):
         Image.new("RGB", (40, 40), (8 * i, 255 - 8 * i, 100)).save(photos / f"{image}.png")
-    arguments = ("score", captions, references, "--clipscore", weights, "--output", output)
+    arguments = ("score", captions, references, "--clipscore", weights, "--compare", captions, "--output", output)
     assert clipcap(*arguments, "--images", photos) == 0
     report = json.loads(output.read_text())
+    assert report["differences"]["CLIPScore"]["value"] == 0
     scored, with_references = ClipScorer.load(str(weights)).score(
         list(IMAGES),
         lambda i: (photos / f"{list(IMAGES)[i]}.png").read_bytes(),
