@@ -178,7 +178,7 @@ def run(writer: Writer, indices: Sequence[int], processes: int) -> Generator[tup
     """
     if processes == 1 or len(indices) < 2:
         for index in indices:
-            yield index, writer.write(index)
+            yield index, writer.write(index, writer.source.parts[index])
         return
     # Spawned: a process that is forked from one in which JAX has started may hang.
     with concurrent.futures.ProcessPoolExecutor(

@@ -187,12 +187,12 @@ class Writer:
     def _note(self, index: int) -> Path:
         return self.unfinished / f"{self.names[index]}.note.json"
 
-    def write(self, index: int, examples: Iterable[Example | Problem] | None = None) -> Shard:
+    def write(self, index: int, examples: Iterable[Example | Problem]) -> Shard:
         """Write the shard of a part.
 
         Args:
           index: the part's number.
-          examples: what it holds; None: what the part gives.
+          examples: what it holds.
 
         Raises:
           OSError: the disk is full, or a file cannot be read or written.
@@ -209,7 +209,7 @@ class Writer:
         def records() -> Iterator[tuple[int, bytes]]:
             nonlocal failed
             failed = True
-            for example in self.source.parts[index] if examples is None else examples:
+            for example in examples:
                 if isinstance(example, Problem):
                     problems.append(example)
                     continue

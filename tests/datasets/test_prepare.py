@@ -156,7 +156,7 @@ def test_a_shard_of_another_plan_is_not_finished(tmp_path: Path) -> None:
         writer = Writer(source(log, *parts, origin={"x": x}), str(tmp_path))
         writer.unfinished.mkdir(parents=True, exist_ok=True)
         assert writer.finished(0) is None
-        writer.write(0)
+        writer.write(0, writer.source.parts[0])
         assert writer.finished(0) is not None
 
 
