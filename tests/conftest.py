@@ -9,6 +9,8 @@ import pytest
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "4")
 os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
+# By default XLA ends a process of which one device has waited a minute for another: on a busy machine too early.
+os.environ.setdefault("XLA_FLAGS", "--xla_cpu_collective_call_terminate_timeout_seconds=600")
 # Nearly all of the tests' time is compilation, and the same programs are compiled by many tests and by their processes.
 # Each worker of pytest-xdist keeps its own, as JAX reads what another process is still writing.
 _CACHE = Path(__file__).parents[1] / ".pytest_cache" / "jax" / os.environ.get("PYTEST_XDIST_WORKER", "main")

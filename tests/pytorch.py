@@ -13,8 +13,11 @@ import pytest
 
 
 def import_torch() -> Any:
-    """torch, or the test is skipped."""
-    return pytest.importorskip("torch", reason="needs the torch extra")
+    """torch, or the test is skipped; with one thread: several wait for each other by spinning, which takes longer than
+    the work on cores that they share with JAX or another worker's tests."""
+    torch = pytest.importorskip("torch", reason="needs the torch extra")
+    torch.set_num_threads(1)
+    return torch
 
 
 def randomize(model: Any, seed: int, scale: float) -> Any:
