@@ -17,15 +17,13 @@ import numpy as np
 import optax
 import pytest
 from jax.extend.core import jaxprs_in_params
-from original import load_clip
 from random_models import clipcap_config, random_embeddings, random_params, random_tokens
 from rich.console import Console
-from safetensors.numpy import save_file
 from tiny import Source, assert_same, in_process, make_config, named, saved, train, train_until
 
 from clipcap_jax import parallel, trainer
 from clipcap_jax.captioner import Captioner
-from clipcap_jax.checkpoint import Checkpoints, Metadata
+from clipcap_jax.checkpoint import Checkpoints
 from clipcap_jax.config import Config
 from clipcap_jax.convert.gpt2 import load_gpt2, save_gpt2
 from clipcap_jax.data import CaptionData
@@ -35,8 +33,8 @@ from clipcap_jax.errors import UserError
 from clipcap_jax.logs import Monitor
 from clipcap_jax.models.clipcap import ClipCap
 from clipcap_jax.models.gpt2 import Gpt2
-from clipcap_jax.tokenizer import Tokenizer
-from clipcap_jax.trainer import TrainState, check_same_run, choose_tokenizer, make_step
+from clipcap_jax.start import choose_tokenizer
+from clipcap_jax.trainer import TrainState, make_step
 
 STEPS = 10  # of two epochs
 QUIET = Console(quiet=True)
@@ -419,27 +417,6 @@ def test_a_run_of_other_settings_is_told_apart(
     assert_same(saved(unstopped, STEPS), before)
 
 
-def test_a_tower_more_is_another_setting(data_dir: Path) -> None:
-    pixels, embeddings = make_config(data_dir, variant="pixels"), make_config(data_dir)
-    for now, then in ((pixels, embeddings), (embeddings, pixels)):
-        with pytest.raises(UserError, match=r"config\.model\.clip(\.width)? was "):
-            check_same_run(now, then)
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"data.workers": 0},
-        {"train.log_every": 7},
-        {"data.data_dir": "elsewhere"},
-        {"evaluate.every": 100, "evaluate.images": 0, "evaluate.decode.beam_size": 5},
-        {"checkpoint.every": 1, "checkpoint.keep": 1},
-    ],
-)
-def test_settings_that_change_nothing_that_is_learnt(data_dir: Path, changes: dict[str, Any]) -> None:
-    check_same_run(make_config(data_dir, changes), make_config(data_dir))
-
-
 def test_a_data_set_that_has_changed(unstopped: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trainer, "steps_per_epoch", lambda pairs, batch_size: 7)
     with pytest.raises(UserError, match=r"records/both/train is not what it was: .* 10 steps, and now there are 14"):
@@ -461,29 +438,6 @@ def test_another_run_to_start_from(unstopped: Path, data_dir: Path, tmp_path: Pa
     assert counts == {1}
     # A run that goes on does not start again.
     assert "Going on after step 1" in train_until(run, config, 2)
-
-
-def metadata(config: Config, tokenizer: Tokenizer) -> Metadata:
-    return Metadata(config, tokenizer, encoder="", embedding_width=5)
-
-
-def test_a_base_brings_its_tokenizer(data_dir: Path, tmp_path: Path) -> None:
-    zebras = Tokenizer.train(["one zebra", "two zebras"], 270)
-    (tmp_path / "tokenizer.json").write_text(zebras.to_dict()["tokenizer_json"])
-    base = metadata(make_config(data_dir), Tokenizer.load(str(tmp_path)))
-    captions: list[tuple[str, ...]] = [("a picture of a house",)]
-    assert choose_tokenizer(make_config(data_dir), base, captions) is base.tokenizer
-    alone = choose_tokenizer(make_config(data_dir), None, captions)
-    assert alone.to_dict() == Tokenizer.train(["a picture of a house"], 320).to_dict()
-
-    from_folder = make_config(data_dir, {"tokenizer.source": str(tmp_path)})
-    assert choose_tokenizer(from_folder, base, captions).to_dict() == base.tokenizer.to_dict()
-    with pytest.raises(UserError, match="is not the one that the checkpoint was trained with"):
-        choose_tokenizer(from_folder, metadata(from_folder, alone), captions)
-    with pytest.raises(UserError, match=r"has \d+ pieces, more than config.model.gpt2.vocab_size=260"):
-        choose_tokenizer(
-            make_config(data_dir, {"tokenizer.source": str(tmp_path), "model.gpt2.vocab_size": 260}), None, []
-        )
 
 
 @pytest.fixture
@@ -515,19 +469,6 @@ def test_a_pretrained_language_model_of_another_size(data_dir: Path, pretrained:
         train(tmp_path, settings(data_dir, {**changes, "model.gpt2.layers": 1}))
     with pytest.raises(UserError, match=r"is Gpt2Config\(.* heads=2,.*\), but config.model.gpt2 is .* heads=4,"):
         train(tmp_path, settings(data_dir, {**changes, "model.gpt2.heads": 4}))
-    with pytest.raises(UserError, match=r"config.train.init_from and config.train.pretrained.gpt2 are both set"):
-        trainer.load_pretrained(settings(data_dir, {**changes, "train.init_from": "runs/other"}), QUIET)
-
-
-def test_a_pretrained_tower(data_dir: Path, tmp_path: Path) -> None:
-    _, params, arrays = load_clip("vit")
-    state = {name.removeprefix("state/"): array for name, array in arrays.items() if name.startswith("state/")}
-    save_file({name: np.ascontiguousarray(array) for name, array in state.items()}, tmp_path / "tower.safetensors")
-    sizes = {"image_size": 32, "patch_size": 8, "width": 128, "layers": 2, "heads": 2, "embedding_width": 24}
-    changes: dict[str, Any] = {f"model.clip.{name}": value for name, value in sizes.items()}
-    changes |= {"train.pretrained.clip": str(tmp_path / "tower.safetensors"), "train.trainable": ("mapper", "gpt2")}
-    config = make_config(data_dir, changes, "pixels")
-    jax.tree.map(np.testing.assert_array_equal, trainer.load_pretrained(config, QUIET), {"clip": params})
 
 
 def test_the_originals_targets(data_dir: Path) -> None:
