@@ -14,14 +14,14 @@ Whatever the format, a caption and its picture are joined by their name, never b
 import dataclasses
 import functools
 import hashlib
-import json
 import os
 import re
-import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from clipcap_jax.datasets import img2dataset
 from clipcap_jax.datasets.annotations import not_there
+from clipcap_jax.datasets.img2dataset import Sample
 from clipcap_jax.datasets.schema import Example
 from clipcap_jax.datasets.source import PICTURES_PER_SHARD, Problem, Source, broken_picture
 from clipcap_jax.errors import UserError
@@ -179,19 +179,7 @@ class Shard:
             )
 
 
-@dataclasses.dataclass
-class _Sample:
-    where: str
-    key: str
-    image: bytes | None = None
-    image_path: str = ""
-    caption: str | None = None
-    url: str = ""
-    fault: str = ""  # as the downloader noted it
-    missing: str = "image missing"  # the reason where there is no picture
-
-
-def _fault(sample: _Sample) -> Problem | None:
+def _fault(sample: Sample) -> Problem | None:
     if not sample.key.isprintable():  # in a tar, a name may be any bytes
         return Problem(sample.where, "broken text", repr(sample.key))
     if sample.fault:
@@ -205,7 +193,7 @@ def _fault(sample: _Sample) -> Problem | None:
     return broken_picture(sample.image, sample.where, sample.image_path or sample.key)
 
 
-def _seen(sample: _Sample, marks: frozenset[bytes]) -> Problem | None:
+def _seen(sample: Sample, marks: frozenset[bytes]) -> Problem | None:
     for what, mark in (("link", _mark(sample.url.encode())), ("picture", _mark(sample.image or b""))):
         if mark in marks:
             return Problem(sample.where, "image in two splits", f"its {what} is in val: {sample.url or sample.key}")
@@ -217,7 +205,7 @@ def _marks(shards: tuple[Shard, ...]) -> frozenset[bytes]:
     marks = set()
     for shard in shards:
         for sample in _samples(shard):
-            if isinstance(sample, _Sample):
+            if isinstance(sample, Sample):
                 marks |= {_mark(sample.url.encode()), _mark(sample.image or b"")}
     return frozenset(marks - {_mark(b"")})
 
@@ -265,98 +253,10 @@ def _split_of(name: str, path: str) -> str:
     raise UserError(f"{path}: is it of train or of validation? Put it into a folder of that name.")
 
 
-def _samples(shard: Shard) -> Iterator[_Sample | Problem]:
+def _samples(shard: Shard) -> Iterator[Sample | Problem]:
     if shard.rows is not None:
         return _read_rows(shard.path, shard.rows)
-    return _read_folder(shard.path) if shard.path.is_dir() else _read_tar(shard.path)
-
-
-def _read_tar(path: Path) -> Iterator[_Sample | Problem]:
-    """Files of one sample follow each other, as webdataset wants it; not more than one sample is held."""
-    count = 0
-    fault = ""
-    try:
-        with tarfile.open(path, "r:") as tar:
-            sample: _Sample | None = None
-            group = ""
-            for member in tar:
-                place, _, name = member.name.rpartition("/")
-                key, _, suffix = name.partition(".")
-                if not member.isfile() or not key:
-                    continue
-                if sample is None or group != f"{place}/{key}":
-                    if sample is not None:
-                        count += 1
-                        yield sample
-                    group = f"{place}/{key}"
-                    sample = _Sample(f"{_where(path)}: {key}", _image_id(path, key))
-                file = tar.extractfile(member)
-                assert file is not None  # a regular file
-                _add(sample, suffix, file.read())
-            end = tar.offset
-            if sample is not None:
-                count += 1
-                yield sample
-        with path.open("rb") as raw:
-            raw.seek(end)
-            if raw.read(512) != bytes(512):
-                fault = "it ends without the mark of its end"
-    except (tarfile.TarError, OSError, EOFError) as error:
-        fault = str(error)
-    lost = _stats(path).get("successes", 0) - count
-    if fault or lost > 0:
-        fault = fault or f"it holds {count:,} samples"
-        detail = f"{path}: {fault}; {lost:,} samples lost" if lost > 0 else f"{path}: {fault}"
-        yield Problem(_where(path), "broken tar", detail, max(lost, 1))
-
-
-def _read_folder(path: Path) -> Iterator[_Sample | Problem]:
-    keys = sorted({name.partition(".")[0] for name in os.listdir(path)} - {""})
-    for key in keys:
-        sample = _Sample(f"{_where(path)}/{key}", _image_id(path, key))
-        for suffix in ("json", "txt", "jpg", "jpeg", "png", "webp"):
-            file = path / f"{key}.{suffix}"
-            if file.is_file():
-                _add(sample, suffix, file.read_bytes())
-                if sample.image is not None:
-                    sample.image_path = str(file)
-                    break
-        yield sample
-    if (lost := _stats(path).get("successes", 0) - len(keys)) > 0:
-        yield Problem(
-            _where(path), "samples missing", f"{path} holds {len(keys):,}, {lost:,} fewer than were made", lost
-        )
-
-
-def _where(path: Path) -> str:
-    """Train and validation have shards of the same names."""
-    return f"{path.parent.name}/{path.name}"
-
-
-def _image_id(path: Path, key: str) -> str:
-    """img2dataset's keys start with the name of the shard; others are made to."""
-    return key if key.startswith(path.stem) else f"{path.stem}/{key}"
-
-
-def _add(sample: _Sample, suffix: str, data: bytes) -> None:
-    """Adds one of the files of a sample."""
-    suffix = suffix.lower()
-    try:
-        if suffix == "txt":
-            sample.caption = data.decode("utf-8-sig")
-        elif suffix == "json":
-            fields = json.loads(data)
-            if not isinstance(fields, dict):
-                raise ValueError("no object {...}")
-            sample.url = str(fields.get("url") or "")
-            sample.url.encode()  # JSON can spell half a character
-            if fields.get("status", "success") != "success":
-                sample.fault = f"{fields['status']}: {fields.get('error_message')}"
-        elif suffix in ("jpg", "jpeg", "png", "webp"):
-            sample.image = data
-    except (ValueError, RecursionError) as error:
-        sample.url = ""
-        sample.fault = f"its .{suffix} cannot be read: {error}"
+    return img2dataset.read(shard.path)
 
 
 def _index_list(path: Path, url_column: int, pictures: Path) -> Iterator[Rows]:
@@ -395,7 +295,7 @@ def _columns(line: bytes) -> list[str]:
     return columns if len(columns) == 2 else []
 
 
-def _read_rows(path: Path, rows: Rows) -> Iterator[_Sample | Problem]:
+def _read_rows(path: Path, rows: Rows) -> Iterator[Sample | Problem]:
     with path.open("rb") as file:
         file.seek(rows.offset)
         for index, data in zip(range(rows.count), file, strict=False):
@@ -407,7 +307,7 @@ def _read_rows(path: Path, rows: Rows) -> Iterator[_Sample | Problem]:
             key = f"{rows.first + index:08}"
             picture = rows.pictures / f"{key}.jpg"
             url, caption = columns[rows.url_column], columns[1 - rows.url_column]
-            sample = _Sample(where, key, None, str(picture), caption, url, missing="dead link")
+            sample = Sample(where, key, None, str(picture), caption, url, missing="dead link")
             try:
                 sample.image = picture.read_bytes()
             except FileNotFoundError:
@@ -417,18 +317,6 @@ def _read_rows(path: Path, rows: Rows) -> Iterator[_Sample | Problem]:
             yield sample
 
 
-def _stats(path: Path) -> dict[str, int]:
-    """The counts that img2dataset writes beside a shard, none where there is no such file."""
-    try:
-        content = json.loads(path.with_name(f"{path.stem}_stats.json").read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    counts = ("count", "successes", "failed_to_download", "failed_to_resize")
-    if not isinstance(content, dict) or not all(isinstance(content.get(key), int) for key in counts):
-        return {}
-    return {key: content[key] for key in counts}
-
-
 def _read_stats(parts: list[Shard]) -> tuple[list[Problem], list[str]]:
     """The links that did not become pictures, shards that are lost, and a note on those that tell nothing of theirs."""
     paths = [part.path for part in parts if part.rows is None]
@@ -436,14 +324,16 @@ def _read_stats(parts: list[Shard]) -> tuple[list[Problem], list[str]]:
     told = {file for place in {path.parent for path in paths} for file in place.glob("*_stats.json")}
     problems = []
     for file in sorted(told | there):
-        stats = _stats(file.with_name(file.name.replace("_stats.json", ".tar")))
+        stats = img2dataset.stats(file.with_name(file.name.replace("_stats.json", ".tar")))
         for reason, key in zip(_DEAD, ("failed_to_download", "failed_to_resize"), strict=True):
             if stats.get(key):
-                problems.append(Problem(_where(file), reason, f"{stats[key]:,} of {stats['count']:,}", stats[key]))
+                problems.append(
+                    Problem(img2dataset.where(file), reason, f"{stats[key]:,} of {stats['count']:,}", stats[key])
+                )
         if stats.get("successes") and file not in there:
             detail = f"there is no {file.name.replace('_stats.json', '.tar')}, nor a folder"
-            problems.append(Problem(_where(file), "shard missing", detail, stats["successes"]))
-    without = sum(not _stats(path) for path in paths)
+            problems.append(Problem(img2dataset.where(file), "shard missing", detail, stats["successes"]))
+    without = sum(not img2dataset.stats(path) for path in paths)
     note = f"shards without a readable _stats.json, whose dead links are not counted: {without:,}"
     return problems, [note] if without else []
 
@@ -454,11 +344,11 @@ def _described(parts: list[Shard], folder: Path) -> str:
     lines = []
     for path in sorted(paths):
         size = len(os.listdir(path)) if path.is_dir() else path.stat().st_size
-        lines.append(f"{path.relative_to(folder)} {size} {sorted(_stats(path).items())}")
+        lines.append(f"{path.relative_to(folder)} {size} {sorted(img2dataset.stats(path).items())}")
     return f"{len(lines):,}, names and sizes with SHA-256 {hashlib.sha256(repr(lines).encode()).hexdigest()[:16]}"
 
 
 def _size(parts: list[Shard]) -> int:
     """Links in the lists; 0 where that is not known of all."""
-    sizes = [part.rows.count if part.rows else _stats(part.path).get("count", 0) for part in parts]
+    sizes = [part.rows.count if part.rows else img2dataset.stats(part.path).get("count", 0) for part in parts]
     return sum(sizes) if all(sizes) else 0

@@ -1,13 +1,11 @@
 import io
-import json
 import shutil
 import tarfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
-from PIL import Image
+from shards import WRITERS, Sample, jpeg, keyed, number_of, sample, write_folder, write_stats, write_tar
 from sources import read
 
 from clipcap_jax.datasets import conceptual
@@ -15,71 +13,6 @@ from clipcap_jax.datasets.conceptual import conceptual_source
 from clipcap_jax.datasets.schema import Example
 from clipcap_jax.datasets.source import Problem, Source
 from clipcap_jax.errors import UserError
-
-Sample = Mapping[str, bytes]  # suffix and content
-
-
-def jpeg(number: int) -> bytes:
-    """A picture that shows its number: its grey is the last byte, its size the others."""
-    file = io.BytesIO()
-    Image.new("L", (8 + number // 256, 8), number % 256).save(file, "JPEG", quality=100)
-    return file.getvalue()
-
-
-def number_of(image: bytes) -> int:
-    picture = Image.open(io.BytesIO(image))
-    return 256 * (picture.width - 8) + picture.tobytes()[0]
-
-
-def sample(number: int, caption: str | None = None, **fields: Any) -> dict[str, bytes]:
-    """As img2dataset writes it, in its order."""
-    meta = {
-        "caption": f"Picture {number}.",
-        "url": f"http://example.com/{number}.jpg",
-        "key": f"{number:09}",
-        "status": "success",
-        "error_message": None,
-        "width": 8,
-        "height": 8,
-    } | fields
-    text = f"Picture {number}." if caption is None else caption
-    return {"jpg": jpeg(number), "json": json.dumps(meta, indent=4).encode(), "txt": text.encode()}
-
-
-def write_tar(path: Path, samples: Mapping[str, Sample]) -> None:
-    path.parent.mkdir(exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for key, files in samples.items():
-            for suffix, data in files.items():
-                info = tarfile.TarInfo(f"{key}.{suffix}")
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
-
-
-def write_folder(path: Path, samples: Mapping[str, Sample]) -> None:
-    path.mkdir(parents=True)
-    for key, files in samples.items():
-        for suffix, data in files.items():
-            (path / f"{key}.{suffix}").write_bytes(data)
-
-
-def write_stats(path: Path, successes: int, dead: int = 0, unusable: int = 0) -> None:
-    stats = {
-        "count": successes + dead + unusable,
-        "successes": successes,
-        "failed_to_download": dead,
-        "failed_to_resize": unusable,
-        "duration": 1.5,
-        "status_dict": {"success": successes, "HTTP Error 404: Not Found": dead},
-    }
-    path.write_text(json.dumps(stats, indent=4))
-
-
-def keyed(*numbers: int) -> dict[str, Sample]:
-    return {f"{number:09}": sample(number) for number in numbers}
-
-
-WRITERS = {"tar": lambda path, samples: write_tar(path.with_suffix(".tar"), samples), "files": write_folder}
 
 
 def test_both_splits_in_one_folder(tmp_path: Path) -> None:
@@ -322,36 +255,6 @@ def test_keys(tmp_path: Path) -> None:
     assert [(problem.where, problem.reason) for problem in problems] == [
         (f"{tmp_path.name}/00001.tar: a", "duplicate image_id")
     ]
-
-
-def test_a_tar_that_was_cut_off(tmp_path: Path) -> None:
-    """Wherever the end is missing, the tar is named, and what came before is kept."""
-    path = tmp_path / "00000.tar"
-    write_tar(path, keyed(1, 2, 3))
-    whole = path.read_bytes()
-    with tarfile.open(path) as tar:
-        end = tar.getmembers()[-1].offset_data + 512
-    for length in [*range(1, end + 1, 256), end]:
-        path.write_bytes(whole[:length])
-        keys, problems = one_shard(tmp_path)
-        broken = [problem for problem in problems if problem.reason == "broken tar"]
-        assert [(problem.where, problem.count) for problem in broken] == [(f"{tmp_path.name}/00000.tar", 1)], length
-        assert str(path) in broken[0].detail
-        assert keys == ["000000001", "000000002", "000000003"][: len(keys)]
-        assert len(keys) + len(problems) >= (4 if length == end else 1)
-    write_stats(tmp_path / "00000_stats.json", 3)
-    path.write_bytes(whole[: end // 3])
-    _, problems = one_shard(tmp_path)
-    assert problems[-1].reason == "broken tar"
-    assert problems[-1].count >= 2
-
-    write_tar(path, keyed(1, 2))  # whole, but not all of what img2dataset wrote
-    _, problems = one_shard(tmp_path)
-    assert [(problem.reason, problem.count) for problem in problems] == [("broken tar", 1)]
-    path.write_bytes(b"")
-    assert one_shard(tmp_path)[1][0].count == 3
-    path.write_bytes(whole)
-    assert one_shard(tmp_path) == (["000000001", "000000002", "000000003"], [])
 
 
 def test_what_is_missing_is_said(tmp_path: Path) -> None:
