@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -115,16 +114,12 @@ class Captioner:
             except OSError as error:
                 return UserError(f"cannot be read: {error.strerror}")
 
-        with ThreadPoolExecutor(workers) as pool:
-            chunks = [paths[i : i + batch_size] for i in range(0, len(paths), batch_size)]
-            loading = [pool.submit(load, path) for path in chunks[0]] if chunks else []
-            for chunk, following in itertools.zip_longest(chunks, chunks[1:], fillvalue=()):
-                loaded = [future.result() for future in loading]
-                loading = [pool.submit(load, path) for path in following]
-                pixels = [picture for picture in loaded if isinstance(picture, np.ndarray)]
-                captions = iter(self.caption(np.stack(pixels), batch_size) if pixels else ())
-                for path, picture in zip(chunk, loaded, strict=True):
-                    yield path, picture if isinstance(picture, UserError) else next(captions)
+        loaded = zip(paths, images.load_ahead(load, paths, workers=workers, ahead=batch_size), strict=True)
+        while batch := list(itertools.islice(loaded, batch_size)):
+            pixels = [picture for _, picture in batch if isinstance(picture, np.ndarray)]
+            captions = iter(self.caption(np.stack(pixels), batch_size) if pixels else ())
+            for path, picture in batch:
+                yield path, picture if isinstance(picture, UserError) else next(captions)
 
     def caption(self, inputs: np.ndarray, batch_size: int = 64) -> Iterator[Caption]:
         """Caption preprocessed pictures, uint8 `n H W 3` (see `images.preprocess`), or embeddings, float `n E`.
