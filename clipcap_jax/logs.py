@@ -11,7 +11,9 @@ from typing import Any
 import jax
 import numpy as np
 from rich.console import Console
-from tensorboardX import SummaryWriter
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from clipcap_jax import progress
 from clipcap_jax.errors import UserError
@@ -30,12 +32,18 @@ class MetricsLog:
         path = run / "metrics.jsonl"
 
         def is_kept(line: bytes) -> bool:
-            # A line without its end is what a process was writing when it was killed.
-            return line.endswith(b"\n") and json.loads(line)["step"] <= first_step
+            # A process that was killed leaves a line without its end, a power cut perhaps one of zeros.
+            try:
+                return line.endswith(b"\n") and json.loads(line)["step"] <= first_step
+            except (ValueError, KeyError, TypeError):
+                return False
 
         with self._explained():
-            run.mkdir(parents=True, exist_ok=True)
-            self._tensorboard = SummaryWriter(str(run / "tensorboard"), purge_step=first_step + 1)
+            (run / "tensorboard").mkdir(parents=True, exist_ok=True)
+            # Not its SummaryWriter, which writes from a thread: where that fails, whoever logs waits for ever.
+            self._tensorboard = EventsWriter(str(run / "tensorboard" / "events"))
+            # From here on, TensorBoard forgets what earlier files say of later steps.
+            self._show(first_step + 1, session_log=SessionLog(status=SessionLog.START))
             self._file = path.open("a", buffering=1)
             lines = path.read_bytes().splitlines(keepends=True)
             self._file.truncate(sum(map(len, itertools.takewhile(is_kept, lines))))
@@ -44,12 +52,17 @@ class MetricsLog:
         """Log named numbers of a step; a slash in a name groups it in TensorBoard."""
         with self._explained():
             self._file.write(json.dumps({"step": step, **values}) + "\n")
-        for name, value in values.items():
-            self._tensorboard.add_scalar(name, value, step)
+            for name, value in values.items():
+                self._show(step, summary=summary.scalar(name, value))
 
     def text(self, step: int, name: str, text: str) -> None:
         """Show a text in TensorBoard."""
-        self._tensorboard.add_text(name, text, step)
+        with self._explained():
+            self._show(step, summary=summary.text(name, text))
+
+    def _show(self, step: int, **what: Any) -> None:
+        self._tensorboard.write_event(Event(step=step, wall_time=time.time(), **what))
+        self._tensorboard.flush()
 
     def close(self) -> None:
         for log in (self._file, self._tensorboard):

@@ -2,6 +2,7 @@ import io
 import json
 import os
 import re
+import resource
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -70,11 +71,11 @@ def test_both_logs_hold_the_numbers(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("first_step", [0, 2, 3, 4, 9])
-@pytest.mark.parametrize("broken", ["", "{", '{"step": 1, "train/lo', '{"step": 2}'])
+@pytest.mark.parametrize("broken", ["", "{", '{"step": 1, "train/lo', '{"step": 2}', "\0\0\n{}\n", "[]\n", "{}\n"])
 def test_what_comes_after_the_restart_is_dropped(tmp_path: Path, first_step: int, broken: str) -> None:
     write(tmp_path, 0, [2, 4, 4])
     with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write(broken)  # without an end of line: the process was killed while it wrote
+        file.write(broken)  # without an end of line: killed while it was written; zeros: after a power cut
     kept = [step for step in (2, 4, 4) if step <= first_step]
     log = MetricsLog(tmp_path, first_step)
     assert [line["step"] for line in lines(tmp_path)] == kept
@@ -96,6 +97,19 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log.close()
 
 
+def test_tensorboards_files_are_full(tmp_path: Path) -> None:
+    """Only they: the text is written nowhere else."""
+    log = MetricsLog(tmp_path, 0)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    try:
+        with pytest.raises(UserError, match=r"logs of .* cannot be written: File too large"):
+            log.text(1, "val/captions", 10_000 * "a dog ")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    log.close()
+
+
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "tensorboard").write_text("a file")
     with pytest.raises(UserError, match=rf"logs of {tmp_path} cannot be written"):
@@ -107,6 +121,8 @@ class Clock:
 
     def perf_counter(self) -> float:
         return self.now
+
+    time = perf_counter
 
 
 @pytest.fixture
