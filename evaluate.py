@@ -14,7 +14,7 @@ from rich.console import Console
 from clipcap_jax import checkpoint, cli, evaluation, parallel
 from clipcap_jax.captioner import Captioner
 from clipcap_jax.errors import UserError
-from clipcap_jax.metrics import SpiceConfig
+from clipcap_jax.metrics import SpiceConfig, unavailable
 from clipcap_jax.metrics.clipscore import ClipScorer
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs/shapes", "the run's folder, which train.py wrote to")
@@ -54,6 +54,9 @@ def _evaluate(console: Console, workdir: Path, which: str) -> None:
     batch_size = _BATCH_SIZE.value or captioner.metadata.config.evaluate.batch_size
     folder = Path(_OUTPUT.value or workdir / "evaluations" / f"{_SPLIT.value}-{captioner.step}")
     clip = _clip()
+    spice = SpiceConfig(_SPICE_JARS.value) if _SPICE.value else None
+    for name, reason in unavailable(meteor=False, spice=spice).items():  # METEOR is computed where it can be
+        console.print(f"{name} will not be computed: {reason}", style="yellow", markup=False, soft_wrap=True)
     captions = evaluation.caption_all(captioner, data, batch_size=batch_size, console=console)
     evaluation.write_captions(data, captions, folder)
     if not any(data.captions):
@@ -63,7 +66,6 @@ def _evaluate(console: Console, workdir: Path, which: str) -> None:
             highlight=False,
         )
         return
-    spice = SpiceConfig(_SPICE_JARS.value) if _SPICE.value else None
     result = evaluation.evaluate(
         captioner, data, captions, batch_size=batch_size, meteor=_METEOR.value, spice=spice, clip=clip
     )
@@ -72,27 +74,29 @@ def _evaluate(console: Console, workdir: Path, which: str) -> None:
 
 def main(_: list[str]) -> None:
     parallel.keep_compiled_programs()
-    console, workdir = Console(), Path(_WORKDIR.value)
+    console, workdir = Console(), checkpoint.run_folder(_WORKDIR.value)
     if not _FOLLOW.value:
         _evaluate(console, workdir, _WHICH.value)
         return
-    done = -1
+    while not (workdir / checkpoint.FOLDER).is_dir():  # training may be about to make it
+        with console.status(f"Waiting for the first checkpoint in {workdir}"):
+            time.sleep(_PATIENCE)
     with checkpoint.opened(workdir) as checkpoints:
-        while True:
-            steps = checkpoints.steps()
-            if steps and steps[-1] > done:
-                done = steps[-1]
-                console.rule(f"step {done}")
-                try:
-                    _evaluate(console, workdir, str(done))
-                except UserError:
-                    if done in checkpoints.steps():
-                        raise
-                    console.print(f"The run has dropped step {done} for newer ones.")
-            elif steps and checkpoints.is_last(done):
-                return
-            else:
+        done, ended = -1, False
+        while not ended:
+            step = next((step for step in checkpoints.steps() if step > done), None)
+            if step is None:
                 time.sleep(_PATIENCE)
+                continue
+            done = step
+            console.rule(f"step {step}")
+            try:
+                ended = checkpoints.is_last(step)
+                _evaluate(console, workdir, str(step))
+            except UserError:
+                if step in checkpoints.steps():
+                    raise
+                console.print(f"The run has dropped step {step} for newer ones.")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from absl import flags
 from ml_collections import config_flags
 from rich.console import Console
 
-from clipcap_jax import cli, config, datasets, parallel, trainer
+from clipcap_jax import checkpoint, cli, config, datasets, parallel, trainer
 from clipcap_jax.errors import UserError
 
 _DEFAULT = str(Path(__file__).parent / "configs" / "shapes.py")
@@ -28,7 +28,7 @@ def main(_: list[str]) -> None:
     name = Path(config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]).stem
     if settings.data.name == "shapes":  # drawn rather than downloaded, so nobody needs to ask for it
         console.print(datasets.prepare_shapes(settings.data.data_dir))
-    trainer.train(settings, Path(_WORKDIR.value or f"runs/{name}"), console)
+    trainer.train(settings, checkpoint.run_folder(_WORKDIR.value or f"runs/{name}"), console)
 
 
 if __name__ == "__main__":

@@ -117,6 +117,17 @@ def _item_handlers() -> dict[str, Any]:
     }
 
 
+def run_folder(name: str | Path) -> Path:
+    """The folder that a run's name means.
+
+    Raises:
+      UserError: it is on another machine, such as gs://.
+    """
+    if "://" in str(name):
+        raise UserError(f"{name}: runs and their checkpoints lie on a disk; copy them there, or mount the bucket")
+    return Path(name).expanduser()
+
+
 class Checkpoints:
     """The checkpoints of one run: saves the newest `keep` and the best by CIDEr, restores any."""
 
@@ -262,9 +273,9 @@ class Checkpoints:
 
 
 @contextlib.contextmanager
-def opened(run: Path) -> Iterator[Checkpoints]:
+def opened(run: str | Path) -> Iterator[Checkpoints]:
     """A run's checkpoints, for reading."""
-    checkpoints = Checkpoints(run)
+    checkpoints = Checkpoints(run_folder(run))
     try:
         yield checkpoints
     finally:

@@ -41,11 +41,6 @@ def device_count() -> int:
     return jax.device_count()
 
 
-def is_first_process() -> bool:
-    """True in the process that prints and writes logs."""
-    return process_index() == 0
-
-
 def process_index() -> int:
     """This process's number, from 0; its devices take that block of every batch."""
     return jax.process_index()

@@ -67,7 +67,8 @@ _FREE_TO_CHANGE = (
     "config.data.data_dir",
     "config.data.workers",
     "config.train.log_every",
-    "config.evaluate.",
+    "config.evaluate.every",  # but not what is captioned and how: CIDErs are compared to find the best checkpoint
+    "config.evaluate.batch_size",
     "config.checkpoint.",
 )
 

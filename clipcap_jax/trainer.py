@@ -1,6 +1,7 @@
 """The training loop."""
 
 import contextlib
+import dataclasses
 import signal
 import threading
 from collections.abc import Callable, Collection, Iterator
@@ -13,7 +14,7 @@ import numpy as np
 import optax
 from rich.console import Console
 
-from clipcap_jax import checkpoint, optim, parallel
+from clipcap_jax import cache, checkpoint, optim, parallel
 from clipcap_jax.checkpoint import Checkpoints, Metadata
 from clipcap_jax.config import Config
 from clipcap_jax.data import CaptionData, Pairs, steps_per_epoch, training_batches
@@ -95,9 +96,9 @@ def init_params(model: ClipCap, embedding_width: int, seed: int) -> Params:
 def train(config: Config, run: Path, console: Console) -> None:
     """Train a captioner, or go on where the run stopped.
 
-    Writes checkpoints, `metrics.jsonl` and TensorBoard's files to `run`. SIGINT and SIGTERM stop it after the step that
-    is under way, with a checkpoint. The same call then goes on and ends with the parameters it would have had without
-    the stop: bit by bit where the hardware computes the same twice, as CPUs and TPUs do; a GPU needs
+    Writes checkpoints, `metrics.jsonl` and TensorBoard's files to `run`. SIGINT, SIGTERM and SIGHUP stop it after the
+    step that is under way, with a checkpoint. The same call then goes on and ends with the parameters it would have had
+    without the stop: bit by bit where the hardware computes the same twice, as CPUs and TPUs do; a GPU needs
     `XLA_FLAGS=--xla_gpu_deterministic_ops=true` for that.
 
     Args:
@@ -108,6 +109,8 @@ def train(config: Config, run: Path, console: Console) -> None:
     Raises:
       UserError: for anything the user can mend, such as a missing data set or a loss that is not finite.
     """
+    if parallel.process_count() > 1:
+        raise UserError("several hosts cannot train together yet: start on one, which uses all of its devices")
     parallel.check_batch_size(config.train.batch_size, "config.train.batch_size")
     # Before the run's folder is made, and data are unpacked: they may not be there.
     open_split(config.data.name, "train", config.data.data_dir)
@@ -116,7 +119,7 @@ def train(config: Config, run: Path, console: Console) -> None:
             f"{config.data.name} has no split 'val' to validate on: prepare it with one, or train without: "
             "--config.evaluate.images=0"
         )
-    with contextlib.closing(Checkpoints(run, keep=config.checkpoint.keep)) as checkpoints:
+    with _alone(run), contextlib.closing(Checkpoints(run, keep=config.checkpoint.keep)) as checkpoints:
         _Run(config, run, checkpoints, console).train()
 
 
@@ -283,7 +286,7 @@ class _Run:
             check_same_run(self.config, stored.config)
             return stored, None  # its parameters are restored with the optimiser's state
         if self.config.train.init_from:
-            with checkpoint.opened(Path(self.config.train.init_from)) as other:
+            with checkpoint.opened(self.config.train.init_from) as other:
                 step = other.find("best")
                 return other.metadata(step), other.params(step)
         return None, None
@@ -358,8 +361,29 @@ class _Run:
             f"Model: {', '.join(parts)}. {parallel.describe_devices()}.",
             highlight=False,
         )
+        pretrained, config = dataclasses.asdict(self.config.train.pretrained), self.config.train
+        if random := [name for name in self.frozen if not pretrained.get(name) and not config.init_from]:
+            self.console.print(
+                f"Warning: {', '.join(random)} will stay random: named neither in config.train.trainable nor in "
+                "config.train.pretrained.",
+                style="yellow",
+            )
         if self.start:
             self.console.print(f"Going on after step {self.start} of {self.total}.")
+
+
+@contextlib.contextmanager
+def _alone(run: Path) -> Iterator[None]:
+    """Keep a second training out of a run's folder: the two would mix their checkpoints."""
+    with contextlib.ExitStack() as stack:
+        try:
+            run.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(cache.locked(run / ".lock", wait=False))
+        except BlockingIOError:
+            raise UserError(f"another process is training in {run}: wait for it, or give another --workdir") from None
+        except OSError as error:
+            raise UserError(f"{run} cannot be written: {error.strerror}") from error
+        yield
 
 
 @contextlib.contextmanager
@@ -371,7 +395,9 @@ def _stop_signals() -> Iterator[threading.Event]:
         stop.set()
         signal.signal(signum, previous[signal.Signals(signum)])
 
-    previous = {signum: signal.signal(signum, request) for signum in (signal.SIGINT, signal.SIGTERM)}
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    heeded = [signum for signum in signals if signal.getsignal(signum) != signal.SIG_IGN]  # as nohup sets it
+    previous = {signum: signal.signal(signum, request) for signum in heeded}
     try:
         yield stop
     finally:

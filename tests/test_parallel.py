@@ -38,7 +38,6 @@ def loss(weights: jax.Array, batch: Any) -> tuple[jax.Array, jax.Array]:
 def test_there_are_several_devices() -> None:
     assert parallel.device_count() == jax.local_device_count() == DEVICES
     assert parallel.describe_devices() == "4 cpu devices"
-    assert parallel.is_first_process()
     assert (parallel.process_index(), parallel.process_count()) == (0, 1)
 
 

@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -48,16 +47,18 @@ def test_train_then_evaluate(data_dir: Path, tmp_path: Path) -> None:
 def test_evaluation_follows_a_run_that_goes_on(data_dir: Path, tmp_path: Path) -> None:
     flags = ["--config=tests/tiny.py", f"--config.data.data_dir={data_dir}", f"--workdir={tmp_path}"]
     # It keeps them all, so that none goes while it is read: of that, tensorstore tells with tracebacks of its own.
-    flags += ["--config.train.epochs=40", "--config.evaluate.every=40", "--config.checkpoint.keep=100"]
-    training = start("train.py", *flags)
-    while not list(tmp_path.glob("checkpoints/*/_CHECKPOINT_METADATA")):
-        assert training.poll() is None, training.communicate()
-        time.sleep(0.1)
+    flags += [
+        "--config.train.epochs=40",
+        "--config.evaluate.every=40",
+        "--config.checkpoint.every=40",
+        "--config.checkpoint.keep=9",
+    ]
     following = start("evaluate.py", f"--workdir={tmp_path}", "--follow", "--split=val", "--nometeor")
-    finish(training)
+    finish(start("train.py", *flags))
     printed = finish(following)
     scored = [int(step) for step in re.findall(r"─ step (\d+) ─", printed)]
-    assert scored == sorted(set(scored))
+    saved = sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit())
+    assert scored == saved
     assert scored[-1] == 200
     assert (tmp_path / "evaluations" / "val-200" / "page.html").exists()
 
@@ -75,6 +76,7 @@ def test_evaluation_follows_a_run_that_goes_on(data_dir: Path, tmp_path: Path) -
         ("train.py", ["--config=tests/tiny.py", "--config.data.data_dir=/nowhere"], "not prepared in /nowhere"),
         ("train.py", ["--config=tests/tiny.py", "--config.train.batch_size=6"], "multiple of the 4 devices"),
         ("evaluate.py", ["--workdir=/nowhere"], "/nowhere holds no checkpoints"),
+        ("evaluate.py", ["--workdir=gs://bucket/run"], "gs://bucket/run: runs and their checkpoints lie on a disk"),
     ],
 )
 def test_mistakes(script: str, arguments: list[str], message: str, tmp_path: Path) -> None:

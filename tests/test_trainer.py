@@ -5,7 +5,7 @@ import re
 import shutil
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from random_models import clipcap_config, random_embeddings, random_params, rand
 from rich.console import Console
 from tiny import Source, assert_same, in_process, make_config, named, saved, train, train_until
 
-from clipcap_jax import parallel, trainer
+from clipcap_jax import cache, parallel, trainer
 from clipcap_jax.captioner import Captioner
 from clipcap_jax.checkpoint import Checkpoints
 from clipcap_jax.config import Config
@@ -187,18 +187,30 @@ def steps(run: Path) -> list[int]:
     return sorted(int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdigit())
 
 
+@pytest.fixture
+def attentive() -> Iterator[None]:
+    """Signals reach the test that nohup, or a shell that starts it in the background, would have it ignore."""
+    before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGHUP)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    for signum, handler in before.items():
+        signal.signal(signum, handler)
+
+
 def test_stopping_after_any_step_and_going_on_gives_the_same_bits(
-    unstopped: Path, data_dir: Path, tmp_path: Path
+    unstopped: Path, data_dir: Path, tmp_path: Path, attentive: None
 ) -> None:
-    handlers = [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)]
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    handlers = list(map(signal.getsignal, signals))
     for step in range(1, STEPS):
-        signum = signal.SIGTERM if step % 2 else signal.SIGINT
+        signum = signals[step % 3]
         workers = {"data.workers": step % 3}  # these may change
         printed = train_until(tmp_path, settings(data_dir, workers), step, signum)
         assert f"Stopped after step {step} of {STEPS}." in printed
         assert ("Going on after step" in printed) == (step > 1)
         assert_same(saved(tmp_path, step), saved(unstopped, step))
-    assert [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert list(map(signal.getsignal, signals)) == handlers
     train(tmp_path, settings(data_dir))
     assert_ends_like(tmp_path, unstopped)
 
@@ -263,7 +275,37 @@ def test_a_signal_while_saving_stops_after_the_next_step(data_dir: Path, tmp_pat
     assert steps(tmp_path) == [4, 5]
 
 
-def test_a_second_interrupt_does_not_wait(unstopped: Path, data_dir: Path, tmp_path: Path) -> None:
+def test_an_ignored_signal_stops_nothing(data_dir: Path, tmp_path: Path, attentive: None) -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    assert f"Trained {STEPS} steps" in train_until(tmp_path, settings(data_dir), 3, signal.SIGHUP)
+
+
+def test_one_training_in_a_folder(data_dir: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    with cache.locked(run / ".lock"), pytest.raises(UserError, match=f"another process is training in {run}"):
+        in_process(train, run, settings(data_dir))
+    assert [path.name for path in run.iterdir()] == [".lock"]
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file cannot be written: File exists"):
+        train(tmp_path / "file", settings(data_dir))
+
+
+def test_several_hosts(data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(UserError, match="several hosts cannot train together yet"):
+        train(tmp_path, settings(data_dir))
+
+
+def test_a_part_that_stays_random_is_told(data_dir: Path, unstopped: Path, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"train.trainable": ("mapper",), "train.epochs": 0.2}
+    assert "Warning: gpt2 will stay random" in train(tmp_path / "run", settings(data_dir, changes))
+    changes["train.init_from"] = str(unstopped)
+    assert "stay random" not in train(tmp_path / "other", settings(data_dir, changes))
+    assert "stay random" not in train(tmp_path / "whole", settings(data_dir, {"train.epochs": 0.2}))
+
+
+def test_a_second_interrupt_does_not_wait(unstopped: Path, data_dir: Path, tmp_path: Path, attentive: None) -> None:
     push = Monitor.push
 
     def push_and_interrupt(self: Monitor, step: int, metrics: Any) -> None:
@@ -272,13 +314,8 @@ def test_a_second_interrupt_does_not_wait(unstopped: Path, data_dir: Path, tmp_p
             signal.raise_signal(signal.SIGINT)
             signal.raise_signal(signal.SIGINT)
 
-    # As Python sets it; a shell that starts the tests in the background has told them to ignore it.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with mock.patch.object(Monitor, "push", push_and_interrupt), pytest.raises(KeyboardInterrupt):
-            train(tmp_path, settings(data_dir))
-    finally:
-        signal.signal(signal.SIGINT, before)
+    with mock.patch.object(Monitor, "push", push_and_interrupt), pytest.raises(KeyboardInterrupt):
+        train(tmp_path, settings(data_dir))
     assert steps(tmp_path) == [4]
     train(tmp_path, settings(data_dir))
     assert_ends_like(tmp_path, unstopped)

@@ -19,14 +19,14 @@ def add(commands: Any) -> None:
     incoming = directions.add_parser("from-original", help="a checkpoint of the original to a run's folder")
     incoming.set_defaults(run=_convert_from_original)
     incoming.add_argument("file", type=Path, help="the original's .pt file")
-    incoming.add_argument("run_folder", type=Path, help="the folder to write, for clipcap caption and train.init_from")
+    incoming.add_argument("run_folder", help="the folder to write, for clipcap caption and train.init_from")
     add_original_options(incoming)
     outgoing = directions.add_parser("to-original", help="a run to a .pt file in the layout of the original's")
     outgoing.set_defaults(run=_convert_to_original)
     language_model = directions.add_parser("to-gpt2", help="a run's GPT-2 to a folder that transformers loads")
     language_model.set_defaults(run=_convert_to_gpt2)
     for command in (outgoing, language_model):
-        command.add_argument("run_folder", type=Path, help="the folder of a run")
+        command.add_argument("run_folder", help="the folder of a run")
         command.add_argument("--which", default="best", help='"best", "latest" or a step [best]')
     outgoing.add_argument("file", type=Path, help="the .pt file to write")
     language_model.add_argument("folder", type=Path, help="the folder to write")
@@ -91,12 +91,13 @@ def load_original(file: Path, arguments: argparse.Namespace) -> tuple[Any, Any]:
 def _convert_from_original(arguments: argparse.Namespace) -> None:
     from clipcap_jax import checkpoint
 
-    if arguments.run_folder.exists():
-        raise UserError(f"{arguments.run_folder} is there already: name another folder")
+    folder = checkpoint.run_folder(arguments.run_folder)
+    if folder.exists():
+        raise UserError(f"{folder} is there already: name another folder")
     metadata, params = load_original(arguments.file, arguments)
-    with contextlib.closing(checkpoint.Checkpoints(arguments.run_folder, keep=1)) as checkpoints:
+    with contextlib.closing(checkpoint.Checkpoints(folder, keep=1)) as checkpoints:
         checkpoints.save_weights(params, metadata)
-    Console().print(f"{arguments.file} is now in {arguments.run_folder}", highlight=False, soft_wrap=True)
+    Console().print(f"{arguments.file} is now in {folder}", highlight=False, soft_wrap=True)
 
 
 def _load_run(arguments: argparse.Namespace) -> tuple[Any, Any]:

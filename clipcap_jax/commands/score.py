@@ -12,7 +12,7 @@ from rich.console import Console
 from clipcap_jax import report
 from clipcap_jax.cli import positive
 from clipcap_jax.errors import UserError, first
-from clipcap_jax.metrics import References, Scores, SpiceConfig, coco_files, score_domains
+from clipcap_jax.metrics import References, Scores, SpiceConfig, coco_files, score_domains, unavailable
 from clipcap_jax.metrics.coco_files import CaptionsFile
 from clipcap_jax.metrics.health import health
 from clipcap_jax.metrics.measure import Measure
@@ -86,6 +86,9 @@ def _score(arguments: argparse.Namespace) -> None:
         if not texts:
             raise UserError(f"no caption of {arguments.captions} is of an image that {arguments.references} has")
     references = _references(texts, captions, compared, arguments)
+    console = Console()
+    for name, reason in unavailable(meteor=arguments.meteor, spice=_spice(arguments)).items():
+        console.print(f"{name} will not be computed: {reason}", style="yellow", markup=False, soft_wrap=True)
     pictures = {image: _picture(arguments.images, file, image) for image in texts} if arguments.images else {}
     _check_pictures(pictures, arguments)
     clip = _load_clip(arguments) if arguments.clipscore else None
@@ -117,7 +120,7 @@ def _score(arguments: argparse.Namespace) -> None:
         paper=arguments.paper,
         baseline=None if compared is None else scored(compared),
     )
-    console, title = Console(), f"Captions of {arguments.captions.name}"
+    title = f"Captions of {arguments.captions.name}"
     report.print_scores(scorecard, console)
     for output in arguments.output:
         with whole(output) as partial:

@@ -1,6 +1,6 @@
 """The field's scores for captions, equal to pycocoevalcap's to the last digits; Java only for METEOR and SPICE."""
 
-from clipcap_jax.metrics.references import References, Scores, score_domains
+from clipcap_jax.metrics.references import References, Scores, score_domains, unavailable
 from clipcap_jax.metrics.spice import SpiceConfig
 
-__all__ = ["References", "Scores", "SpiceConfig", "score_domains"]
+__all__ = ["References", "Scores", "SpiceConfig", "score_domains", "unavailable"]

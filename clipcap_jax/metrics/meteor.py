@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 from rich.console import Console
@@ -29,8 +30,7 @@ def meteor(captions: Sequence[str], references: Sequence[Sequence[str]]) -> Meas
     Raises:
       java.Unavailable: Java or pycocoevalcap is missing, or the program failed or took too long.
     """
-    program = java.find("METEOR", at_least=8)
-    jar = java.pycocoevalcap("METEOR", "meteor", "meteor-1.5.jar")
+    program, jar = find()
     answers = java.run(
         "METEOR",
         program,
@@ -52,6 +52,15 @@ def meteor(captions: Sequence[str], references: Sequence[Sequence[str]]) -> Meas
     whole = (counts[:, _CHUNKS] == 1) & (counts[:, [0, 1]] == counts[:, _CHUNKS + 1 :]).all(axis=1)
     counts[whole, _CHUNKS] = 0
     return Measure(counts, _score)
+
+
+def find() -> tuple[str, Path]:
+    """Java, and METEOR's program.
+
+    Raises:
+      java.Unavailable: one of them is missing.
+    """
+    return java.find("METEOR", at_least=8), java.pycocoevalcap("METEOR", "meteor", "meteor-1.5.jar")
 
 
 def _questions(captions: Sequence[str], references: Sequence[Sequence[str]]) -> Iterator[str]:

@@ -10,11 +10,13 @@ from clipcap_jax.metrics.bleu import bleu
 from clipcap_jax.metrics.cider import Cider
 from clipcap_jax.metrics.java import Unavailable
 from clipcap_jax.metrics.measure import Measure, mean
+from clipcap_jax.metrics.meteor import find as find_meteor
 from clipcap_jax.metrics.meteor import meteor as meteor_of
 from clipcap_jax.metrics.ngrams import ReferenceNGrams
 from clipcap_jax.metrics.ptb import tokenize_all
 from clipcap_jax.metrics.rouge import rouge_l
 from clipcap_jax.metrics.spice import SpiceConfig
+from clipcap_jax.metrics.spice import find as find_spice
 from clipcap_jax.metrics.spice import spice as spice_of
 
 
@@ -48,6 +50,18 @@ class Scores:
     def add(self, measures: Mapping[str, Measure]) -> "Scores":
         """With more measures, of the same images."""
         return dataclasses.replace(self, measures={**self.measures, **measures})
+
+
+def unavailable(*, meteor: bool, spice: SpiceConfig | None) -> dict[str, str]:
+    """Which of these scores `References.score` will not compute, and why, to be told before the others are."""
+    reasons = {}
+    for name, find in (("METEOR", find_meteor if meteor else None), ("SPICE", spice and (lambda: find_spice(spice)))):
+        try:
+            if find:
+                find()
+        except Unavailable as reason:
+            reasons[name] = str(reason)
+    return reasons
 
 
 class References:

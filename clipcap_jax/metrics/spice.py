@@ -64,10 +64,7 @@ def spice(captions: Sequence[str], references: Sequence[Sequence[str]], config: 
     Raises:
       java.Unavailable: Java, pycocoevalcap or a jar is missing, or the program failed or took too long.
     """
-    program = java.find("SPICE", at_least=11)
-    own = java.pycocoevalcap("SPICE", "spice")
-    folder = Path(config.jars).expanduser() if config.jars else own / "lib"
-    jars = [own / "spice-1.0.jar", *_check_jars(folder), own / "lib" / "*"]
+    program, jars = find(config)
     kept = Path(config.cache).expanduser() if config.cache else cache.home() / "spice"
     images = [
         {"image_id": str(i), "test": caption, "refs": list(texts)}
@@ -102,6 +99,18 @@ def spice(captions: Sequence[str], references: Sequence[Sequence[str]], config: 
             for line in lines:
                 progress.update(task, description=line.lower())
         return mean(_read(answers, len(captions)))
+
+
+def find(config: SpiceConfig) -> tuple[str, list[Path]]:
+    """Java, and SPICE's class path.
+
+    Raises:
+      java.Unavailable: one of them is missing.
+    """
+    program = java.find("SPICE", at_least=11)
+    own = java.pycocoevalcap("SPICE", "spice")
+    folder = Path(config.jars).expanduser() if config.jars else own / "lib"
+    return program, [own / "spice-1.0.jar", *_check_jars(folder), own / "lib" / "*"]
 
 
 def _check_jars(folder: Path) -> list[Path]:

@@ -160,11 +160,19 @@ def test_clipscore_needs_every_picture(
 
 
 def test_java_that_is_not_there_is_told(
-    clipcap: Clipcap, captions: Path, references: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    clipcap: Clipcap,
+    captions: Path,
+    references: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     output = tmp_path / "scores.json"
     assert clipcap("score", captions, references, "--meteor", "--spice", "--output", output) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("METEOR will not be computed: METEOR is a Java program")  # before the other scores
+    assert "SPICE will not be computed" in printed
     report = json.loads(output.read_text())
     assert {"METEOR", "SPICE"} == set(report["not_computed"])
     assert all("install a Java runtime" in reason for reason in report["not_computed"].values())
