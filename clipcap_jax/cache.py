@@ -28,8 +28,9 @@ def once(name: str, homes: Sequence[Path], write: Callable[[Path], None]) -> Pat
       UserError: it could not be made: nothing can be written there, or the disk is full.
     """
     for folder in homes:
-        if (folder / name).is_dir():
-            return folder / name
+        with contextlib.suppress(OSError):  # it may be another user's
+            if (folder / name).is_dir():
+                return folder / name
     for folder in homes:
         try:
             folder.mkdir(parents=True, exist_ok=True)

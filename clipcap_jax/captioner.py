@@ -1,5 +1,6 @@
 """From a checkpoint to captions."""
 
+import copy
 import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
@@ -10,11 +11,13 @@ import jax
 import numpy as np
 
 from clipcap_jax import checkpoint, images, parallel
-from clipcap_jax.data import CaptionData, input_batches
+from clipcap_jax.data import CaptionData, fill, input_batches
 from clipcap_jax.decode import DecodeConfig, Hypotheses, beam_search
 from clipcap_jax.errors import UserError
 from clipcap_jax.models.clipcap import ClipCap
 from clipcap_jax.tokenizer import Tokenizer
+
+_CHECKED_AT_ONCE = 65536  # rows of a matrix, which may be larger than the memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,13 +84,16 @@ class Captioner:
         Raises:
           UserError: there is no such checkpoint, or this version cannot read it.
         """
-        with checkpoint.opened(Path(run)) as checkpoints:
+        with checkpoint.opened(run) as checkpoints:
             step = checkpoints.find(which)
             return cls(checkpoints.metadata(step), checkpoints.params(step), step, decode)
 
     def with_decode(self, decode: DecodeConfig) -> "Captioner":
         """The same model, searching differently."""
-        return Captioner(self.metadata, self.params, self.step, decode)
+        other = copy.copy(self)
+        other.decode = decode
+        other.generate = Generator(self.model, self.metadata.tokenizer, decode)
+        return other
 
     @property
     def image_size(self) -> int | None:
@@ -114,10 +120,11 @@ class Captioner:
             except OSError as error:
                 return UserError(f"cannot be read: {error.strerror}")
 
+        batch_size = min(batch_size, len(paths))
         loaded = zip(paths, images.load_ahead(load, paths, workers=workers, ahead=batch_size), strict=True)
         while batch := list(itertools.islice(loaded, batch_size)):
             pixels = [picture for _, picture in batch if isinstance(picture, np.ndarray)]
-            captions = iter(self.caption(np.stack(pixels), batch_size) if pixels else ())
+            captions = iter(self._caption_batch(np.stack(pixels), batch_size) if pixels else ())
             for path, picture in batch:
                 yield path, picture if isinstance(picture, UserError) else next(captions)
 
@@ -133,11 +140,13 @@ class Captioner:
             raise UserError("this checkpoint was trained on pictures and cannot caption embeddings")
         if inputs.ndim != 4:
             self._check_embeddings(inputs)
-        size = parallel.round_up(batch_size)  # one shape, so that it is compiled once
-        for start in range(0, len(inputs), size):
-            rows = inputs[start : start + size]
-            filled = np.concatenate([rows, np.repeat(rows[:1], size - len(rows), axis=0)])
-            yield from self.generate(self.params, filled)[: len(rows)]
+        batch_size = max(1, min(batch_size, len(inputs)))
+        for start in range(0, len(inputs), batch_size):
+            yield from self._caption_batch(inputs[start : start + batch_size], batch_size)
+
+    def _caption_batch(self, rows: np.ndarray, batch_size: int) -> list[Caption]:
+        """At most `batch_size` rows, always as that many, so that one program does for all batches."""
+        return self.generate(self.params, fill(rows, parallel.round_up(batch_size)))[: len(rows)]
 
     def _embedding_kind(self) -> str:
         encoder = self.metadata.encoder or "an encoder that it does not name"
@@ -154,6 +163,9 @@ class Captioner:
             raise UserError(
                 f"the embeddings have the shape {inputs.shape}; this checkpoint was trained on {self._embedding_kind()}"
             )
-        bad = np.flatnonzero(~np.isfinite(inputs).all(axis=1))
-        if len(bad):
+        bad: list[int] = []
+        for start in range(0, len(inputs), _CHECKED_AT_ONCE):
+            finite = np.isfinite(inputs[start : start + _CHECKED_AT_ONCE]).all(axis=1)
+            bad.extend(start + np.flatnonzero(~finite))
+        if bad:
             raise UserError(f"{len(bad)} embeddings are not finite, the first in row {bad[0]} (counted from 0)")

@@ -372,5 +372,9 @@ def input_batches(data: CaptionData, indices: np.ndarray, batch_size: int) -> It
     """The inputs of the given examples in order, as (real rows, batch); the last batch is filled up to its size."""
     for start in range(0, len(indices), batch_size):
         rows = indices[start : start + batch_size]
-        filled = np.concatenate([rows, np.full(batch_size - len(rows), rows[0], rows.dtype)])
-        yield len(rows), data.inputs(filled)
+        yield len(rows), data.inputs(fill(rows, batch_size))
+
+
+def fill(rows: np.ndarray, count: int) -> np.ndarray:
+    """As many rows as that: the first one again and again behind those given."""
+    return np.concatenate([rows, np.repeat(rows[:1], count - len(rows), axis=0)])

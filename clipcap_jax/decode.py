@@ -75,13 +75,18 @@ def beam_search(model: ClipCap, params: Any, inputs: jax.Array, config: DecodeCo
       end_token: the id that finishes a hypothesis.
 
     Raises:
-      UserError: the beam is larger than the vocabulary.
+      UserError: the beam is larger than the vocabulary, or captions may be longer than GPT-2 can read.
     """
     beam_size, max_tokens = config.beam_size, config.max_tokens
     prefix_length = model.config.mapper.prefix_length
     if beam_size > model.config.gpt2.vocab_size:
         raise UserError(
             f"the beam size is {beam_size}, but the vocabulary has only {model.config.gpt2.vocab_size} pieces"
+        )
+    if prefix_length + max_tokens > model.config.gpt2.positions:
+        raise UserError(
+            f"prefix and caption take up to {prefix_length + max_tokens} positions, but GPT-2 has "
+            f"{model.config.gpt2.positions}: a lower max_tokens is needed"
         )
     variables = {"params": params}
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from clipcap_jax import cache, images, parallel, progress
 from clipcap_jax.config import PRESETS
+from clipcap_jax.data import fill
 from clipcap_jax.datasets import prepare
 from clipcap_jax.datasets.schema import Example, Split, fingerprint, open_builder, open_split
 from clipcap_jax.datasets.shards import Writer
@@ -213,8 +214,7 @@ def _write(
             yield from last
 
         def embedded(batch: list[tuple[Example, np.ndarray]]) -> Iterator[Example]:
-            pixels = np.stack([pixels for _, pixels in batch])
-            filled = np.concatenate([pixels, np.repeat(pixels[:1], batch_size - len(batch), axis=0)])  # one shape
+            filled = fill(np.stack([pixels for _, pixels in batch]), batch_size)  # one shape
             return finished([example for example, _ in batch], begin(params, parallel.send(filled)))
 
         def finished(batch: list[Example], wait: Callable[[], np.ndarray]) -> Iterator[Example]:

@@ -4,6 +4,7 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 
@@ -22,6 +23,10 @@ def test_the_first_place_that_has_it_or_can_be_written_to(tmp_path: Path) -> Non
     assert cache.once("name", [first, second], touch) == second / "name"
     assert cache.once("other", [first, second], touch) == first / "other"
     assert [path.name for path in (first / "other").iterdir()] == ["made"]
+    strangers = MagicMock()  # another user's folder, which may not be looked into
+    (strangers / "name").is_dir.side_effect = PermissionError
+    strangers.mkdir.side_effect = PermissionError
+    assert cache.once("name", [strangers, second], touch) == second / "name"
     with pytest.raises(UserError, match=r"nothing can be written to .*file: set XDG_CACHE_HOME"):
         cache.once("name", [file], touch)
 

@@ -1,4 +1,6 @@
+import dataclasses
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -6,7 +8,7 @@ import pytest
 from random_models import random_params
 from tiny import EMBEDDING_WIDTH, ENCODER, IMAGE_SIZE, SPLITS, Source
 
-from clipcap_jax import images
+from clipcap_jax import captioner, images
 from clipcap_jax.captioner import Caption, Captioner
 from clipcap_jax.data import CaptionData
 from clipcap_jax.datasets import open_split
@@ -94,6 +96,28 @@ def test_another_search_than_the_configs(reads_embeddings: Captioner, embeddings
     assert not all(caption.finished for caption in captions)  # 4 tokens are not enough
     assert reads_embeddings.decode.beam_size == 1
     assert Captioner.load(embeddings_run, decode=decode).decode == decode
+    too_long = reads_embeddings.with_decode(dataclasses.replace(decode, max_tokens=23))
+    with pytest.raises(UserError, match="take up to 25 positions, but GPT-2 has 24"):
+        list(too_long.caption(embeddings))
+
+
+def test_one_picture_costs_no_whole_batch(
+    reads_pixels: Captioner, source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = []
+    generate = reads_pixels.generate
+
+    def noted(params: Any, inputs: np.ndarray) -> list[Caption]:
+        sizes.append(len(inputs))
+        return generate(params, inputs)
+
+    monkeypatch.setattr(reads_pixels, "generate", noted)
+    paths = sorted(source.pictures.iterdir())
+    for count in (1, 5, 9):
+        assert len(list(reads_pixels.caption_files(paths[:count], batch_size=8, workers=1))) == count
+        assert len(list(reads_pixels.caption(pixels(paths[:count]), 8))) == count
+    assert sizes == [4, 4, 8, 8, 8, 8, 8, 8]  # on four devices; the last batch is as large as the others
+    assert list(reads_pixels.caption(np.zeros((0, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8))) == []
 
 
 @pytest.mark.parametrize("rows", [1, 4, 6])
@@ -118,10 +142,13 @@ def test_a_checkpoint_says_what_it_reads(reads_embeddings: Captioner, reads_pixe
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_embeddings_that_are_not_finite(reads_embeddings: Captioner, bad: float) -> None:
-    embeddings = np.zeros((3, 5), np.float32)
-    embeddings[1, 2] = bad
-    with pytest.raises(UserError, match="1 embeddings are not finite, the first in row 1"):
+def test_embeddings_that_are_not_finite(
+    reads_embeddings: Captioner, bad: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(captioner, "_CHECKED_AT_ONCE", 2)
+    embeddings = np.zeros((7, 5), np.float32)
+    embeddings[3, 2] = embeddings[6, 0] = bad
+    with pytest.raises(UserError, match="2 embeddings are not finite, the first in row 3"):
         next(reads_embeddings.caption(embeddings))
 
 

@@ -66,8 +66,10 @@ def test_inputs_that_name_nothing(tmp_path: Path) -> None:
 def test_captions_on_the_screen(
     clipcap: Clipcap, pixels_run: Path, photos: Path, source: Source, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    (photos / "01.png").rename(photos / "01 \udcff.png")  # a name that is no UTF-8
     assert clipcap("caption", pixels_run, photos, "--batch-size", "3") == 0
     printed = capsys.readouterr()
+    assert "01 ?.png" in printed.out
     for caption in expected_captions(pixels_run, source):
         assert caption in printed.out
     assert printed.out.count(".png") == PICTURES - 1
@@ -120,12 +122,16 @@ def test_mistakes_are_told_without_a_traceback(
     (tmp_path / "text.npy").write_text("not a matrix")
     (tmp_path / "flat.npy").write_bytes(b"")
     np.save(tmp_path / "objects.npy", np.array([{}], object), allow_pickle=True)
+    full = tmp_path / "full.jsonl"
+    full.symlink_to("/dev/full")
     for arguments, message in (
         (("caption", tmp_path / "no run", picture), "holds no checkpoints"),
         (("caption", pixels_run, picture, "--which", "77"), "there is no checkpoint '77'"),
         (("caption", pixels_run, tmp_path / "gone.jpg"), "there is no file, folder or glob"),
         (("caption", pixels_run, picture, "--output", "captions.txt"), "has to end in .jsonl or .csv"),
         (("caption", pixels_run, picture, "--output", tmp_path / "gone" / "c.csv"), "cannot be written"),
+        (("caption", pixels_run, picture, "--output", full), "cannot be written: No space left on device"),
+        (("caption", "gs://bucket/run", picture), "runs and their checkpoints lie on a disk"),
         (("caption", pixels_run, picture, source.embeddings), "not both"),
         (("caption", pixels_run, source.embeddings), "cannot caption embeddings"),
         (

@@ -7,7 +7,7 @@ import glob
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -95,11 +95,7 @@ def _caption(arguments: argparse.Namespace) -> None:
         captioned = captioner.caption_files(paths, batch_size=arguments.batch_size, workers=arguments.workers)
         results = ((str(path), caption) for path, caption in captioned)
     results = iter(track(results, "Captioning", total=total, console=console, transient=True))
-    if arguments.output:
-        with _open_output(arguments.output) as file:
-            skipped = _write(results, file, arguments.output.suffix)
-    else:
-        skipped = _show(results)
+    skipped = _write(results, arguments.output) if arguments.output else _show(results)
     console.print(f"{total - len(skipped)} captions, {len(skipped)} pictures skipped", highlight=False)
     for name, error in skipped[:20]:
         console.print(f"  {name}: {error}", highlight=False, markup=False, soft_wrap=True)
@@ -116,43 +112,43 @@ def _load_matrix(name: str) -> np.ndarray:
         raise UserError(f"{name} is not a NumPy matrix: {error}") from error
 
 
-def _open_output(path: Path) -> IO[str]:
-    try:
-        # POSIX file names need not be UTF-8: what is not is written as it is.
-        return path.open("w", newline="", encoding="utf-8", errors="surrogateescape")
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}") from error
-
-
 Skipped = list[tuple[str, UserError]]
 
 
-def _write(results: Iterator[tuple[str, Any]], file: IO[str], suffix: str) -> Skipped:
+def _write(results: Iterator[tuple[str, Any]], path: Path) -> Skipped:
     skipped: Skipped = []
     columns = ("image", "caption", "score", "finished")
-    table = csv.DictWriter(file, columns)
-    if suffix == ".csv":
-        table.writeheader()
-    for name, caption in results:
-        if isinstance(caption, UserError):
-            skipped.append((name, caption))
-            continue
-        row = dict(zip(columns, (name, caption.text, caption.score, caption.finished), strict=True))
-        if suffix == ".csv":
-            table.writerow(row)
-        else:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    try:
+        # POSIX file names need not be UTF-8: what is not is written as it is.
+        with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+            table = csv.DictWriter(file, columns)
+            if path.suffix == ".csv":
+                table.writeheader()
+            for name, caption in results:
+                if isinstance(caption, UserError):
+                    skipped.append((name, caption))
+                    continue
+                row = dict(zip(columns, (name, caption.text, caption.score, caption.finished), strict=True))
+                if path.suffix == ".csv":
+                    table.writerow(row)
+                else:
+                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from error
     return skipped
 
 
 def _show(results: Iterator[tuple[str, Any]]) -> Skipped:
     skipped: Skipped = []
     table = Table("image", "caption")
-    for name, caption in results:
-        if isinstance(caption, UserError):
-            skipped.append((name, caption))
-        else:
-            table.add_row(Text(name, overflow="fold"), Text(caption.text))
-    if table.row_count:
-        Console().print(table)
+    try:
+        for name, caption in results:
+            if isinstance(caption, UserError):
+                skipped.append((name, caption))
+            else:
+                readable = name.encode(errors="replace").decode()  # a file's name may be any bytes
+                table.add_row(Text(readable, overflow="fold"), Text(caption.text))
+    finally:  # after an interrupt, those that there are
+        if table.row_count:
+            Console().print(table)
     return skipped

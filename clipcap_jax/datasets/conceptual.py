@@ -312,7 +312,7 @@ def _read_rows(path: Path, rows: Rows) -> Iterator[Sample | Problem]:
                 sample.image = picture.read_bytes()
             except FileNotFoundError:
                 pass
-            except OSError as error:
+            except (PermissionError, IsADirectoryError) as error:
                 sample.fault = str(error)
             yield sample
 

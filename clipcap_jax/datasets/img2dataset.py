@@ -40,7 +40,11 @@ class Sample:
 
 
 def read(path: Path) -> Iterator[Sample | Problem]:
-    """The samples of a shard, a tar or a folder, and what of it is broken or lost."""
+    """The samples of a shard, a tar or a folder, and what of it is broken or lost.
+
+    Raises:
+      OSError: the disk or the network failed, so that another time it may be there.
+    """
     return _read_folder(path) if path.is_dir() else _read_tar(path)
 
 
@@ -53,7 +57,7 @@ def stats(path: Path) -> dict[str, int]:
     """The counts that img2dataset writes beside a shard, none where there is no such file."""
     try:
         content = json.loads(path.with_name(f"{path.stem}_stats.json").read_bytes())
-    except (OSError, ValueError, RecursionError):
+    except (FileNotFoundError, ValueError, RecursionError):
         return {}
     counts = ("count", "successes", "failed_to_download", "failed_to_resize")
     if not isinstance(content, dict) or not all(isinstance(content.get(key), int) for key in counts):
@@ -91,7 +95,7 @@ def _read_tar(path: Path) -> Iterator[Sample | Problem]:
             raw.seek(end)
             if raw.read(512) != bytes(512):
                 fault = "it ends without the mark of its end"
-    except (tarfile.TarError, OSError, EOFError) as error:
+    except (tarfile.TarError, EOFError) as error:
         fault = str(error)
     lost = stats(path).get("successes", 0) - count
     if fault or lost > 0:

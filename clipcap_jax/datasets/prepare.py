@@ -150,7 +150,7 @@ def prepare_remote(source: Source, data_dir: str, work: Callable[[str], Any]) ->
             shutil.rmtree(copied)
     except OSError as error:
         raise UserError(f"{source.name} could not be prepared in {data_dir}: {error}") from error
-    return _summary(tfds.builder_from_directory(tfds.core.Path(data_dir) / folder))
+    return _summary(schema.read_builder(tfds.core.Path(data_dir) / folder))
 
 
 def _write(writer: Writer, processes: int, max_skipped: float) -> list[Shard]:
@@ -180,6 +180,7 @@ def run(writer: Writer, indices: Sequence[int], processes: int) -> Generator[tup
         for index in indices:
             yield index, writer.write(index, writer.source.parts[index])
         return
+    others = {*multiprocessing.active_children()}  # of whoever calls this
     # Spawned: a process that is forked from one in which JAX has started may hang.
     with concurrent.futures.ProcessPoolExecutor(
         min(processes, len(indices)), multiprocessing.get_context("spawn"), _begin_worker, (writer.without_parts(),)
@@ -195,7 +196,7 @@ def run(writer: Writer, indices: Sequence[int], processes: int) -> Generator[tup
             ) from None
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
-            for process in multiprocessing.active_children():
+            for process in {*multiprocessing.active_children()} - others:
                 process.terminate()
             raise
 
@@ -263,7 +264,7 @@ def finish(writer: Writer, shards: list[Shard], max_skipped: float) -> Summary:
     )
     _write_page(writer)
     writer.publish()
-    return _summary(tfds.builder_from_directory(writer.folder))
+    return _summary(schema.read_builder(writer.folder))
 
 
 def _check_share(writer: Writer, shards: Mapping[int, Shard], records: int, max_skipped: float) -> None:
@@ -310,8 +311,8 @@ def find_prepared(name: str, data_dir: str, origin: Mapping[str, Any]) -> Summar
             return None
     if not cache.is_remote(data_dir):
         tidy(Path(folder))  # in case the process that finished it was killed before it had
-    builder = tfds.builder_from_directory(folder)
-    if "words" not in builder.info.metadata:
+    builder = schema.read_builder(folder)
+    if "words" not in (builder.info.metadata or {}):
         raise UserError(f"{folder} was prepared by an earlier version: delete it to prepare it again.")
     before, now = builder.info.metadata["source"], json.loads(json.dumps(origin))
     if before != now:
@@ -338,7 +339,7 @@ def _summary(builder: tfds.core.DatasetBuilder) -> Summary:
 
 
 def _write_page(writer: Writer) -> None:
-    builder = tfds.builder_from_directory(writer.unfinished)
+    builder = schema.read_builder(writer.unfinished)
     summary, samples = _summary(builder), {}
     for split, images in summary.images.items():
         opened = schema.Split(summary.name, split, builder)

@@ -26,6 +26,7 @@ from typing import Any, overload
 import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python.array_record_data_source import ArrayRecordDataSource
+from google.protobuf import json_format
 from tensorflow_datasets.proto import tf_example_pb2
 
 from clipcap_jax import cache
@@ -144,7 +145,8 @@ class Split(Sequence[Example]):
         opened = self._opened.get(shard)
         if opened is None:
             if len(self._opened) >= _OPEN_SHARDS:
-                self._opened.clear()  # which closes them, once the threads that read them are done
+                # Which closes it, once the threads that read it are done; unless another thread was first.
+                self._opened.pop(next(iter(self._opened), -1), None)
             # If two threads come here at once, the second's is thrown away.
             opened = self._opened.setdefault(shard, self._open(shard, cache.local_copy(self.shards[shard])))
         with _reading(self.shards[shard]):
@@ -229,7 +231,7 @@ def open_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
         versions = [version for version in versions if is_finished(folder / str(version))]
     if not versions:
         raise UserError(f"The data set {name!r} is not prepared in {data_dir}. {_how_to_prepare(name, data_dir)}")
-    builder = tfds.builder_from_directory(folder / str(versions[-1]))
+    builder = read_builder(folder / str(versions[-1]))
     info = builder.info
     missing = {*_TEXTS, "captions"} - set(info.features)
     if missing:
@@ -242,6 +244,22 @@ def open_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
             f"{info.data_dir} is in the format {info.file_format.value}, which needs TensorFlow. "
             f"Prepare it again with file_format={FILE_FORMAT!r}."
         )
+    return builder
+
+
+def read_builder(folder: Any) -> tfds.core.DatasetBuilder:
+    """The data set that lies in a folder, perhaps a remote one.
+
+    Raises:
+      UserError: its metadata cannot be read.
+    """
+    try:
+        builder = tfds.builder_from_directory(folder)
+        _ = builder.info.metadata, builder.info.features  # read now
+    except (FileNotFoundError, KeyError, ValueError, json_format.Error) as error:
+        raise UserError(
+            f"{folder} is damaged: its metadata cannot be read ({error}). Delete it and prepare the data set again."
+        ) from error
     return builder
 
 
@@ -263,7 +281,8 @@ def fingerprint(builder: tfds.core.DatasetBuilder) -> str:
     """A hash of what TFDS's metadata say of a data set, its source and the lengths of its shards among it."""
     digest = hashlib.sha256()
     for name in ("dataset_info.json", "metadata.json", "features.json"):
-        digest.update((tfds.core.Path(builder.data_dir) / name).read_bytes())
+        path = tfds.core.Path(builder.data_dir) / name
+        digest.update(path.read_bytes() if path.exists() else b"")  # not every builder writes metadata.json
     return digest.hexdigest()[:16]
 
 

@@ -141,8 +141,10 @@ class Writer:
           alone: no other process writes to it, so that it may be begun anew where nothing in it is finished.
 
         Raises:
-          UserError: it was begun for another one.
+          UserError: it was begun for another one, or its place is taken.
         """
+        if not schema.is_finished(self.folder) and any(self.folder.glob("*")):
+            raise UserError(f"{self.folder} holds a part of a data set: delete it to prepare it again.")
         path = self.unfinished / "plan.json"
         if alone and path.exists() and not any(self.unfinished.glob("*.note.json")):
             path.unlink()
@@ -291,7 +293,7 @@ def upload(folder: Path, target: Any) -> None:
     Raises:
       OSError: a file could not be read or written.
     """
-    mark, digest = target / "upload.txt", schema.fingerprint(tfds.builder_from_directory(folder))
+    mark, digest = target / "upload.txt", schema.fingerprint(schema.read_builder(folder))
     begun = mark.exists() and mark.read_text() == digest  # or what lies there may be of another data set
     target.mkdir(parents=True, exist_ok=True)
     mark.write_text(digest)

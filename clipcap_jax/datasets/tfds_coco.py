@@ -37,7 +37,7 @@ def tfds_coco_source(manual_dir: str | Path, store_images: bool = True) -> Sourc
       UserError: there is no such folder, it holds another data set, or TensorFlow is needed to read it.
     """
     folder = _find(Path(manual_dir))
-    info = tfds.builder_from_directory(folder).info
+    info = schema.read_builder(folder).info
     if info.name != "coco_captions" or not _SPLITS.keys() <= info.splits.keys():
         raise UserError(f"{folder} holds {info.full_name}, not coco_captions with the splits {', '.join(_SPLITS)}.")
     if info.file_format.value != schema.FILE_FORMAT and importlib.util.find_spec("tensorflow") is None:
@@ -79,7 +79,7 @@ class Stretch:
     store_images: bool
 
     def __iter__(self) -> Iterator[Example | Problem]:
-        builder = tfds.builder_from_directory(self.folder)
+        builder = schema.read_builder(self.folder)
         stretch = f"{self.tfds_split}[{self.start}:{self.stop}]"
         # Pictures are kept as they are encoded.
         options = {"split": stretch, "decoders": {"image": tfds.decode.SkipDecoding()}}

@@ -1,3 +1,4 @@
+import errno
 import tarfile
 from pathlib import Path
 
@@ -75,3 +76,18 @@ def test_a_tar_that_was_cut_off(tmp_path: Path) -> None:
     assert shard(path)[1][0].count == 3
     path.write_bytes(whole)
     assert shard(path) == (["000000001", "000000002", "000000003"], [])
+
+
+@pytest.mark.parametrize("what", ["tar", "counts"])
+def test_a_disk_that_fails_for_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    """It costs no samples: the command fails, and the next time they may be there."""
+    path = tmp_path / "00000.tar"
+    write_tar(path, keyed(1, 2))
+    write_stats(tmp_path / "00000_stats.json", 2)
+
+    def fail(*_: object) -> bytes:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(*((tarfile.ExFileObject, "read", fail) if what == "tar" else (Path, "read_bytes", fail)))
+    with pytest.raises(OSError, match="Input/output error"):
+        shard(path)

@@ -192,6 +192,28 @@ def test_an_error_of_the_source_is_not_taken_for_the_disks(tmp_path: Path) -> No
         prepare.prepare(Source("made", {}, [Broken()], has_images=False), str(tmp_path))
 
 
+def test_a_place_that_is_taken(tmp_path: Path) -> None:
+    """It is told before the work, not after it."""
+    made = source(tmp_path / "log", ("a",), ("b",))
+    prepare.prepare(made, str(tmp_path))
+    folder = tmp_path / "made" / "1.0.0"
+    (folder / "dataset_info.json").unlink()
+    (tmp_path / "log").unlink()
+    with pytest.raises(UserError, match=f"{folder} holds a part of a data set: delete it"):
+        prepare.prepare(made, str(tmp_path))
+    assert not (tmp_path / "log").exists()
+
+
+def test_processes_of_the_caller_are_left_alone(tmp_path: Path) -> None:
+    child = get_context("spawn").Process(target=time.sleep, args=(60,))
+    child.start()
+    with pytest.raises(UserError, match="no more"):
+        prepare.prepare(source(tmp_path / "log", ("a",), ("fail",), ("b",)), str(tmp_path), processes=2)
+    assert child.is_alive()
+    child.terminate()
+    child.join()
+
+
 def test_prepared_by_an_earlier_version(tmp_path: Path) -> None:
     made = source(tmp_path / "log", ("a",), ("b",))
     prepare.prepare(made, str(tmp_path))

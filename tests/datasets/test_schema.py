@@ -15,7 +15,7 @@ import pytest
 from sources import listed
 
 from clipcap_jax.columns import open_columns
-from clipcap_jax.datasets import Example, open_split, prepare, prepare_shapes, schema, shapes
+from clipcap_jax.datasets import Example, open_split, prepare, prepare_shapes, schema, shapes, shards
 from clipcap_jax.errors import UserError
 
 TEXTS = {"image_path": "/photos/ä 1.jpg", "image_id": "ä-1", "domain": "out-domain"}
@@ -165,6 +165,27 @@ def test_shards_are_not_all_open_at_once(tmp_path: Path, monkeypatch: pytest.Mon
     for index in [*range(60), *range(0, 60, 7)]:
         assert split[index].image_id.startswith("train-")
         assert len(os.listdir("/proc/self/fd")) <= open_files + 5
+
+
+@pytest.mark.parametrize("name", ["dataset_info.json", "features.json", "metadata.json"])
+@pytest.mark.parametrize("damage", [truncated, lambda data: b""])
+def test_damaged_metadata(tmp_path: Path, name: str, damage: Callable[[bytes], bytes]) -> None:
+    prepare_shapes(str(tmp_path), {"train": 2})
+    path = tmp_path / "shapes" / shards.VERSION / name
+    path.write_bytes(damage(path.read_bytes()))
+    for look in (lambda: open_split("shapes", "train", str(tmp_path)), lambda: prepare_shapes(str(tmp_path))):
+        with pytest.raises(UserError, match=rf"{path.parent} is damaged: .*Delete it and prepare the data set again"):
+            look()
+
+
+def test_without_metadata(tmp_path: Path) -> None:
+    """Other builders than ours need not write any."""
+    prepare_shapes(str(tmp_path), {"train": 2})
+    before = open_split("shapes", "train", str(tmp_path)).fingerprint
+    (tmp_path / "shapes" / shards.VERSION / "metadata.json").unlink()
+    split = open_split("shapes", "train", str(tmp_path))
+    assert len(split) == 2
+    assert split.fingerprint != before
 
 
 def test_a_fingerprint_tells_what_was_prepared(tmp_path: Path) -> None:
