@@ -78,8 +78,8 @@ def main(_: list[str]) -> None:
     if not _FOLLOW.value:
         _evaluate(console, workdir, _WHICH.value)
         return
-    while not (workdir / checkpoint.FOLDER).is_dir():  # training may be about to make it
-        with console.status(f"Waiting for the first checkpoint in {workdir}"):
+    with console.status(f"Waiting for a run in {workdir}"):
+        while not (workdir / checkpoint.FOLDER).is_dir():
             time.sleep(_PATIENCE)
     with checkpoint.opened(workdir) as checkpoints:
         done, ended = -1, False

@@ -120,7 +120,7 @@ class Captioner:
             except OSError as error:
                 return UserError(f"cannot be read: {error.strerror}")
 
-        batch_size = min(batch_size, len(paths))
+        batch_size = parallel.round_up(min(batch_size, len(paths)))
         loaded = zip(paths, images.load_ahead(load, paths, workers=workers, ahead=batch_size), strict=True)
         while batch := list(itertools.islice(loaded, batch_size)):
             pixels = [picture for _, picture in batch if isinstance(picture, np.ndarray)]
@@ -140,13 +140,13 @@ class Captioner:
             raise UserError("this checkpoint was trained on pictures and cannot caption embeddings")
         if inputs.ndim != 4:
             self._check_embeddings(inputs)
-        batch_size = max(1, min(batch_size, len(inputs)))
+        batch_size = parallel.round_up(max(1, min(batch_size, len(inputs))))
         for start in range(0, len(inputs), batch_size):
             yield from self._caption_batch(inputs[start : start + batch_size], batch_size)
 
     def _caption_batch(self, rows: np.ndarray, batch_size: int) -> list[Caption]:
         """At most `batch_size` rows, always as that many, so that one program does for all batches."""
-        return self.generate(self.params, fill(rows, parallel.round_up(batch_size)))[: len(rows)]
+        return self.generate(self.params, fill(rows, batch_size))[: len(rows)]
 
     def _embedding_kind(self) -> str:
         encoder = self.metadata.encoder or "an encoder that it does not name"
