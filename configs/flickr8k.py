@@ -39,7 +39,7 @@ def get_config(variant: str = "embeddings") -> ConfigDict:
     )
     config.train = dict(
         seed=0,
-        epochs=14.0,
+        epochs=22.0,
         batch_size=32,
         trainable=("mapper", "gpt2"),
         pretrained=dict(clip="", gpt2=""),
