@@ -7,9 +7,9 @@ PYTHON ?= python3
 VENV ?= .venv
 # extras (see setup.cfg) that `make test` installs: make test EXTRAS=test,java,torch
 EXTRAS ?= test
-# A test that waits for ever says after 15 minutes where, and ends its worker. The test of a worker that crashed is run
-# again, by a new one: once, not four times for each worker.
-PYTEST_FLAGS ?= --numprocesses=auto --dist=loadfile --max-worker-restart=1 \
+# A test that waits for ever says after 15 minutes where, and ends its worker. A worker that ended is not replaced: its test
+# would be run again, up to four times for each worker, and pytest-xdist may then wait for ever itself.
+PYTEST_FLAGS ?= --numprocesses=auto --dist=loadfile --max-worker-restart=0 \
 	-o faulthandler_timeout=900 -o faulthandler_exit_on_timeout=true
 
 BIN = $(VENV)/bin

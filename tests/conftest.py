@@ -1,4 +1,5 @@
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
@@ -22,6 +23,16 @@ pytest_plugins = ["tiny"]
 # No time limit, as an example may compile something; the same examples in every run, so that green stays green.
 hypothesis.settings.register_profile("clipcap", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("clipcap")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_compiled_programs() -> Iterator[None]:
+    """Every program takes several mappings of memory, of which Linux allows a process 65,530 (`vm.max_map_count`). With
+    those of all modules a worker would reach that, and XLA crashes there."""
+    import jax  # not before the variables above are set
+
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")
