@@ -214,7 +214,10 @@ def clipcap(monkeypatch: pytest.MonkeyPatch) -> Clipcap:
 def train(run: Path, settings: Config) -> str:
     """Train, and return what was printed."""
     printed = Console(file=io.StringIO(), width=200)
-    trainer.train(settings, run, printed)
+    try:
+        trainer.train(settings, run, printed)
+    finally:
+        jax.clear_caches()  # the programs of this training, which no other uses (see conftest.py)
     assert isinstance(printed.file, io.StringIO)
     return printed.file.getvalue()
 
