@@ -21,7 +21,7 @@ from clipcap_jax.data import fill
 from clipcap_jax.datasets import prepare
 from clipcap_jax.datasets.schema import Example, Split, fingerprint, open_builder, open_split
 from clipcap_jax.datasets.shards import Writer
-from clipcap_jax.datasets.source import EMBEDDINGS_PER_SHARD, Problem, Source
+from clipcap_jax.datasets.source import EMBEDDINGS_PER_SHARD, Part, Problem, Source
 from clipcap_jax.errors import UserError
 from clipcap_jax.models.clip_vit import normalize_pixels
 from clipcap_jax.models.clipcap import ClipConfig, tower
@@ -96,8 +96,8 @@ def embed(
     splits = {split: open_split(name, split, data_dir) for split in open_builder(name, data_dir).info.splits}
     if not all(split.has_images for split in splits.values()):
         raise UserError(f"{name} holds no pictures: there is nothing to embed")
-    source = _source(encoder, name, output, data_dir, splits)
-    write = functools.partial(_embed, encoder, source, splits, batch_size, workers, max_skipped)
+    source = _source(_Embedder(encoder, batch_size, workers), name, output, data_dir, splits)
+    write = functools.partial(_embed, source, max_skipped)
     if not cache.is_remote(data_dir):
         return write(share, data_dir)
     if share != (0, 1):
@@ -105,16 +105,7 @@ def embed(
     return prepare.prepare_remote(source, data_dir, functools.partial(write, share))
 
 
-def _embed(
-    encoder: Encoder,
-    source: Source,
-    splits: dict[str, Split],
-    batch_size: int,
-    workers: int,
-    max_skipped: float,
-    share: tuple[int, int],
-    data_dir: str,
-) -> prepare.Summary | None:
+def _embed(source: Source, max_skipped: float, share: tuple[int, int], data_dir: str) -> prepare.Summary | None:
     if done := prepare.find_prepared(source.name, data_dir, source.origin):
         return done
     writer = Writer(source, data_dir)
@@ -124,7 +115,7 @@ def _embed(
             with writer.locked(wait=True):
                 writer.begin(alone=shares == 1)
             mine = [i for i in range(number, len(source.parts), shares) if writer.finished(i) is None]
-            _write(encoder, writer, mine, splits, parallel.round_up(batch_size), workers)
+            _write(writer, mine)
         with writer.locked(wait=True):
             if done := prepare.find_prepared(source.name, data_dir, source.origin):
                 return done  # another share was the last
@@ -134,19 +125,78 @@ def _embed(
         raise UserError(f"{source.name} could not be written to {data_dir}: {error}") from error
 
 
+class _Embedder:
+    """Embeds pictures of splits with one compiled program."""
+
+    def __init__(self, encoder: Encoder, batch_size: int, workers: int):
+        self.encoder, self._workers = encoder, workers
+        self._batch_size = parallel.round_up(batch_size)
+
+    @functools.cached_property  # not where all is there already
+    def _begin(self) -> Callable[[np.ndarray], Callable[[], np.ndarray]]:
+        encoder = self.encoder
+        model = tower(encoder.config, jnp.dtype(encoder.dtype))
+
+        def apply(params: Any, pixels: jax.Array) -> jax.Array:
+            with jax.default_matmul_precision("highest" if encoder.dtype == "float32" else "default"):
+                return model.apply({"params": params}, normalize_pixels(pixels)).astype(jnp.float32)
+
+        begin, params = parallel.begin_rows(apply), parallel.replicate(encoder.params)
+        return lambda pixels: begin(params, parallel.send(pixels))
+
+    def __call__(self, split: Split, rows: range) -> Iterator[Example | Problem]:
+        """A batch is handed out when the next has begun, so that the devices need not wait for the host."""
+        begun: Iterator[Example] = iter(())
+        batch: list[tuple[Example, np.ndarray]] = []
+        load = functools.partial(self._load, split)
+        for item in images.load_ahead(load, rows, workers=self._workers, ahead=2 * self._batch_size):
+            if isinstance(item, Problem):
+                yield item
+                continue
+            batch.append(item)
+            if len(batch) == self._batch_size:
+                before, begun, batch = begun, self._embedded(batch), []
+                yield from before
+        last = self._embedded(batch) if batch else iter(())
+        yield from begun
+        yield from last
+
+    def _load(self, split: Split, index: int) -> tuple[Example, np.ndarray] | Problem:
+        example = split[index]
+        assert example.image is not None
+        try:
+            pixels = images.preprocess(images.decode(example.image), self.encoder.config.image_size)
+        except UserError as error:
+            return Problem(f"{split.name}/{split.split}", "image broken", f"{example.image_id}: {error}")
+        return dataclasses.replace(example, image=None), pixels
+
+    def _embedded(self, batch: list[tuple[Example, np.ndarray]]) -> Iterator[Example]:
+        filled = fill(np.stack([pixels for _, pixels in batch]), self._batch_size)  # one shape
+        return _finished([example for example, _ in batch], self._begin(filled))
+
+
+def _finished(batch: list[Example], wait: Callable[[], np.ndarray]) -> Iterator[Example]:
+    for example, embedding in zip(batch, wait()[: len(batch)].astype(np.float16), strict=True):
+        if not np.isfinite(embedding).all():
+            raise UserError(f"the embedding of {example.image_id} is not finite: the tower's weights are broken")
+        yield dataclasses.replace(example, embedding=embedding)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Rows:
-    """A part: these examples of a split of the data set with the pictures."""
+    """A part: these pictures of a split, embedded."""
 
+    embedder: _Embedder
+    pictures: Split
     split: str
-    start: int
-    stop: int
+    rows: range
 
     def __iter__(self) -> Iterator[Example | Problem]:
-        raise NotImplementedError("its embeddings are computed for all parts together")
+        return self.embedder(self.pictures, self.rows)
 
 
-def _source(encoder: Encoder, name: str, output: str, data_dir: str, splits: dict[str, Split]) -> Source:
+def _source(embedder: _Embedder, name: str, output: str, data_dir: str, splits: dict[str, Split]) -> Source:
+    encoder = embedder.encoder
     size = encoder.config.image_size
     made = {
         "encoder": encoder.name,
@@ -158,7 +208,7 @@ def _source(encoder: Encoder, name: str, output: str, data_dir: str, splits: dic
         name=f"embeddings/{output}",
         origin={"data": name, "fingerprint": fingerprint(open_builder(name, data_dir)), **made},
         parts=[
-            _Rows(split, start, min(start + EMBEDDINGS_PER_SHARD, len(held)))
+            _Rows(embedder, held, split, range(start, min(start + EMBEDDINGS_PER_SHARD, len(held))))
             for split, held in splits.items()
             for start in range(0, len(held), EMBEDDINGS_PER_SHARD)
         ],
@@ -170,60 +220,16 @@ def _source(encoder: Encoder, name: str, output: str, data_dir: str, splits: dic
     )
 
 
-def _write(
-    encoder: Encoder, writer: Writer, indices: list[int], splits: dict[str, Split], batch_size: int, workers: int
-) -> None:
+def _write(writer: Writer, indices: list[int]) -> None:
     """The shards of these parts, one after the other."""
-    model = tower(encoder.config, jnp.dtype(encoder.dtype))
-
-    def apply(params: Any, pixels: jax.Array) -> jax.Array:
-        with jax.default_matmul_precision("highest" if encoder.dtype == "float32" else "default"):
-            return model.apply({"params": params}, normalize_pixels(pixels)).astype(jnp.float32)
-
-    begin, params = parallel.begin_rows(apply), parallel.replicate(encoder.params)
     parts: list[Any] = [writer.source.parts[index] for index in indices]
     with progress.bar() as bar:
-        task = bar.add_task(f"Embedding {writer.source.name}", total=sum(part.stop - part.start for part in parts))
+        task = bar.add_task(f"Embedding {writer.source.name}", total=sum(len(part.rows) for part in parts))
 
-        def load(split: Split, index: int) -> tuple[Example, np.ndarray] | Problem:
-            example = split[index]
-            assert example.image is not None
-            try:
-                pixels = images.preprocess(images.decode(example.image), encoder.config.image_size)
-            except UserError as error:
-                return Problem(f"{split.name}/{split.split}", "image broken", f"{example.image_id}: {error}")
-            return dataclasses.replace(example, image=None), pixels
-
-        def examples(part: _Rows) -> Iterator[Example | Problem]:
-            """A batch is handed out when the next has begun, so that the devices need not wait for the host."""
-            begun: Iterator[Example] = iter(())
-            batch: list[tuple[Example, np.ndarray]] = []
-            split, indices = splits[part.split], range(part.start, part.stop)
-            ahead = images.load_ahead(functools.partial(load, split), indices, workers=workers, ahead=2 * batch_size)
-            for item in ahead:
+        def counted(part: Part) -> Iterator[Example | Problem]:
+            for example in part:
                 bar.advance(task)
-                if isinstance(item, Problem):
-                    yield item
-                    continue
-                batch.append(item)
-                if len(batch) == batch_size:
-                    before, begun, batch = begun, embedded(batch), []
-                    yield from before
-            last = embedded(batch) if batch else iter(())
-            yield from begun
-            yield from last
-
-        def embedded(batch: list[tuple[Example, np.ndarray]]) -> Iterator[Example]:
-            filled = fill(np.stack([pixels for _, pixels in batch]), batch_size)  # one shape
-            return finished([example for example, _ in batch], begin(params, parallel.send(filled)))
-
-        def finished(batch: list[Example], wait: Callable[[], np.ndarray]) -> Iterator[Example]:
-            for example, embedding in zip(batch, wait()[: len(batch)].astype(np.float16), strict=True):
-                if not np.isfinite(embedding).all():
-                    raise UserError(
-                        f"the embedding of {example.image_id} is not finite: the tower's weights are broken"
-                    )
-                yield dataclasses.replace(example, embedding=embedding)
+                yield example
 
         for index, part in zip(indices, parts, strict=True):
-            writer.write(index, examples(part))
+            writer.write(index, counted(part))
