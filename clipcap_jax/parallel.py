@@ -80,7 +80,9 @@ def device_index() -> jax.Array:
 
 def replicate(tree: Any) -> Any:
     """Put a tree of arrays on every device once, so that steps need not send it again."""
-    copies = jax.pmap(lambda tree, _: tree, in_axes=(None, 0), out_axes=None)
+    # The axis' name is part of how the copies lie: under another one, a step would be compiled for them, and again for
+    # what it returns.
+    copies = jax.pmap(lambda tree, _: tree, axis_name=AXIS, in_axes=(None, 0), out_axes=None)
     return copies(tree, np.zeros(jax.local_device_count()))
 
 

@@ -120,6 +120,20 @@ def test_map_step_equals_one_device() -> None:
     assert state["weights"].is_fully_replicated
 
 
+def test_a_step_is_compiled_once(caplog: pytest.LogCaptureFixture) -> None:
+    """For the state that it is first given as for those that it returns."""
+
+    def step(state: Any, constants: Any, batch: Any) -> Any:
+        return state + parallel.sum_over_devices(batch["inputs"].sum()), constants
+
+    take_step = parallel.map_step(step)
+    state, constants = parallel.replicate((np.float32(0), np.float32(1)))
+    with jax.log_compiles():
+        for _ in range(3):
+            state, _ = take_step(state, constants, CAPTIONS)
+    assert sum("Finished XLA compilation" in record.getMessage() for record in caplog.records) == 1
+
+
 def double(constants: Any, batch: Any) -> Any:
     return {"x": 2 * batch["x"], "device": jnp.full(batch["x"].shape[0], parallel.device_index())}
 
