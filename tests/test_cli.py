@@ -126,7 +126,7 @@ def test_mistakes_are_told_without_a_traceback(
     full.symlink_to("/dev/full")
     for arguments, message in (
         (("caption", tmp_path / "no run", picture), "holds no checkpoints"),
-        (("caption", pixels_run, picture, "--which", "77"), "there is no checkpoint '77'"),
+        (("caption", pixels_run, picture, "--checkpoint", "77"), "there is no checkpoint '77'"),
         (("caption", pixels_run, tmp_path / "gone.jpg"), "there is no file, folder or glob"),
         (("caption", pixels_run, picture, "--output", "captions.txt"), "has to end in .jsonl or .csv"),
         (("caption", pixels_run, picture, "--output", tmp_path / "gone" / "c.csv"), "cannot be written"),

@@ -26,10 +26,10 @@ def add(commands: Any) -> None:
     """Add it to the parser's commands."""
     caption = commands.add_parser("caption", help="caption picture files, folders of them, or a matrix of embeddings")
     caption.set_defaults(run=_caption)
-    caption.add_argument("checkpoint", help="the folder of a run, which train.py wrote to, or the original's .pt file")
+    caption.add_argument("run_folder", help="the folder of a run, which train.py wrote to, or the original's .pt file")
     caption.add_argument("inputs", nargs="+", help="pictures, folders (with all below them), globs, or one .npy matrix")
     caption.add_argument("--output", type=Path, help="write to this .jsonl or .csv file instead of the screen")
-    caption.add_argument("--which", default="best", help='"best", "latest" or a step [best]')
+    caption.add_argument("--checkpoint", default="best", help='"best", "latest" or a step [best]')
     caption.add_argument(
         "--beam-size", type=positive, help="hypotheses per picture, 1 for greedy [as the run's config says]"
     )
@@ -74,13 +74,13 @@ def _caption(arguments: argparse.Namespace) -> None:
         raise UserError("give either pictures or one .npy matrix of embeddings, not both")
     console = Console(stderr=True)
     paths = [] if matrices else find_pictures(arguments.inputs)
-    if Path(arguments.checkpoint).is_file():
-        captioner = Captioner(*load_original(Path(arguments.checkpoint), arguments), step=0)
+    if Path(arguments.run_folder).is_file():
+        captioner = Captioner(*load_original(Path(arguments.run_folder), arguments), step=0)
     else:
         if given := [name for name in ORIGINAL_OPTIONS if getattr(arguments, name)]:
             names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-            raise UserError(f"{names}: for the original's .pt files alone, and {arguments.checkpoint} is none")
-        captioner = Captioner.load(arguments.checkpoint, arguments.which)
+            raise UserError(f"{names}: for the original's .pt files alone, and {arguments.run_folder} is none")
+        captioner = Captioner.load(arguments.run_folder, arguments.checkpoint)
     if arguments.beam_size:
         captioner = captioner.with_decode(dataclasses.replace(captioner.decode, beam_size=arguments.beam_size))
 

@@ -27,7 +27,7 @@ def add(commands: Any) -> None:
     language_model.set_defaults(run=_convert_to_gpt2)
     for command in (outgoing, language_model):
         command.add_argument("run_folder", help="the folder of a run")
-        command.add_argument("--which", default="best", help='"best", "latest" or a step [best]')
+        command.add_argument("--checkpoint", default="best", help='"best", "latest" or a step [best]')
     outgoing.add_argument("file", type=Path, help="the .pt file to write")
     language_model.add_argument("folder", type=Path, help="the folder to write")
     pickled = directions.add_parser("embeddings", help="the original's embedding file to what prepare records reads")
@@ -105,7 +105,7 @@ def _load_run(arguments: argparse.Namespace) -> tuple[Any, Any]:
     from clipcap_jax import checkpoint
 
     with checkpoint.opened(arguments.run_folder) as checkpoints:
-        step = checkpoints.find(arguments.which)
+        step = checkpoints.find(arguments.checkpoint)
         return checkpoints.metadata(step), checkpoints.params(step)
 
 
