@@ -12,7 +12,10 @@
 """
 
 import contextlib
+import copy
 import dataclasses
+import functools
+import operator
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,12 +30,25 @@ from clipcap_jax import config as config_lib
 from clipcap_jax.errors import UserError
 from clipcap_jax.tokenizer import Tokenizer
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 BEST_METRIC = "CIDEr"
 FOLDER = "checkpoints"
 _LOOKS = 10
 
 T = TypeVar("T")
+
+
+# Settings that a format brought, and what was the only way before.
+_SINCE: dict[int, dict[str, Any]] = {
+    2: {
+        "model.mapper.dropout": 0.0,
+        "train.pretrained": {"clip": "", "gpt2": ""},
+        "train.targets": "all",
+        "evaluate.decode.stop": "",
+    },
+    3: {"optimizer.average_decay": 0.0},
+    4: {"model.gpt2.word_dropout": 0.0},
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,17 +95,13 @@ class Metadata:
 
 def _upgraded(stored: dict[str, Any]) -> dict[str, Any]:
     """Metadata of an older format, with what was the only way then for each setting that has come since."""
-    if stored.get("format_version") == 1:
-        config = stored["config"]
-        model = {**config["model"], "mapper": {**config["model"]["mapper"], "dropout": 0.0}}
-        train = {**config["train"], "pretrained": {"clip": "", "gpt2": ""}, "targets": "all"}
-        evaluate = {**config["evaluate"], "decode": {**config["evaluate"]["decode"], "stop": ""}}
-        config = {**config, "model": model, "train": train, "evaluate": evaluate}
-        stored = {**stored, "format_version": 2, "config": config}
-    if stored.get("format_version") == 2:
-        config = stored["config"]
-        config = {**config, "optimizer": {**config["optimizer"], "average_decay": 0.0}}
-        stored = {**stored, "format_version": 3, "config": config}
+    stored = copy.deepcopy(stored)
+    for version, settings in _SINCE.items():
+        if stored.get("format_version") == version - 1:
+            for name, value in settings.items():
+                *path, last = name.split(".")
+                functools.reduce(operator.getitem, path, stored["config"])[last] = value
+            stored["format_version"] = version
     return stored
 
 

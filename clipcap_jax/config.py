@@ -38,9 +38,10 @@ _MAY_BE_0 = {
     "seed",
     "warmup_steps",
     "weight_decay",
+    "word_dropout",
     "workers",
 }
-_BELOW_1 = {"average_decay", "beta1", "beta2", "dropout", "label_smoothing"}
+_BELOW_1 = {"average_decay", "beta1", "beta2", "dropout", "label_smoothing", "word_dropout"}
 
 
 @dataclasses.dataclass(frozen=True)

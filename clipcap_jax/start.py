@@ -34,7 +34,7 @@ def load_pretrained(config: Config, console: Console) -> dict[str, Any]:
         sizes: Any = getattr(config.model, part)
         found, parts[part] = load(str(path), sizes.heads if sizes else None)
         if part == "gpt2":  # whose dropout is a setting of the training
-            found = dataclasses.replace(found, dropout=sizes.dropout)
+            found = dataclasses.replace(found, dropout=sizes.dropout, word_dropout=sizes.word_dropout)
         if found != sizes:
             raise UserError(f"{source} is {found}, but config.model.{part} is {sizes}")
     return parts

@@ -23,7 +23,7 @@ def get_config() -> ConfigDict:
     config.model = dict(
         clip="RN50x4",  # or "none", for embeddings that something else made
         mapper=dict(kind="mlp", prefix_length=10, clip_length=10, layers=8, heads=8, dropout=0.0),
-        gpt2=dict(vocab_size=50257, positions=1024, width=768, layers=12, heads=12, dropout=0.1),
+        gpt2=dict(vocab_size=50257, positions=1024, width=768, layers=12, heads=12, dropout=0.1, word_dropout=0.0),
         normalize_embedding=False,
         dtype="bfloat16",
         matmul_precision="default",

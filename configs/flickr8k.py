@@ -22,7 +22,7 @@ def get_config(variant: str = "embeddings") -> ConfigDict:
     config.model = dict(
         clip="none",
         mapper=dict(kind="transformer", prefix_length=6, clip_length=6, layers=2, heads=4, dropout=0.4),
-        gpt2=dict(vocab_size=3000, positions=64, width=256, layers=4, heads=4, dropout=0.2),
+        gpt2=dict(vocab_size=3000, positions=64, width=256, layers=4, heads=4, dropout=0.2, word_dropout=0.0),
         normalize_embedding=False,
         dtype="float32",
         matmul_precision="default",

@@ -17,7 +17,7 @@ def get_config() -> ConfigDict:
     config.model = dict(
         clip=dict(image_size=48, patch_size=16, width=128, layers=4, heads=4, embedding_width=256),
         mapper=dict(kind="mlp", prefix_length=4, clip_length=4, layers=1, heads=4, dropout=0.0),
-        gpt2=dict(vocab_size=384, positions=32, width=128, layers=2, heads=4, dropout=0.0),
+        gpt2=dict(vocab_size=384, positions=32, width=128, layers=2, heads=4, dropout=0.0, word_dropout=0.0),
         normalize_embedding=False,
         dtype="float32",
         matmul_precision="default",

@@ -25,7 +25,7 @@ def clipcap_config(
     return ClipCapConfig(
         clip=None,
         mapper=MapperConfig(mapper, prefix_length=3, clip_length=2, layers=2, heads=2, dropout=dropout),
-        gpt2=Gpt2Config(vocab_size, positions=32, width=16, layers=2, heads=2, dropout=dropout),
+        gpt2=Gpt2Config(vocab_size, positions=32, width=16, layers=2, heads=2, dropout=dropout, word_dropout=dropout),
         normalize_embedding=False,
         dtype=dtype,
         matmul_precision="highest",

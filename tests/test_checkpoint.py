@@ -127,8 +127,8 @@ def change_json(path: Path, **changes: Any) -> None:
 def test_another_format(tmp_path: Path, metadata: Metadata) -> None:
     save(tmp_path, metadata, {1: 0.5})
     file = tmp_path / "checkpoints" / "1" / "metadata" / "metadata"
-    change_json(file, format_version=4)
-    with pytest.raises(UserError, match=r"has format 4, and this clipcap_jax reads format 3: install the version"):
+    change_json(file, format_version=5)
+    with pytest.raises(UserError, match=r"has format 5, and this clipcap_jax reads format 4: install the version"):
         Captioner.load(tmp_path)
     file.write_text("{}")
     with pytest.raises(UserError, match="has format of another program"):
@@ -270,6 +270,7 @@ def test_format_1_is_still_read() -> None:
     assert stored["train"].pop("targets") == "all"
     assert stored["evaluate"]["decode"].pop("stop") == ""
     assert stored["optimizer"].pop("average_decay") == 0.0
+    assert stored["model"]["gpt2"].pop("word_dropout") == 0.0
     assert stored == expected["config"]
     assert captioner.metadata.tokenizer.encode(list(expected["tokens"])) == list(expected["tokens"].values())
     assert checksums(named(jax.device_get(captioner.params))) == expected["sha256"]

@@ -195,6 +195,7 @@ def test_zeros_that_mean_something() -> None:
         "optimizer.weight_decay",
         "evaluate.images",
         "model.gpt2.dropout",
+        "model.gpt2.word_dropout",
     ]
     changed(EMBEDDINGS, dict.fromkeys([*zeros, "evaluate.decode.length_penalty", "train.label_smoothing"], 0))
 

@@ -272,6 +272,7 @@ def test_training_on_embeddings_equals_training_on_pictures(
     changes |= {
         "data.name": "records/pictures",
         "model.gpt2.dropout": 0.0,
+        "model.gpt2.word_dropout": 0.0,
         "train.pretrained.clip": str(weights),
         "train.trainable": ("mapper", "gpt2"),
         "evaluate.images": 0,

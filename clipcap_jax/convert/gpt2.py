@@ -98,6 +98,7 @@ def from_arrays(arrays: Arrays, source: str, heads: int | None = None) -> tuple[
         layers=len({match[1] for name in arrays if (match := re.fullmatch(r"h\.(\d+)\.ln_1\.weight", name))}),
         heads=heads or max(1, width // _HEAD_WIDTH),
         dropout=0.1,
+        word_dropout=0.0,
     )
     if not config.layers:
         raise UserError(f"{source} holds no layers of a GPT-2, which are named h.0.ln_1.weight and so on")

@@ -99,8 +99,10 @@ class ClipCap(nn.Module):
           float32 `B T V`; those at t predict `tokens[:, t]`.
         """
         prefix = self.prefix(inputs, deterministic="mapper" not in dropout)
-        embeddings = jnp.concatenate([prefix, self.gpt2.embed(tokens[:, :-1])], axis=1)  # B L-1 D
-        hidden = self.gpt2(embeddings, deterministic="gpt2" not in dropout)
+        deterministic = "gpt2" not in dropout
+        caption = self.gpt2.embed(tokens[:, :-1], deterministic=deterministic)
+        embeddings = jnp.concatenate([prefix, caption], axis=1)  # B L-1 D
+        hidden = self.gpt2(embeddings, deterministic=deterministic)
         return self.gpt2.logits(hidden[:, prefix.shape[1] - 1 :])  # B T V
 
     @_in_precision

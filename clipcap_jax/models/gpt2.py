@@ -15,7 +15,8 @@ Cache = tuple[LayerCache, ...]
 class Gpt2Config:
     """Sizes of the language model: `vocab_size` V, `width` D, `layers` N; `positions` is the longest L.
 
-    `dropout` is the rate while training, on embeddings, attention weights and residual branches.
+    Rates while training: `dropout` on embeddings, attention weights and residual branches; `word_dropout` on the whole
+    embedding of a caption's token, so that more has to be read from the prefix (Bowman et al. 2016, arXiv 1511.06349).
     """
 
     vocab_size: int
@@ -24,10 +25,13 @@ class Gpt2Config:
     layers: int
     heads: int
     dropout: float
+    word_dropout: float
 
 
 def _preset(width: int, layers: int, heads: int) -> Gpt2Config:
-    return Gpt2Config(vocab_size=50257, positions=1024, width=width, layers=layers, heads=heads, dropout=0.1)
+    return Gpt2Config(
+        vocab_size=50257, positions=1024, width=width, layers=layers, heads=heads, dropout=0.1, word_dropout=0.0
+    )
 
 
 PRESETS = {
@@ -64,10 +68,11 @@ class Gpt2(nn.Module):
         )
         self.final_norm = nn.LayerNorm(epsilon=EPSILON, dtype=self.dtype)
         self.drop = nn.Dropout(config.dropout)
+        self.drop_words = nn.Dropout(config.word_dropout, broadcast_dims=(-1,))
 
-    def embed(self, tokens: jax.Array) -> jax.Array:
-        """int ids `B T` to embeddings `B T D`, without positions."""
-        return self.token_embeddings[tokens].astype(self.dtype)
+    def embed(self, tokens: jax.Array, *, deterministic: bool = True) -> jax.Array:
+        """int ids `B T` to embeddings `B T D`, without positions; unless `deterministic`, with word dropout."""
+        return self.drop_words(self.token_embeddings[tokens].astype(self.dtype), deterministic=deterministic)
 
     def __call__(self, embeddings: jax.Array, *, deterministic: bool = True) -> jax.Array:
         """Input embeddings `B L D` to final hidden states `B L D`, causally.

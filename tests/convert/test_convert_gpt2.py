@@ -17,7 +17,7 @@ from clipcap_jax.errors import UserError
 from clipcap_jax.models.gpt2 import PRESETS, Gpt2, Gpt2Config
 from clipcap_jax.tokenizer import Tokenizer
 
-CONFIG = Gpt2Config(vocab_size=300, positions=20, width=16, layers=2, heads=2, dropout=0.1)
+CONFIG = Gpt2Config(vocab_size=300, positions=20, width=16, layers=2, heads=2, dropout=0.1, word_dropout=0.0)
 MODEL = Gpt2(CONFIG, jnp.dtype("float32"))
 SIZES = {"vocab_size": 300, "n_positions": 20, "n_embd": 16, "n_layer": 2, "n_head": 2}
 

@@ -143,7 +143,11 @@ def test_images_need_a_tower(model: ClipCap, params: Any) -> None:
 @pytest.mark.parametrize("dropout", [("mapper",), ("gpt2",), ("mapper", "gpt2")])
 def test_dropout_is_where_it_is_asked_for(model: ClipCap, params: Any, dropout: tuple[str, ...]) -> None:
     def with_rate(rate: float) -> ClipCap:
-        parts = {part: dataclasses.replace(getattr(model.config, part), dropout=rate) for part in dropout}
+        parts = {}
+        for part in dropout:
+            sizes = getattr(model.config, part)
+            rates = [field.name for field in dataclasses.fields(sizes) if field.name.endswith("dropout")]
+            parts[part] = dataclasses.replace(sizes, **dict.fromkeys(rates, rate))
         return ClipCap(dataclasses.replace(model.config, **parts))
 
     def logits(rate: float, seed: int) -> jax.Array:

@@ -12,7 +12,7 @@ from clipcap_jax.convert import gpt2
 from clipcap_jax.models.gpt2 import PRESETS, Gpt2, Gpt2Config
 
 PREFIX, STEPS, BEAMS = 3, 5, 4
-CONFIG = Gpt2Config(vocab_size=11, positions=16, width=16, layers=2, heads=2, dropout=0.5)
+CONFIG = Gpt2Config(vocab_size=11, positions=16, width=16, layers=2, heads=2, dropout=0.5, word_dropout=0.5)
 MODEL = Gpt2(CONFIG, jnp.dtype("float32"))
 
 Variables = dict[str, Any]
@@ -103,6 +103,15 @@ def test_dropout(variables: Variables) -> None:
     np.testing.assert_array_equal(drop(1), drop(1))
     assert np.abs(drop(1) - drop(2)).max() > 0.1
     assert np.abs(drop(1) - without).max() > 0.1
+
+
+def test_word_dropout_takes_whole_tokens(variables: Variables) -> None:
+    tokens = np.full((40, 50), 7)
+    embed = functools.partial(MODEL.apply, variables, tokens, method="embed")
+    dropped = embed(deterministic=False, rngs={"dropout": jax.random.key(1)})
+    gone = (dropped == 0).all(axis=2)
+    np.testing.assert_array_equal(dropped[~gone], 2 * embed()[~gone])
+    assert abs(gone.mean() - 0.5) < 0.05  # 4.5 standard deviations
 
 
 def test_equals_transformers() -> None:
