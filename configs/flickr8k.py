@@ -22,7 +22,7 @@ def get_config(variant: str = "embeddings") -> ConfigDict:
     config.model = dict(
         clip="none",
         mapper=dict(kind="transformer", prefix_length=6, clip_length=6, layers=2, heads=4, dropout=0.4),
-        gpt2=dict(vocab_size=3000, positions=64, width=256, layers=4, heads=4, dropout=0.2, word_dropout=0.0),
+        gpt2=dict(vocab_size=3000, positions=64, width=256, layers=4, heads=4, dropout=0.1, word_dropout=0.35),
         normalize_embedding=False,
         dtype="float32",
         matmul_precision="default",
@@ -39,7 +39,7 @@ def get_config(variant: str = "embeddings") -> ConfigDict:
     )
     config.train = dict(
         seed=0,
-        epochs=22.0,
+        epochs=16.0,
         batch_size=32,
         trainable=("mapper", "gpt2"),
         pretrained=dict(clip="", gpt2=""),
@@ -49,8 +49,8 @@ def get_config(variant: str = "embeddings") -> ConfigDict:
         log_every=100,
     )
     config.evaluate = dict(
-        every=938,
-        images=500,
+        every=1876,
+        images=1000,
         batch_size=100,
         decode=dict(beam_size=1, max_tokens=40, length_penalty=1.0, stop=""),
     )
@@ -62,6 +62,8 @@ def get_config(variant: str = "embeddings") -> ConfigDict:
         config.model.clip = dict(image_size=128, patch_size=32, width=256, layers=4, heads=4, embedding_width=512)
         config.model.mapper.kind = "mlp"
         config.model.mapper.dropout = 0.0
+        config.model.gpt2.dropout = 0.2
+        config.model.gpt2.word_dropout = 0.0
         config.optimizer.average_decay = 0.0
         config.train.epochs = 3.0
         config.train.trainable = ("clip", "mapper", "gpt2")
