@@ -10,7 +10,7 @@ paper's tables) and transformers' GPT-2 or ours, and compute in float32. Ours is
     captioning   beams of 5, captions of 20 tokens; PyTorch as the original's `predict.py` has it, picture by picture,
                  reading everything again for each token, and transformers' `generate` with its cache, in batches
 
-On a GPU, the PyTorch side runs where PyTorch finds one.
+Both sides on the CPU: where JAX finds a GPU, JAX_PLATFORMS=cpu keeps it there.
 """
 
 import argparse
@@ -34,7 +34,6 @@ from clipcap_jax.optim import OptimizerConfig
 from clipcap_jax.trainer import TrainState, make_step
 
 PREFIX, EMBEDDING, PAIRS, TOKENS, BEAMS, HEADS = 10, 640, 40, 20, 5, 12
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class Captioner(nn.Module):
@@ -82,7 +81,7 @@ class Captioner(nn.Module):
 
 def our_side(theirs: Captioner) -> tuple[ClipCap, dict[str, Any]]:
     def arrays(module: nn.Module) -> dict[str, np.ndarray]:
-        return {name: value.cpu().numpy() for name, value in module.state_dict().items()}
+        return {name: value.numpy() for name, value in module.state_dict().items()}
 
     mapper, _, mapper_params = original.mapper_from_arrays(
         arrays(theirs.mapper), theirs.gpt2.config.n_embd, 0, "the benchmark"
@@ -110,8 +109,8 @@ def compare(title: str, ways: Mapping[str, Callable[[], object]], count: int, un
 
 def torch_step(model: Captioner, parameters: list[Any], batch: dict[str, Any]) -> Callable[[], float]:
     optimizer = torch.optim.AdamW(parameters, lr=2e-5, weight_decay=0.0, eps=1e-6)
-    inputs = torch.from_numpy(batch["inputs"]).to(DEVICE)
-    tokens = torch.from_numpy(batch["tokens"]).long().to(DEVICE)
+    inputs = torch.from_numpy(batch["inputs"])
+    tokens = torch.from_numpy(batch["tokens"]).long()
 
     def step() -> float:
         optimizer.zero_grad()
@@ -145,7 +144,7 @@ def our_step(model: ClipCap, params: dict[str, Any], trainable: tuple[str, ...],
 
 
 def training(repeats: int) -> None:
-    theirs = Captioner().to(DEVICE)
+    theirs = Captioner()
     model, params = our_side(theirs)
     random = np.random.default_rng(0)
     batch = {
@@ -160,7 +159,7 @@ def training(repeats: int) -> None:
     }
     compare("Training the MLP mapper and GPT-2", ways, PAIRS, "pairs", repeats)
 
-    theirs, frozen = Captioner().to(DEVICE).eval(), Captioner().to(DEVICE).eval()
+    theirs, frozen = Captioner().eval(), Captioner().eval()
     frozen.gpt2.requires_grad_(False)
     ways = {
         "clipcap_jax": our_step(model, params, ("mapper",), batch),
@@ -173,10 +172,10 @@ def training(repeats: int) -> None:
 
 
 def captioning(pictures: int, repeats: int) -> None:
-    theirs = Captioner().to(DEVICE).eval()
+    theirs = Captioner().eval()
     model, params = our_side(theirs)
     inputs = np.random.default_rng(0).normal(size=(pictures, EMBEDDING)).astype(np.float32)
-    torch_inputs = torch.from_numpy(inputs).to(DEVICE)
+    torch_inputs = torch.from_numpy(inputs)
     decode = DecodeConfig(BEAMS, TOKENS, 1.0, "")
     search = jax.jit(lambda params, inputs: beam_search(model, params, inputs, decode, 50256).tokens[:, 0])
     params = parallel.replicate(params)
@@ -185,10 +184,10 @@ def captioning(pictures: int, repeats: int) -> None:
         return np.asarray(search(params, inputs))
 
     def original_beams() -> np.ndarray:
-        return np.stack([theirs.search(one[None]).cpu().numpy() for one in torch_inputs])
+        return np.stack([theirs.search(one[None]).numpy() for one in torch_inputs])
 
     def generate() -> np.ndarray:
-        return theirs.generate(torch_inputs).cpu().numpy()
+        return theirs.generate(torch_inputs).numpy()
 
     expected = original_beams()
     for way, found in {"clipcap_jax": ours(inputs), "generate": generate()}.items():
@@ -209,7 +208,6 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")  # of transformers and torch about each other
-    print(f"clipcap_jax on {jax.devices()[0].device_kind}, PyTorch on {DEVICE}")
     training(arguments.repeats)
     captioning(arguments.pictures, arguments.repeats)
 

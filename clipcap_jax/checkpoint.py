@@ -14,8 +14,6 @@
 import contextlib
 import copy
 import dataclasses
-import functools
-import operator
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -100,7 +98,10 @@ def _upgraded(stored: dict[str, Any]) -> dict[str, Any]:
         if stored.get("format_version") == version - 1:
             for name, value in settings.items():
                 *path, last = name.split(".")
-                functools.reduce(operator.getitem, path, stored["config"])[last] = value
+                part = stored["config"]
+                for key in path:
+                    part = part[key]
+                part[last] = value
             stored["format_version"] = version
     return stored
 

@@ -67,4 +67,6 @@ def get_config(variant: str = "embeddings") -> ConfigDict:
         config.optimizer.average_decay = 0.0
         config.train.epochs = 3.0
         config.train.trainable = ("clip", "mapper", "gpt2")
+        config.evaluate.every = 938
+        config.evaluate.images = 500
     return config
