@@ -31,7 +31,7 @@ from clipcap_jax.convert import gpt2, original
 from clipcap_jax.decode import DecodeConfig, beam_search
 from clipcap_jax.models.clipcap import ClipCap, ClipCapConfig
 from clipcap_jax.optim import OptimizerConfig
-from clipcap_jax.trainer import TrainState, make_step
+from clipcap_jax.step import TrainState, make_step
 
 PREFIX, EMBEDDING, PAIRS, TOKENS, BEAMS, HEADS = 10, 640, 40, 20, 5, 12
 

@@ -8,7 +8,7 @@ import collections
 import itertools
 import os
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -105,11 +105,14 @@ def send_ahead(batches: Iterator[Any]) -> Iterator[Any]:
     yield from sent
 
 
-def _split(batch: Any) -> Any:
-    local = jax.local_device_count()
+def _split(batch: Any, devices: Sequence[jax.Device] | None = None) -> Any:
+    count = len(devices) if devices else jax.local_device_count()
 
     def split(x: Any) -> Any:
-        return x if isinstance(x, jax.Array) else np.reshape(x, (local, x.shape[0] // local, *x.shape[1:]))
+        if isinstance(x, jax.Array):
+            return x
+        shape = (count, x.shape[0] // count, *x.shape[1:])
+        return jax.ShapeDtypeStruct(shape, x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else np.reshape(x, shape)
 
     return jax.tree.map(split, batch)
 
@@ -122,24 +125,41 @@ def _wait_on_cpu(result: Any) -> Any:
     return result
 
 
-def map_step(step: Callable[..., Any]) -> Callable[..., Any]:
-    """Run `step(state, constants, batch) -> (state, metrics)` on every device's share of a batch, sent or not.
+class Mapped:
+    """A function that runs on every device's share of a batch, its last argument, sent or not."""
+
+    def __init__(self, function: Callable[..., Any], devices: Sequence[jax.Device] | None = None, **options: Any):
+        """`devices`: None: this process's; `options`: of `jax.pmap`."""
+        self._devices = devices
+        self._mapped = jax.pmap(function, axis_name=AXIS, devices=devices, **options)
+
+    def __call__(self, *arguments: Any) -> Any:
+        *constants, batch = arguments
+        return _wait_on_cpu(self._mapped(*constants, _split(batch, self._devices)))
+
+    def lower(self, *arguments: Any) -> jax.stages.Lowered:
+        """As of `jax.jit`'s functions: the program for such arguments, or for their shapes, not run; so `devices` may
+        be ones that are not here."""
+        *constants, batch = arguments
+        return self._mapped.lower(*constants, _split(batch, self._devices))
+
+
+def map_step(step: Callable[..., Any], devices: Sequence[jax.Device] | None = None) -> Mapped:
+    """Run `step(state, constants, batch) -> (state, metrics)` on every device's share of a batch.
 
     `step` must return the same on every device, that is: sum over devices whatever depends on the batch. The state is
     donated: its buffers are reused for the new one.
     """
-    mapped = jax.pmap(step, axis_name=AXIS, in_axes=(None, None, 0), out_axes=None, donate_argnums=0)
-    return lambda state, constants, batch: _wait_on_cpu(mapped(state, constants, _split(batch)))
+    return Mapped(step, devices, in_axes=(None, None, 0), out_axes=None, donate_argnums=0)
 
 
-def map_sum(function: Callable[..., Any]) -> Callable[..., Any]:
+def map_sum(function: Callable[..., Any], devices: Sequence[jax.Device] | None = None) -> Mapped:
     """Run `function(constants, batch)` on every device's share; its results, summed over devices."""
 
     def summed(constants: Any, batch: Any) -> Any:
         return sum_over_devices(function(constants, batch))
 
-    mapped = jax.pmap(summed, axis_name=AXIS, in_axes=(None, 0), out_axes=None)
-    return lambda constants, batch: _wait_on_cpu(mapped(constants, _split(batch)))
+    return Mapped(summed, devices, in_axes=(None, 0), out_axes=None)
 
 
 def map_rows(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -150,10 +170,10 @@ def map_rows(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def begin_rows(function: Callable[..., Any]) -> Callable[..., Callable[[], Any]]:
     """As `map_rows`, but a call only begins: what it returns, called in turn, waits for the results and gives them."""
-    mapped = jax.pmap(function, axis_name=AXIS, in_axes=(None, 0))
+    mapped = Mapped(function, in_axes=(None, 0))
 
     def begin(constants: Any, batch: Any) -> Callable[[], Any]:
-        result = _wait_on_cpu(mapped(constants, _split(batch)))
+        result = mapped(constants, batch)
         return lambda: jax.tree.map(lambda x: np.reshape(x, (-1, *x.shape[2:])), jax.device_get(result))
 
     return begin

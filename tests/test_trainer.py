@@ -34,7 +34,7 @@ from clipcap_jax.logs import Monitor
 from clipcap_jax.models.clipcap import ClipCap
 from clipcap_jax.models.gpt2 import Gpt2
 from clipcap_jax.start import choose_tokenizer
-from clipcap_jax.trainer import TrainState, make_step
+from clipcap_jax.step import TrainState, make_step
 
 STEPS = 10  # of two epochs
 QUIET = Console(quiet=True)

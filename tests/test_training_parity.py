@@ -16,7 +16,7 @@ from clipcap_jax.convert import gpt2 as convert_gpt2
 from clipcap_jax.convert import original
 from clipcap_jax.models.clipcap import ClipCap, ClipCapConfig
 from clipcap_jax.optim import OptimizerConfig
-from clipcap_jax.trainer import TrainState, make_step
+from clipcap_jax.step import TrainState, make_step
 
 STEPS, WARMUP, BATCH, LENGTH, PREFIX, CLIP, EMBEDDING, WIDTH, VOCAB = 50, 10, 8, 12, 4, 3, 32, 256, 500
 LEARNING_RATE = 1e-3

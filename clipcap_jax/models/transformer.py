@@ -20,6 +20,32 @@ class LayerCache(NamedTuple):
     values: jax.Array
 
 
+def attention(
+    query: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    mask: jax.Array | None,
+    drop: Callable[[jax.Array], jax.Array],
+) -> jax.Array:
+    """Scaled dot-product attention, its softmax in float32.
+
+    Args:
+      query: `B L H K`.
+      keys, values: `B S H K`.
+      mask: boolean, broadcastable to `B H L S`, true where attention may look; None: all.
+      drop: dropout, or nothing, on the weights.
+
+    Returns:
+      `B L H K`, of the values' dtype.
+    """
+    scores = jnp.einsum("blhk,bshk->bhls", query, keys, preferred_element_type=jnp.float32)
+    scores = scores / jnp.sqrt(jnp.float32(query.shape[-1]))  # B H L S
+    if mask is not None:
+        scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
+    weights = drop(jax.nn.softmax(scores).astype(values.dtype))
+    return jnp.einsum("bhls,bshk->blhk", weights, values)
+
+
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)).
 
@@ -81,12 +107,7 @@ class Block(nn.Module):
                 jax.lax.dynamic_update_slice(cache.keys, key, start),
                 jax.lax.dynamic_update_slice(cache.values, value, start),
             )
-        scores = jnp.einsum("blhk,bshk->bhls", query, cache.keys, preferred_element_type=jnp.float32)
-        scores = scores / jnp.sqrt(jnp.float32(query.shape[-1]))  # B H L S
-        if mask is not None:
-            scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
-        weights = drop(jax.nn.softmax(scores).astype(self.dtype))
-        y = jnp.einsum("bhls,bshk->blhk", weights, cache.values).reshape(x.shape)  # B L D
+        y = attention(query, cache.keys, cache.values, mask, drop).reshape(x.shape)  # B L D
         x = x + drop(dense(width, kernel_init=self.residual_init, name="attention_out")(y))
 
         y = dense(self.mlp_width, name="mlp_in")(norm(name="norm_2")(x))
