@@ -1,0 +1,203 @@
+"""Fill the tables of docs/performance.md from the lines that `device.py` and `tpu_compile.py` printed.
+
+    python benchmarks/performance.py
+
+Reads benchmarks/results/*.jsonl: a file for each machine, in which a later line of a case replaces an earlier one. What
+stands between `<!-- tables: NAME -->` and `<!-- end -->` in the page is replaced: NAME is "devices" or "tpu".
+"""
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+Line = dict[str, Any]
+Lines = Mapping[str, Line]
+
+RESULTS = Path(__file__).parent / "results"
+PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
+NOT_MEASURED = "not measured"
+VARIANTS = {"mlp": "MLP mapper and GPT-2", "transformer": "transformer mapper, GPT-2 frozen"}
+
+
+def main() -> None:
+    PAGE.write_text(filled(PAGE.read_text(), RESULTS))
+
+
+def filled(page: str, results: Path) -> str:
+    """The page with its tables made anew."""
+    machines = [read(path) for path in sorted(results.glob("*.jsonl"))]
+    tables = {
+        "devices": "\n".join(line for lines in machines if "device" in lines for line in machine(lines)),
+        "tpu": "\n".join(line for lines in machines if "device" not in lines for line in chips(lines)),
+    }
+    for name, table in tables.items():
+        pattern = rf"(<!-- tables: {name} -->\n).*?(<!-- end -->)"
+        page, count = re.subn(
+            pattern, lambda match, table=table: f"{match[1]}{table}\n{match[2]}", page, flags=re.DOTALL
+        )
+        if count != 1:
+            raise ValueError(f"{PAGE} has {count} places for the tables {name!r}: one is needed")
+    return page
+
+
+def read(path: Path) -> dict[str, Line]:
+    """The lines of a file, by their cases, or by topology and program."""
+    lines = [json.loads(text) for text in path.read_text().splitlines()]
+    return {line.get("case") or f"{line['topology']} {line['program']}": line for line in lines}
+
+
+def table(header: str, rows: Iterable[Sequence[str]]) -> Iterator[str]:
+    """Markdown; the columns' names are parted by bars. Nothing, if there are no rows."""
+    names, found = header.split("|"), list(rows)
+    if found:
+        yield ""
+        for row in (names, ["---"] * len(names), *found):
+            yield "| " + " | ".join(row) + " |"
+
+
+def machine(lines: Lines) -> Iterator[str]:
+    """The section of one machine."""
+    about = lines["device"]
+    versions = about["versions"]
+    driver = f", driver {about['driver']}" if about["driver"] else ""
+    yield f"### {about['device']}"
+    yield ""
+    yield (
+        f"{about['date']}, commit {about['commit']}, {about['cores']} CPU cores{driver}, Python {about['python']}, "
+        + ", ".join(f"{name} {versions[name]}" for name in ("jax", "flax", "torch", "transformers") if name in versions)
+        + f". In {about['dtype']}, a large product runs at {about['product'] / 1e12:.3g} TFLOP/s; a copy moves "
+        f"{about['copy'] / 1e9:.0f} GB/s."
+    )
+    yield from table(
+        "training, pairs/s|batch|ours|of the floor|PyTorch, as the original|ratio|PyTorch, compiled|ratio|"
+        "ours: compile|ours: memory",
+        (training_row(lines, kind, batch) for kind in VARIANTS for batch in (40, 256, 1024)),
+    )
+    yield from table(
+        "captioning, captions/s|ours|of the floor|the original, one at a time|ratio|transformers' generate|ratio|"
+        "ours: compile|ours: memory",
+        (captioning_row(lines, count) for count in (1, 32, 128, 512)),
+    )
+    yield from table(
+        "pixels to embeddings, pictures/s|ours|of the floor|PyTorch|ratio|ours: compile",
+        (tower_row(lines, tower) for tower in ("ViT-B-32", "RN50x4")),
+    )
+    yield from table("another form of a step, batch 256|ms a step|times as fast", variant_rows(lines))
+    yield from table("captions padded to, MLP mapper and GPT-2, batch 256|pairs/s|of the floor", length_rows(lines))
+    yield from table(
+        "difference from the original's own outputs|logits|loss|gradients|beams that are the same", parity_rows(lines)
+    )
+    yield ""
+    yield from repeated(lines)
+    yield ""
+
+
+def number(value: float) -> str:
+    """With three digits that count, and thousands apart."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def rate(line: Line) -> str:
+    return number(line["rate"]) if "rate" in line else line.get("error", NOT_MEASURED)
+
+
+def share(line: Line) -> str:
+    return f"{line['share']:.0%}" if "share" in line else NOT_MEASURED
+
+
+def ratio(ours: Line, theirs: Line) -> str:
+    return f"{ours['rate'] / theirs['rate']:.2f}" if "rate" in ours and "rate" in theirs else NOT_MEASURED
+
+
+def compile_time(line: Line) -> str:
+    return f"{line['compile']:.0f} s" if "compile" in line else NOT_MEASURED
+
+
+def memory(line: Line) -> str:
+    return f"{line['peak'] / 1e9:.1f} GB" if line.get("peak") else NOT_MEASURED
+
+
+def training_row(lines: Lines, kind: str, batch: int) -> list[str]:
+    ours, original = (lines.get(f"training/{kind}/{batch}/{way}", {}) for way in ("ours", "original"))
+    compiled = lines.get(f"compiled/{kind}/{batch}", {})
+    row = [VARIANTS[kind], str(batch), rate(ours), share(ours)]
+    row += [rate(original), ratio(ours, original), rate(compiled), ratio(ours, compiled)]
+    return [*row, compile_time(ours), memory(ours)]
+
+
+def captioning_row(lines: Lines, count: int) -> list[str]:
+    ours, generate = (lines.get(f"captioning/{count}/{way}", {}) for way in ("ours", "generate"))
+    original = lines.get("captioning/1/original", {})
+    row = [f"{count} at once", rate(ours), share(ours), rate(original), ratio(ours, original)]
+    return [*row, rate(generate), ratio(ours, generate), compile_time(ours), memory(ours)]
+
+
+def tower_row(lines: Lines, tower: str) -> list[str]:
+    ours, theirs = (lines.get(f"towers/{tower}/{way}", {}) for way in ("ours", "torch"))
+    return [tower.replace("-32", "/32"), rate(ours), share(ours), rate(theirs), ratio(ours, theirs), compile_time(ours)]
+
+
+def length_rows(lines: Lines) -> Iterator[list[str]]:
+    for tokens in (12, 16, 20, 48, 64):
+        line = lines.get(f"lengths/mlp/{tokens}", {})
+        yield [f"{tokens} tokens", rate(line), share(line)]
+
+
+def variant_rows(lines: Lines) -> Iterator[list[str]]:
+    for name, line in lines.items():
+        if not name.startswith("variants/"):
+            continue
+        _, kind, form = name.split("/", 2)
+        base = lines.get(f"variants/{kind}/as it is", {})
+        time = f"{1e3 * line['seconds']:.2f}" if "seconds" in line else line["error"]
+        yield [f"{VARIANTS[kind]}: {form}", time, ratio(line, base)]
+
+
+def parity_rows(lines: Lines) -> Iterator[list[str]]:
+    for dtype in ("float32", "bfloat16"):
+        for kind in VARIANTS:
+            line = lines.get(f"parity/{kind}/{dtype}", {})
+            found = [f"{line[name]:.1e}" if name in line else NOT_MEASURED for name in ("logits", "loss", "gradients")]
+            beams = f"{line['beams']} of {line['of']} pictures" if "beams" in line else NOT_MEASURED
+            yield [f"{VARIANTS[kind]}, {dtype}", *found, beams]
+
+
+def repeated(lines: Lines) -> Iterator[str]:
+    same = lines.get("captioning/same", {})
+    found = f"{same['same']} of {same['of']}" if "same" in same else NOT_MEASURED
+    yield f"Captions in float32 that are the original's, token by token: {found}."
+    for name, how in (("", "Three steps"), ("/deterministic", "With `--xla_gpu_deterministic_ops`, three steps")):
+        if "losses_equal" in (line := lines.get(f"parity/repeated{name}", {})):
+            bits = "the same bits" if line["losses_equal"] and not line["parameters_differing"] else "other bits"
+            yield f"{how} from one state, taken twice, gave {bits}."
+
+
+def chips(lines: Lines) -> Iterator[str]:
+    """A table of what the compiler says of each program on each topology."""
+    yield from table(
+        "topology|program|rows a chip|compile|memory a chip|collectives|FLOPs with an operand in float32|"
+        "copies in loops, over 1 MB each",
+        (chip_row(line) for line in lines.values()),
+    )
+
+
+def chip_row(line: Line) -> list[str]:
+    start = [line["topology"], f"{line['program']}, {line.get('dtype', '')}".rstrip(", "), str(line.get("rows", ""))]
+    if "error" in line:
+        return [*start, "", line["error"].splitlines()[0][:160], "", "", ""]
+    available = f"{line['memory']['peak'] / 2**30:.2f} of {line['available'] / 2**30:.0f} GiB"
+    collectives = "; ".join(
+        f"{found['count']} {found['kind']}, {found['bytes'] / 1e6:.0f} MB, {found['runs']}"
+        for found in line["collectives"]
+    )
+    float32 = line["float32"]["flops"] / max(1, line["products"]["flops"])
+    copies = (
+        f"{line['copies']['bytes'] / 1e6:,.0f} MB in {line['copies']['count']}" if line["copies"]["count"] else "none"
+    )
+    return [*start, f"{line['compile']:.0f} s", available, collectives or "none", f"{float32:.1%}", copies]
+
+
+if __name__ == "__main__":
+    main()
