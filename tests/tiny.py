@@ -272,6 +272,17 @@ def assert_same(actual: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
         np.testing.assert_array_equal(actual[name], expected[name], err_msg=name, strict=True)
 
 
+def assert_close(actual: dict[str, Any], expected: dict[str, Any]) -> None:
+    """To 1e-5 of the largest value."""
+    assert actual.keys() == expected.keys()
+    for name in expected:
+        if np.asarray(expected[name]).dtype.kind == "U":
+            assert actual[name] == expected[name], name
+            continue
+        largest = np.max(np.abs(expected[name]), initial=0.0)
+        np.testing.assert_allclose(actual[name], expected[name], rtol=0, atol=1e-5 * largest, err_msg=name)
+
+
 # Enough to learn the colours of the training pictures.
 _WHOLE_RUN = {"train.epochs": 40.0, "evaluate.every": 100, "checkpoint.every": 100}
 
