@@ -1,7 +1,8 @@
-# make demo   train a captioner on drawings of coloured shapes, score it, write a page with its captions
-# make test   lint, type checks and tests
+# make demo        train a captioner on drawings of coloured shapes, score it, write a page with its captions
+# make test        lint, type checks and tests
+# make tpu-check   what the TPU's compiler makes of the programs, without a TPU; over an hour on two cores
 #
-# Both install into $(VENV) first. Needs Python 3.11 or later: make demo PYTHON=python3.12
+# Each installs into $(VENV) first. Needs Python 3.11 or later: make demo PYTHON=python3.12
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -14,7 +15,7 @@ PYTEST_FLAGS ?= --numprocesses=auto --dist=loadfile --max-worker-restart=0 \
 
 BIN = $(VENV)/bin
 
-.PHONY: demo test
+.PHONY: demo test tpu-check
 .DELETE_ON_ERROR:  # a virtual environment that was only half made is made again
 
 # On CPUs, XLA takes the memory of every step anew: huge pages save the kernel most of that work.
@@ -31,13 +32,18 @@ test: $(VENV)/installed-$(EXTRAS)
 	$(BIN)/mypy
 	$(BIN)/pytest $(PYTEST_FLAGS)
 
+tpu-check: SHELL = /bin/bash
+tpu-check: $(VENV)/installed-tpu
+	set -o pipefail; $(BIN)/python benchmarks/tpu_compile.py $(TPU_FLAGS) | tee benchmarks/results/tpu.jsonl
+	$(BIN)/python benchmarks/performance.py
+
 # Empty files that say which installation is up to date.
 $(VENV)/installed: setup.cfg pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --editable .
 	touch $@
 
-$(VENV)/installed-$(EXTRAS): setup.cfg pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --editable ".[$(EXTRAS)]"
+$(VENV)/installed-%: setup.cfg pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --editable ".[$*]"
 	touch $@
 
 $(BIN)/python:
