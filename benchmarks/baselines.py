@@ -88,6 +88,8 @@ class Captioner(nn.Module):
                 n_embd=sizes.width,
                 n_layer=sizes.layers,
                 n_head=sizes.heads,
+                bos_token_id=None,
+                eos_token_id=None,
                 **rates,
             )
         )
@@ -104,10 +106,11 @@ class Captioner(nn.Module):
             raise ValueError(f"the models' parameters differ: {loaded}")
 
     def loss(self, inputs: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """As the original has it: logits of all positions, the padding, 0, not learnt but computed."""
+        """As the original has it: logits of all positions, padding, which is 0, computed but not learnt, and a mask,
+        here of ones, as nothing that counts can see what is on its right."""
         prefix = self.clip_project(inputs)
         embeddings = torch.cat([prefix, self.gpt.transformer.wte(tokens)], dim=1)
-        mask = torch.cat([torch.ones_like(tokens[:, :1]).expand(-1, prefix.shape[1]), (tokens > 0).long()], dim=1)
+        mask = torch.ones(embeddings.shape[:2], device=embeddings.device)
         logits = self.gpt(inputs_embeds=embeddings, attention_mask=mask).logits
         logits = logits[:, prefix.shape[1] - 1 : -1]
         return functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), tokens.flatten(), ignore_index=0)

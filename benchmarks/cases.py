@@ -28,6 +28,7 @@ from clipcap_jax.loss import caption_loss
 from clipcap_jax.models.clipcap import ClipCap
 
 ROOT = Path(__file__).parents[1]
+KINDS: tuple[programs.Kind, ...] = ("mlp", "transformer")
 BATCHES = (256, 40, 1024)
 PICTURES = (32, 128, 1, 512)
 BEAMS, LENGTH = 5, 20
@@ -141,13 +142,14 @@ def machine(settings: Settings) -> Any:
 
 
 def parity(settings: Settings) -> list[Case]:
-    made = [parity_case(kind, dtype) for dtype in ("float32", "bfloat16") for kind in ("mlp", "transformer")]
+    dtypes: tuple[programs.Dtype, ...] = ("float32", "bfloat16")
+    made = [parity_case(kind, dtype) for dtype in dtypes for kind in KINDS]
     made.append(repeat_case("parity/repeated", settings, None))
     made.append(repeat_case("parity/repeated/deterministic", settings, {"xla_gpu_deterministic_ops": True}))
     return made
 
 
-def parity_case(kind: str, dtype: str) -> Case:
+def parity_case(kind: str, dtype: programs.Dtype) -> Case:
     """Differences as a share of the largest value, and how many captions are the same, token by token."""
 
     def lower() -> Any:
@@ -229,9 +231,6 @@ def random_params(model: Any) -> Any:
 def place(model: Any, params: Any, batch: Any) -> tuple[Any, Any, Any]:
     """The arguments of a step, on the device."""
     return *parallel.replicate(programs.training_state(model, params)), parallel.send(batch)
-
-
-KINDS = ("mlp", "transformer")
 
 
 def training(settings: Settings) -> list[Case]:

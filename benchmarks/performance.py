@@ -6,6 +6,7 @@ Reads benchmarks/results/*.jsonl: a file for each machine, in which a later line
 stands between `<!-- tables: NAME -->` and `<!-- end -->` in the page is replaced: NAME is "devices" or "tpu".
 """
 
+import functools
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -33,13 +34,16 @@ def filled(page: str, results: Path) -> str:
         "tpu": "\n".join(line for lines in machines if "device" not in lines for line in chips(lines)),
     }
     for name, table in tables.items():
-        pattern = rf"(<!-- tables: {name} -->\n).*?(<!-- end -->)"
-        page, count = re.subn(
-            pattern, lambda match, table=table: f"{match[1]}{table}\n{match[2]}", page, flags=re.DOTALL
-        )
+        place = re.compile(rf"(?<=<!-- tables: {name} -->\n).*?(?=<!-- end -->)", re.DOTALL)
+        page, count = place.subn(functools.partial(_text, f"{table}\n"), page)
         if count != 1:
             raise ValueError(f"{PAGE} has {count} places for the tables {name!r}: one is needed")
     return page
+
+
+def _text(text: str, _: re.Match[str]) -> str:
+    """A replacement that is taken as it is, backslashes too."""
+    return text
 
 
 def read(path: Path) -> dict[str, Line]:

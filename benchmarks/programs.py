@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.extend
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import jaxprs_in_params
 
 from clipcap_jax import parallel
 from clipcap_jax.convert import gpt2 as convert_gpt2
@@ -221,12 +221,8 @@ def _products(jaxpr: Any, times: int, looped: bool) -> Iterator[Product]:
                 inner = right.size // right.shape[equation.params["dimension_numbers"].rhs_spec[0]]
             yield Product(2 * times * size * int(inner), (left.dtype.name, right.dtype.name), looped)
         repeated = times * equation.params["length"] if name == "scan" else times
-        for part in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda leaf: isinstance(leaf, _JAXPRS)):
-            if isinstance(part, _JAXPRS):
-                yield from _products(getattr(part, "jaxpr", part), repeated, looped or name == "while")
-
-
-_JAXPRS = (jax.extend.core.ClosedJaxpr, jax.extend.core.Jaxpr)
+        for part in jaxprs_in_params(equation.params):
+            yield from _products(part, repeated, looped or name == "while")
 
 
 def flops(found: list[Product], *, looped: bool | None = None) -> int:

@@ -4,6 +4,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from typing import Literal
 from unittest import mock
 
 import jax
@@ -75,7 +76,7 @@ def compute_dtype_logits(self: object, hidden: jax.Array) -> jax.Array:
     return logits_of(hidden, self.token_embeddings.astype(self.dtype))  # type: ignore[attr-defined]
 
 
-def library_attention(implementation: str) -> Callable[..., jax.Array]:
+def library_attention(implementation: Literal["xla", "cudnn"]) -> Callable[..., jax.Array]:
     """JAX's own; without dropout, so for what is frozen alone."""
 
     def attention(
@@ -86,7 +87,7 @@ def library_attention(implementation: str) -> Callable[..., jax.Array]:
             keys,
             values,
             is_causal=mask is not None,  # training has no other mask
-            implementation=implementation,  # type: ignore[arg-type]
+            implementation=implementation,
         )
 
     return attention
