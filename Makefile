@@ -32,10 +32,14 @@ test: $(VENV)/installed-$(EXTRAS)
 	$(BIN)/mypy
 	$(BIN)/pytest $(PYTEST_FLAGS)
 
+# With TPU_FLAGS (see --help of the program) it only prints; without, what it prints becomes a table in docs/performance.md.
 tpu-check: SHELL = /bin/bash
 tpu-check: $(VENV)/installed-tpu
-	set -o pipefail; $(BIN)/python benchmarks/tpu_compile.py $(TPU_FLAGS) | tee benchmarks/results/tpu.jsonl
+	set -o pipefail; $(BIN)/python benchmarks/tpu_compile.py $(TPU_FLAGS) | tee $(VENV)/tpu.jsonl
+ifndef TPU_FLAGS
+	mv $(VENV)/tpu.jsonl benchmarks/results/tpu.jsonl
 	$(BIN)/python benchmarks/performance.py
+endif
 
 # Empty files that say which installation is up to date.
 $(VENV)/installed: setup.cfg pyproject.toml | $(BIN)/python

@@ -20,11 +20,11 @@ from clipcap_jax.models.clipcap import ClipCapConfig
 
 
 class MapperLayer(nn.Module):
-    """`TransformerLayer` of the original, its parameters under the same names."""
+    """`TransformerLayer` of the original, its parameters under the same names; `fused`: attention by PyTorch's own."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.fused = heads, False
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.attn = nn.ModuleDict(
             {
@@ -39,9 +39,13 @@ class MapperLayer(nn.Module):
         y = self.norm1(x)
         query = self.attn["to_queries"](y).unflatten(-1, (self.heads, -1))  # B L H K
         key, value = self.attn["to_keys_values"](y).unflatten(-1, (2, self.heads, -1)).unbind(2)
-        scores = torch.einsum("blhk,bshk->bhls", query, key) * query.shape[-1] ** -0.5
-        y = torch.einsum("bhls,bshk->blhk", scores.softmax(-1), value).flatten(-2)
-        x = x + self.attn["project"](y)
+        if self.fused:
+            y = functional.scaled_dot_product_attention(*(part.transpose(1, 2) for part in (query, key, value)))
+            y = y.transpose(1, 2)
+        else:
+            scores = torch.einsum("blhk,bshk->bhls", query, key) * query.shape[-1] ** -0.5
+            y = torch.einsum("bhls,bshk->blhk", scores.softmax(-1), value)
+        x = x + self.attn["project"](y.flatten(-2))
         return x + self.mlp["fc2"](functional.relu(self.mlp["fc1"](self.norm2(x))))
 
 
@@ -156,8 +160,8 @@ def training_step(
       batch: as `programs.random_batch` makes it; what is padded becomes 0, the original's padding.
       padded: to how many tokens.
       trains_gpt2: whether GPT-2 learns; otherwise the original still forms its gradients.
-      compiled: not as the original, but by `torch.compile`, with AdamW fused, logits at the captions alone and no
-        gradients for what is frozen.
+      compiled: not as the original, but by `torch.compile`, with AdamW and attention fused, logits of the captions only
+        and no gradients for what is frozen.
       autocast: to bfloat16.
 
     Returns:
@@ -173,7 +177,11 @@ def training_step(
     inputs, tokens = torch.from_numpy(batch["inputs"]).to(device), torch.from_numpy(tokens).long().to(device)
     trained = list((model if trains_gpt2 else model.clip_project).parameters())
     optimizer = torch.optim.AdamW(trained, lr=2e-5, weight_decay=0.0, eps=1e-6, fused=compiled)
-    loss_of = torch.compile(model.lean_loss) if compiled else model.loss
+    for module in model.modules():
+        if isinstance(module, MapperLayer):
+            module.fused = compiled
+    torch._dynamo.reset()  # or another size would be compiled for all sizes
+    loss_of = torch.compile(model.lean_loss, dynamic=False) if compiled else model.loss
 
     def step() -> Any:
         model.zero_grad()

@@ -10,7 +10,7 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -81,10 +81,18 @@ def rated(line: Line, count: int, floor: float | None = None) -> Line:
 
 def cases(settings: Settings) -> list[Case]:
     """All of them, the most important first."""
-    made: list[Case] = [Case("device", functools.partial(describe, settings))]
-    for part in (parity, training, captioning, compiled, towers, variants, lengths):
-        made += part(settings)
-    return made
+    small, *others = (8,) if settings.tiny else BATCHES
+    return [
+        Case("device", functools.partial(describe, settings)),
+        *training(settings),
+        *captioning(settings),
+        *parity(settings),
+        *compiled_training(settings, [small]),
+        *towers(settings),
+        *variants(settings),
+        *lengths(settings),
+        *compiled_training(settings, others),
+    ]
 
 
 def dtype_of(settings: Settings) -> Any:
@@ -96,7 +104,7 @@ def describe(settings: Settings) -> Line:
     rates = machine(settings)
     return {
         "device": cpu_name() if device.platform == "cpu" else device.device_kind,
-        "memory": (device.memory_stats() or {}).get("bytes_limit"),
+        "memory": output_of("nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader"),
         "driver": output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         "cores": os.cpu_count(),
         "date": time.strftime("%Y-%m-%d"),
@@ -134,7 +142,8 @@ def machine(settings: Settings) -> Any:
     """The device's rates, of random numbers: on zeros, products can be faster."""
     width = 512 if settings.tiny else 2048 if jax.default_backend() == "cpu" else 8192
     matrix = jax.random.normal(jax.random.key(0), (width, width), jnp.dtype(dtype_of(settings)))
-    product = measure(functools.partial(jax.jit(jnp.matmul), matrix, matrix), jax.block_until_ready, settings.seconds)
+    matmul = jax.jit(functools.partial(jnp.matmul, precision="highest"))  # as float32 is computed here
+    product = measure(functools.partial(matmul, matrix, matrix), jax.block_until_ready, settings.seconds)
     numbers = jnp.ones((16 * width, width), jnp.float32)  # 4 GB on a GPU
     # Negated, as a copy alone may be left out.
     moved = measure(functools.partial(jax.jit(jnp.negative), numbers), jax.block_until_ready, settings.seconds)
@@ -179,19 +188,20 @@ def parity_case(kind: str, dtype: programs.Dtype) -> Case:
             return float(np.abs(np.asarray(actual, np.float64) - expected).max() / np.abs(expected).max())
 
         real = arrays["token_mask"] > 0
+        gradient = jax.tree.map(difference, gradients["mapper"], original.mapper_gradients)
         differences = {
             "logits": difference(logits[real], arrays["logits"][:, sizes["prefix_length"] - 1 : -1][real]),
             "loss": difference(loss, arrays["loss"]),
-            "gradients": max(jax.tree.leaves(jax.tree.map(difference, gradients["mapper"], original.mapper_gradients))),
+            "gradients": float(np.max(jax.tree.leaves(gradient))),
         }
-        same = sum(
+        same = [
             [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)] == expected["beams"]
             for tokens, lengths, expected in zip(found.tokens, found.lengths, sizes["generation"], strict=True)
-        )
-        line = {**differences, "beams": same, "of": len(sizes["generation"])}
+        ]
+        line = {**differences, "beams": f"{sum(same)} of {len(same)}"}
         if dtype == "bfloat16":
             return line
-        return {**line, "tolerance": 1e-5, "passed": max(differences.values()) <= 1e-5 and same == line["of"]}
+        return {**line, "tolerance": 1e-5, "passed": all(value <= 1e-5 for value in differences.values()) and all(same)}
 
     return Case(f"parity/{kind}/{dtype}", run, lower)
 
@@ -214,7 +224,7 @@ def repeat_case(name: str, settings: Settings, options: dict[str, Any] | None) -
 
         (first, one), (second, other) = steps(), steps()
         differing = max(float(np.mean(a != b)) for a, b in zip(one, other, strict=True))
-        return {"losses": first, "losses_equal": first == second, "parameters_differing": differing}
+        return {"losses_equal": first == second, "parameters_differing": differing, "loss": first[-1]}
 
     return Case(name, run, case.lower, options)
 
@@ -245,10 +255,10 @@ def training(settings: Settings) -> list[Case]:
     ]
 
 
-def compiled(settings: Settings) -> list[Case]:
+def compiled_training(settings: Settings, batches: Sequence[int]) -> list[Case]:
     return [
-        Case(f"compiled/{kind}/{batch}", functools.partial(train_torch, settings, kind, batch, True))
-        for batch in ((8,) if settings.tiny else BATCHES)
+        Case(f"training/{kind}/{batch}/compiled", functools.partial(train_torch, settings, kind, batch, True))
+        for batch in batches
         for kind in KINDS
     ]
 
@@ -315,9 +325,8 @@ def torch_captioner(settings: Settings, kind: Any, use: str) -> Any:
 
 def train_torch(settings: Settings, kind: Any, batch_size: int, compiled: bool) -> Line:
     import baselines
-    import torch
 
-    torch.set_float32_matmul_precision("high")  # TF32, which was PyTorch's default when the original was written
+    allow_tf32(True)  # PyTorch's default when the original was written
     theirs = torch_captioner(settings, kind, "training")
     batch = programs.random_batch(captioner(settings, kind), batch_size, programs.TOKENS)
     tokens = programs.TOKENS if compiled else programs.ORIGINAL_TOKENS
@@ -332,6 +341,13 @@ def train_torch(settings: Settings, kind: Any, batch_size: int, compiled: bool) 
     reset_peak()
     line = measure(step, wait_for_torch, settings.seconds)
     return {**rated(line, batch_size), "unit": "pairs", "tokens": tokens, "loss": float(step()), "peak": peak()}
+
+
+def allow_tf32(allowed: bool) -> None:
+    import torch
+
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
+    torch.backends.cudnn.allow_tf32 = allowed  # which the line above leaves as it is
 
 
 def wait_for_torch(_: Any) -> None:
@@ -357,8 +373,8 @@ def peak() -> int | None:
 def captioning(settings: Settings) -> list[Case]:
     counts = (2,) if settings.tiny else PICTURES
     return [
-        compare_case(settings, counts[0] if settings.tiny else 8),
         *(captioning_case(settings, count) for count in counts),
+        compare_case(settings, counts[0] if settings.tiny else 8),
         Case("captioning/1/original", functools.partial(search_torch, settings, 1, "original")),
         *(
             Case(f"captioning/{count}/generate", functools.partial(search_torch, settings, count, "generate"))
@@ -383,7 +399,7 @@ def compare_case(settings: Settings, count: int) -> Case:
     def run(program: Any) -> Line:
         import torch
 
-        torch.set_float32_matmul_precision("highest")
+        allow_tf32(False)
         model, embeddings, _ = search(settings, count, "float32")
         ours = np.asarray(program(random_params(model), embeddings).tokens)
         theirs = torch_captioner(settings, "mlp", "captioning").eval()
@@ -413,7 +429,7 @@ def captioning_case(settings: Settings, count: int) -> Case:
 def search_torch(settings: Settings, count: int, way: str) -> Line:
     import torch
 
-    torch.set_float32_matmul_precision("high")
+    allow_tf32(True)
     theirs = torch_captioner(settings, "mlp", "captioning").eval()
     if way == "generate":
         theirs = copy.deepcopy(theirs).to(getattr(torch, dtype_of(settings)))
@@ -428,62 +444,54 @@ def search_torch(settings: Settings, count: int, way: str) -> Line:
 
 def towers(settings: Settings) -> list[Case]:
     names = ("tiny ViT", "tiny ResNet") if settings.tiny else ("ViT-B/32", "RN50x4")
-    count = 2 if settings.tiny else 256
-    ours = [tower_case(settings, name, count) for name in names]
-    return ours + [
-        Case(f"towers/{name.replace('/', '-')}/torch", functools.partial(embed_torch, settings, name, count))
-        for name in names
-    ]
+    ways = {"ours": embed_pictures, "torch": embed_torch}
+    return [tower_case(settings, name, way, embed) for way, embed in ways.items() for name in names]
 
 
-def random_pixels(config: Any, count: int) -> Any:
-    shape = (count, config.image_size, config.image_size, 3)
-    return np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+def tower_case(settings: Settings, name: str, way: str, embed: Callable[..., Line]) -> Case:
+    config, count = programs.TOWERS[name], 2 if settings.tiny else 256
 
-
-def tower_case(settings: Settings, name: str, count: int) -> Case:
-    @functools.cache
-    def embed() -> tuple[Any, Any, Any]:
-        config = programs.TOWERS[name]
-        return config, random_pixels(config, count), jax.jit(programs.embed_pictures(config, dtype_of(settings)))
+    def pixels() -> np.ndarray:
+        shape = (count, config.image_size, config.image_size, 3)
+        return np.random.default_rng(0).integers(0, 256, shape, np.uint8)
 
     def lower() -> Any:
-        config, pixels, function = embed()
-        return function.lower(programs.tower_shapes(config), programs.shapes_of(pixels))
+        function = jax.jit(programs.embed_pictures(config, dtype_of(settings)))
+        return function.lower(programs.tower_shapes(config), programs.shapes_of(pixels()))
 
     def run(program: Any) -> Line:
-        config, pixels, function = embed()
-        shapes = programs.tower_shapes(config)
-        found = programs.products(function, shapes, programs.shapes_of(pixels))
-        params, pixels = jax.device_put((programs.random_params(shapes), pixels))
-        line = measure(lambda: program(params, pixels), jax.block_until_ready, settings.seconds)
-        floor = programs.flops(found) / machine(settings).product
-        return {**rated(line, count, floor), "unit": "pictures", "flops": programs.flops(found)}
+        return {**embed(settings, config, pixels(), program), "unit": "pictures"}
 
-    return Case(f"towers/{name.replace('/', '-')}/ours", run, lower)
+    return Case(f"towers/{name.replace('/', '-')}/{way}", run, lower)
 
 
-def embed_torch(settings: Settings, name: str, count: int) -> Line:
+def embed_pictures(settings: Settings, config: Any, pixels: np.ndarray, program: Any) -> Line:
+    shapes = programs.tower_shapes(config)
+    found = programs.products(programs.embed_pictures(config, dtype_of(settings)), shapes, programs.shapes_of(pixels))
+    params, sent = jax.device_put((programs.random_params(shapes), pixels))
+    line = measure(lambda: program(params, sent), jax.block_until_ready, settings.seconds)
+    line = rated(line, len(pixels), programs.flops(found) / machine(settings).product)
+    return {**line, "flops": programs.flops(found)}
+
+
+def embed_torch(settings: Settings, config: Any, pixels: np.ndarray, program: Any) -> Line:
     """With how far ours are from theirs, of the same weights in the same precision."""
     import baselines
     import torch
 
-    config = programs.TOWERS[name]
-    pixels = random_pixels(config, count)
-    torch.set_float32_matmul_precision("highest")
+    allow_tf32(False)
     theirs = baselines.Tower(config)
-    heads = config.heads
-    found, params = clip.from_arrays(theirs.arrays(), "the benchmark", heads)
+    found, params = clip.from_arrays(theirs.arrays(), "the benchmark", config.heads)
     assert found == config
-    ours = np.asarray(jax.jit(programs.embed_pictures(config, dtype_of(settings)))(params, pixels[:2]))
+    ours = np.asarray(program(params, pixels))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     theirs = theirs.to(device, getattr(torch, dtype_of(settings)), memory_format=torch.channels_last)
     sent = torch.from_numpy(pixels).to(device)
-    expected = theirs(sent[:2]).float().numpy(force=True)
+    expected = theirs(sent).float().numpy(force=True)
     reset_peak()
-    line = measure(lambda: theirs(sent), wait_for_torch, settings.seconds)
+    line = rated(measure(lambda: theirs(sent), wait_for_torch, settings.seconds), len(pixels))
     difference = float(np.abs(ours - expected).max() / np.abs(expected).max())
-    return {**rated(line, count), "unit": "pictures", "difference": difference, "peak": peak()}
+    return {**line, "difference": difference, "peak": peak()}
 
 
 def variants(settings: Settings) -> list[Case]:

@@ -1,37 +1,40 @@
 """What one device makes of this project, and of PyTorch, in six minutes.
 
-    python benchmarks/device.py [--only training/mlp ...] [--seconds 1] [--limit 340] [--dtype float32] [--tiny]
+    python benchmarks/device.py [--only training/mlp ...] [--seconds 1] [--limit 350] [--dtype float32] [--tiny]
 
 Prints a JSON object a line for every case, the most important ones first; of a case that fails, its error. Needs jax,
 flax, optax and numpy, and for the baselines torch and transformers; what is missing costs the cases that need it alone.
-`performance.py` makes the tables of docs/performance.md from such lines.
+What six minutes do not reach, `--only` does. `performance.py` makes the tables of docs/performance.md of such lines.
 
     device       what it is, and its rates: a large product, a copy
-    parity       logits, gradients and captions of the original's own tensors (tests/data/original); steps repeated
     training     both variants of the paper; PyTorch as the original has it
     captioning   beams of 5, 20 tokens; the original's loop, and transformers' `generate`
-    compiled     training by `torch.compile`, in bfloat16 with autocast
+    parity       logits, gradients and captions of the original's own tensors (tests/data/original); steps repeated
+    training/... compiled: by `torch.compile`
     towers       uint8 pixels to embeddings
     variants     other forms of what training computes, each one change (variants.py)
     lengths      training on each length that captions of COCO are padded to
 
 `seconds` are the median of several calls, `spread` their fastest and slowest. `floor` are the least seconds that the
 products, and where it binds the memory, would take at the device's own rates, and `share` is floor / seconds. `peak`
-is in bytes: of one program where it is ours, of all that torch held where it is theirs.
+is in bytes: the compiler's, of one program, where it is ours; of all that torch held where it is theirs. `compile` is
+in seconds, with as many programs compiled at once as `at_once` says.
 """
 
 import argparse
 import gc
+import itertools
 import json
 import os
 import queue
+import signal
 import subprocess
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,20 +51,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=[""], metavar="START", help="cases whose names start so")
     parser.add_argument("--seconds", type=float, default=1.0, help="how long each case is measured, at least one call")
-    parser.add_argument("--limit", type=float, default=340.0, help="seconds after which it ends")
+    parser.add_argument("--limit", type=float, default=350.0, help="seconds after which it ends")
     parser.add_argument("--case-limit", type=float, default=90.0, help="for one case, or to compile those of a part")
     parser.add_argument("--dtype", default="", choices=("float32", "bfloat16"), help="[bfloat16; on CPUs float32]")
     parser.add_argument("--commit", default="", help="of the code, where there is no git to ask")
     parser.add_argument("--tiny", action="store_true", help="sizes for a test")
-    parser.add_argument("--skip", type=int, help=argparse.SUPPRESS)  # this process is the one that works
+    parser.add_argument("--skip", help=argparse.SUPPRESS)  # cases that are done: this process is the one that works
     arguments = parser.parse_args()
     if arguments.skip is None:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an exception, so that the other process ends too
         supervise(sys.argv[1:], arguments.limit, arguments.case_limit)
         return
-    from cases import Settings, cases  # which import JAX
+    import jax
+    from cases import Settings, cases
 
+    jax.config.update("jax_enable_compilation_cache", arguments.tiny)  # a program from there seems to take no time
     settings = Settings(arguments.seconds, arguments.dtype, arguments.tiny, arguments.commit)
-    run_cases([case for case in cases(settings) if case.name.startswith(tuple(arguments.only))], arguments.skip, show)
+    chosen = [case for case in cases(settings) if case.name.startswith(tuple(arguments.only))]
+    run_cases(chosen, set(map(int, filter(None, arguments.skip.split(",")))), show, 0.8 * arguments.case_limit)
+    sys.stdout.flush()
+    os._exit(0)  # without waiting for what still compiles, and whatever libraries do at the end
 
 
 def show(line: Line) -> None:
@@ -69,31 +78,37 @@ def show(line: Line) -> None:
 
 
 def supervise(arguments: Sequence[str], limit: float, case_limit: float) -> None:
-    """Run the cases in another process, and start it anew behind a case that it dies of or that takes too long."""
+    """Run the cases in another process, and start it anew behind one that it dies of or that takes too long."""
     end = time.monotonic() + limit
-    skip = 0
+    done: set[int] = set()
     while True:
         lines: queue.Queue[str | None] = queue.Queue()
-        worker = start_worker([*arguments, f"--skip={skip}"], lines)
-        running, fault = "start", ""
+        worker = start_worker([*arguments, f"--skip={','.join(map(str, done))}"], lines)
+        running, fault = {-1: "start"}, ""  # cases by their numbers
         try:
             while text := lines.get(timeout=max(0.1, min(case_limit, end - time.monotonic()))):
                 line = json.loads(text)
                 if "begin" in line:
-                    running, skip = line["begin"], line["next"]
+                    running = {int(number): name for number, name in line["begin"].items()}
+                    done |= set(running)
                 else:
+                    running = {}
                     show(line)
-        except queue.Empty:
+            worker.wait(timeout=10)
+        except (queue.Empty, subprocess.TimeoutExpired):
             fault = f"not finished after {case_limit:.0f} seconds"
             if time.monotonic() >= end:
                 fault = f"not finished after {limit:.0f} seconds in all; what follows was not begun"
-            worker.kill()
-        if worker.wait() == 0:
+        finally:
+            worker.kill()  # whatever ends this process
+            worker.wait()
+        if worker.returncode == 0:
             return
-        show({"case": running, "error": fault or f"the process died: exit status {worker.returncode}"})
+        for name in running.values():
+            show({"case": name, "error": fault or f"the process died: exit status {worker.returncode}"})
         if time.monotonic() >= end:
             return
-        if running == "start":
+        if -1 in running:
             sys.exit(1)
 
 
@@ -109,41 +124,47 @@ def start_worker(arguments: Sequence[str], lines: "queue.Queue[str | None]") -> 
 
     def read() -> None:
         assert worker.stdout is not None
-        for text in worker.stdout:
-            if text.startswith("{"):
-                lines.put(text)
-            else:
-                sys.stderr.write(text)
+        with worker.stdout:
+            for text in worker.stdout:
+                if text.startswith(('{"case": ', '{"begin": ')):
+                    lines.put(text)
+                else:  # a library's
+                    sys.stderr.write(text)
         lines.put(None)
 
     threading.Thread(target=read, daemon=True).start()
     return worker
 
 
-def run_cases(chosen: Sequence["Case"], skip: int, emit: Callable[[Line], None]) -> None:
-    """Run the cases from number `skip` on, part by part: first a part's programs are compiled, several at once, and
-    nothing is measured meanwhile."""
+def run_cases(
+    chosen: Sequence["Case"], done: Collection[int], emit: Callable[[Line], None], compile_limit: float = 75.0
+) -> None:
+    """Run the cases whose numbers are not `done`, part by part: first a part's programs are compiled, several at once,
+    and nothing is measured meanwhile. What still compiles after `compile_limit` seconds is given up."""
     began = time.monotonic()
-    parts: dict[str, dict[int, Case]] = {}
-    for number, case in enumerate(chosen):
-        if number >= skip:
-            parts.setdefault(case.name.split("/")[0], {})[number] = case
-    for part, members in parts.items():
-        emit(
-            {"begin": f"{part}: compiling", "next": max(members) + 1}
-        )  # if it dies of that, it goes on with the next part
-        compiled = {}
-        with ThreadPoolExecutor(COMPILED_AT_ONCE) as pool:
-            for number, case in members.items():  # traced one at a time, as variants change the code meanwhile
-                if case.lower:
-                    compiled[number] = attempt(begin_compiling, pool, case)
+    left = [(number, case) for number, case in enumerate(chosen) if number not in done]
+    for _, part in itertools.groupby(left, key=lambda numbered: numbered[1].name.split("/")[0]):
+        members = dict(part)
+        compiled = compile_all({number: case for number, case in members.items() if case.lower}, emit, compile_limit)
         for number, case in members.items():
-            emit({"begin": case.name, "next": number + 1})
+            emit({"begin": {number: case.name}})
             line = attempt(run_case, case, compiled.pop(number, None))
             emit({"case": case.name, "at": round(time.monotonic() - began, 1), **line})
             gc.collect()
             if torch := sys.modules.get("torch"):
                 torch.cuda.empty_cache()
+
+
+def compile_all(cases: dict[int, "Case"], emit: Callable[[Line], None], limit: float) -> dict[int, Any]:
+    """Futures of programs with their seconds, or a line with an error, by the cases' numbers."""
+    emit({"begin": {number: case.name for number, case in cases.items()}})
+    pool = ThreadPoolExecutor(COMPILED_AT_ONCE)
+    # Traced one at a time, as variants change the code meanwhile.
+    begun = {number: attempt(begin_compiling, pool, case) for number, case in cases.items()}
+    _, late = wait([future for future in begun.values() if isinstance(future, Future)], timeout=limit)
+    pool.shutdown(wait=False, cancel_futures=True)
+    slow = {"error": f"not compiled after {limit:.0f} seconds"}
+    return {number: slow if any(future is one for one in late) else future for number, future in begun.items()}
 
 
 def attempt(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -171,8 +192,8 @@ def run_case(case: "Case", compiled: Any) -> Line:
     if isinstance(compiled, dict):
         return compiled  # the error of tracing it
     program, seconds = compiled.result()
-    memory = program.memory_analysis()
-    return {**case.run(program), "compile": round(seconds, 1), "peak": getattr(memory, "peak_memory_in_bytes", None)}
+    peak = getattr(program.memory_analysis(), "peak_memory_in_bytes", None)
+    return {**case.run(program), "compile": round(seconds, 1), "at_once": COMPILED_AT_ONCE, "peak": peak}
 
 
 if __name__ == "__main__":

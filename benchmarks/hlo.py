@@ -116,14 +116,17 @@ class Module:
             for instruction in computation.values():
                 yield Visit(instruction, computation, times, looped, fused)
                 loop = instruction.opcode == "while"
-                inside = times * self.trips(instruction, computation) if loop else times
+                inside = times * (self.trips(instruction, computation) or 1) if loop else times
                 for called in self.called(instruction):
                     yield from visit(called, inside, looped or loop, fused or instruction.opcode == "fusion")
 
         return visit(self.computations[self.entry], 1, looped=False, fused=False)
 
-    def trips(self, loop: Instruction, computation: Computation) -> int:
-        """How often a loop runs at most, for its condition wants a counter below a constant; otherwise 1."""
+    def trips(self, loop: Instruction, computation: Computation) -> int | None:
+        """How often a loop runs at most: as it says, or where its condition wants a counter below a constant; None if
+        that is not to be read."""
+        if known := _find(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):
+            return int(known)
         condition = self.computations[_find(r"condition=%([^\s,]+)", loop.attributes)]
         for compare in condition.values():
             if compare.opcode == "compare" and "direction=LT" in compare.attributes:
@@ -134,7 +137,7 @@ class Module:
                     while start.opcode == "copy":
                         start = computation[start.operands[0]]
                     return int(limit.arguments) - (int(start.arguments) if start.opcode == "constant" else 0)
-        return 1
+        return None
 
     def is_copy(self, instruction: Instruction) -> bool:
         """Whether it is a copy or a transpose, or a fusion that ends in one."""
@@ -205,13 +208,13 @@ def product_flops(product: Instruction, left: Shape, right: Shape) -> int:
 
 
 def describe(module: Module) -> dict[str, Any]:
-    """The loops and how often each runs; the cycles that the TPU's compiler expects of what it expects any of;
-    exchanges; products, those with a float32 operand apart; copies, and those that run beside other work
-    ("prefetches"), of more than 1 MB inside loops.
+    """How often each loop runs (None: unknown, taken as once); the cycles that the TPU's compiler expects, of what it
+    expects any of; exchanges; products, those with a float32 operand apart; copies, and those that run beside other
+    work ("prefetches"), of more than 1 MB inside loops.
 
     `count` counts instructions; cycles, FLOPs and bytes are of all times that they run.
     """
-    loops: list[int] = []
+    loops: list[int | None] = []
     collectives: dict[tuple[str, str], list[int]] = defaultdict(list)
     cycles, products, float32, copies, prefetches = [], [], [], [], []
     for visit in module.walk():

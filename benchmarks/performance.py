@@ -30,8 +30,10 @@ def filled(page: str, results: Path) -> str:
     """The page with its tables made anew."""
     machines = [read(path) for path in sorted(results.glob("*.jsonl"))]
     tables = {
-        "devices": "\n".join(line for lines in machines if "device" in lines for line in machine(lines)),
-        "tpu": "\n".join(line for lines in machines if "device" not in lines for line in chips(lines)),
+        "devices": "\n".join(
+            line for lines in machines if "product" in lines.get("device", {}) for line in machine(lines)
+        ),
+        "tpu": "\n".join(line for lines in machines for line in chips(lines)),
     }
     for name, table in tables.items():
         place = re.compile(rf"(?<=<!-- tables: {name} -->\n).*?(?=<!-- end -->)", re.DOTALL)
@@ -49,7 +51,7 @@ def _text(text: str, _: re.Match[str]) -> str:
 def read(path: Path) -> dict[str, Line]:
     """The lines of a file, by their cases, or by topology and program."""
     lines = [json.loads(text) for text in path.read_text().splitlines()]
-    return {line.get("case") or f"{line['topology']} {line['program']}": line for line in lines}
+    return {line.get("case") or " ".join((line["topology"], line["program"])): line for line in lines}
 
 
 def table(header: str, rows: Iterable[Sequence[str]]) -> Iterator[str]:
@@ -124,8 +126,9 @@ def memory(line: Line) -> str:
 
 
 def training_row(lines: Lines, kind: str, batch: int) -> list[str]:
-    ours, original = (lines.get(f"training/{kind}/{batch}/{way}", {}) for way in ("ours", "original"))
-    compiled = lines.get(f"compiled/{kind}/{batch}", {})
+    ours, original, compiled = (
+        lines.get(f"training/{kind}/{batch}/{way}", {}) for way in ("ours", "original", "compiled")
+    )
     row = [VARIANTS[kind], str(batch), rate(ours), share(ours)]
     row += [rate(original), ratio(ours, original), rate(compiled), ratio(ours, compiled)]
     return [*row, compile_time(ours), memory(ours)]
@@ -164,13 +167,12 @@ def parity_rows(lines: Lines) -> Iterator[list[str]]:
         for kind in VARIANTS:
             line = lines.get(f"parity/{kind}/{dtype}", {})
             found = [f"{line[name]:.1e}" if name in line else NOT_MEASURED for name in ("logits", "loss", "gradients")]
-            beams = f"{line['beams']} of {line['of']} pictures" if "beams" in line else NOT_MEASURED
-            yield [f"{VARIANTS[kind]}, {dtype}", *found, beams]
+            yield [f"{VARIANTS[kind]}, {dtype}", *found, line.get("beams", NOT_MEASURED)]
 
 
 def repeated(lines: Lines) -> Iterator[str]:
     same = lines.get("captioning/same", {})
-    found = f"{same['same']} of {same['of']}" if "same" in same else NOT_MEASURED
+    found = f"{same['same']} of {same['of']}" if "same" in same else same.get("error", NOT_MEASURED)
     yield f"Captions in float32 that are the original's, token by token: {found}."
     for name, how in (("", "Three steps"), ("/deterministic", "With `--xla_gpu_deterministic_ops`, three steps")):
         if "losses_equal" in (line := lines.get(f"parity/repeated{name}", {})):
@@ -183,7 +185,7 @@ def chips(lines: Lines) -> Iterator[str]:
     yield from table(
         "topology|program|rows a chip|compile|memory a chip|collectives|FLOPs with an operand in float32|"
         "copies in loops, over 1 MB each",
-        (chip_row(line) for line in lines.values()),
+        (chip_row(line) for line in lines.values() if "topology" in line),
     )
 
 
@@ -191,7 +193,13 @@ def chip_row(line: Line) -> list[str]:
     start = [line["topology"], f"{line['program']}, {line.get('dtype', '')}".rstrip(", "), str(line.get("rows", ""))]
     if "error" in line:
         return [*start, "", line["error"].splitlines()[0][:160], "", "", ""]
-    available = f"{line['memory']['peak'] / 2**30:.2f} of {line['available'] / 2**30:.0f} GiB"
+    compiled = f"{line['compile']:.0f} s" if "compile" in line else ""
+    available = f"{line['available'] / 2**30:.4g} GiB"
+    if not line["fits"]:
+        return [*start, compiled, f"does not fit: {line['needed'] / 2**30:.3g} of {available}", "", "", ""]
+    used = line["memory"]
+    # What JAX calls the peak leaves some of it out: it can be less than the temporaries alone.
+    held = used["arguments"] + used["outputs"] + used["temporaries"] - used["aliased"]
     collectives = "; ".join(
         f"{found['count']} {found['kind']}, {found['bytes'] / 1e6:.0f} MB, {found['runs']}"
         for found in line["collectives"]
@@ -200,7 +208,8 @@ def chip_row(line: Line) -> list[str]:
     copies = (
         f"{line['copies']['bytes'] / 1e6:,.0f} MB in {line['copies']['count']}" if line["copies"]["count"] else "none"
     )
-    return [*start, f"{line['compile']:.0f} s", available, collectives or "none", f"{float32:.1%}", copies]
+    memory = f"{held / 2**30:.2f} of {available}"
+    return [*start, compiled, memory, collectives or "none", f"{float32:.1%}", copies]
 
 
 if __name__ == "__main__":

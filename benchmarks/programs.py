@@ -195,10 +195,9 @@ def tower_shapes(config: ClipConfig) -> Any:
 
 class Product(NamedTuple):
     """A matrix product or convolution of a program: `flops` of all times that it runs, not counting a `while`, inside
-    which it is if `looped`; `dtypes` of its two operands."""
+    which it is if `looped`."""
 
     flops: int
-    dtypes: tuple[str, str]
     looped: bool
 
 
@@ -219,7 +218,7 @@ def _products(jaxpr: Any, times: int, looped: bool) -> Iterator[Product]:
                 inner = np.prod([left.shape[axis] for axis in equation.params["dimension_numbers"][0][0]], dtype=int)
             else:
                 inner = right.size // right.shape[equation.params["dimension_numbers"].rhs_spec[0]]
-            yield Product(2 * times * size * int(inner), (left.dtype.name, right.dtype.name), looped)
+            yield Product(2 * times * size * int(inner), looped)
         repeated = times * equation.params["length"] if name == "scan" else times
         for part in jaxprs_in_params(equation.params):
             yield from _products(part, repeated, looped or name == "while")
@@ -228,11 +227,6 @@ def _products(jaxpr: Any, times: int, looped: bool) -> Iterator[Product]:
 def flops(found: list[Product], *, looped: bool | None = None) -> int:
     """The sum, of all or of those inside or outside a `while`."""
     return sum(product.flops for product in found if looped in (None, product.looped))
-
-
-def float32_share(found: list[Product]) -> float:
-    """Which part of the FLOPs has an operand of float32."""
-    return sum(product.flops for product in found if "float32" in product.dtypes) / max(1, flops(found))
 
 
 def size(tree: Any) -> int:

@@ -6,7 +6,7 @@ Runs on any x86 machine with libtpu (`pip install "clipcap_jax[tpu]"`) and print
 
     flops        of one chip, by arithmetic, of all steps of a search
     fits         whether a chip's memory holds it; `memory`, in bytes, as compiled, or how much would have been `needed`
-    loops        how often each is taken to run: as often as its condition lets it, though a search may end sooner
+    loops        how often each runs at most, for a search may end sooner; null where that is not known, taken as once
     cycles       how many the compiler expects, and of what most; nothing of collectives and prefetches
     collectives  synchronous, unless there is a start and a done; beside other work, if the schedule has some between
     products     those that the compiler left, without what multiplies padding; `float32`: those that read float32
@@ -85,7 +85,8 @@ def main() -> None:
     for topology in arguments.topology:
         kind = topology.split(":")[0]
         devices: Sequence[Any] = topologies.get_topology_desc(topology, platform="tpu").devices
-        for name, make in cases(len(devices), arguments.tiny, large=kind not in seen):
+        # Some programs on one topology a kind: what one chip does and holds is the same on all.
+        for name, make in cases(len(devices), arguments.tiny, first=kind not in seen):
             if any(part in name for part in arguments.only):
                 line = {"topology": topology, "chips": len(devices), "chip": devices[0].device_kind, "program": name}
                 file = re.sub(r"[:/]", "-", f"{topology}-{name}.txt")
@@ -99,8 +100,8 @@ def main() -> None:
         seen.add(kind)
 
 
-def cases(chips: int, tiny: bool, large: bool) -> Iterator[tuple[str, Callable[[], Program]]]:
-    """Names, and what makes their programs; `large`: also those with larger GPT-2s."""
+def cases(chips: int, tiny: bool, first: bool) -> Iterator[tuple[str, Callable[[], Program]]]:
+    """Names, and what makes their programs; `first`: also larger GPT-2s, and towers in float32."""
     kinds: tuple[programs.Kind, ...] = ("mlp", "transformer")
     dtypes: tuple[programs.Dtype, ...] = ("bfloat16", "float32")
     sizes, vit, resnet = ("tiny", "tiny ViT", "tiny ResNet") if tiny else ("gpt2", "ViT-B/32", "RN50x4")
@@ -111,9 +112,9 @@ def cases(chips: int, tiny: bool, large: bool) -> Iterator[tuple[str, Callable[[
     yield f"captioning/embeddings/{sizes}", functools.partial(captioning, sizes, None)
     yield f"captioning/pixels/{sizes}", functools.partial(captioning, sizes, vit)
     for clip in (vit, resnet):
-        for dtype in dtypes:
+        for dtype in dtypes if first else dtypes[:1]:
             yield f"embedding/{clip}/{dtype}", functools.partial(embedding, clip, dtype)
-    if large and not tiny:
+    if first and not tiny:
         for sizes in ("gpt2-large", "gpt2-xl"):
             for kind in kinds:
                 yield f"training/{kind}/{sizes}", functools.partial(training, kind, sizes, rows)

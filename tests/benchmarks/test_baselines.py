@@ -37,7 +37,7 @@ def test_a_step_learns_what_the_variant_learns(trains_gpt2: bool, learns: set[st
     before = {name: parameter.detach().clone() for name, parameter in theirs.named_parameters()}
     batch = programs.random_batch(model, 4, 14)
     step = baselines.training_step(theirs, batch, 39, trains_gpt2=trains_gpt2, compiled=False, autocast=False)
-    assert step() > step()
+    step()
     changed = {name.split(".")[0] for name, parameter in theirs.named_parameters() if (parameter != before[name]).any()}
     assert changed == learns
 

@@ -21,7 +21,7 @@ LINES = [
     {"case": "training/mlp/40/ours", "rate": 1.0},
     {"case": "training/mlp/40/ours", "rate": 4524.2, "share": 0.214, "compile": 10.8, "peak": 3321505408},
     {"case": "training/mlp/40/original", "rate": 718.1},
-    {"case": "compiled/mlp/40", "error": "OutOfMemoryError: no room"},
+    {"case": "training/mlp/40/compiled", "error": "OutOfMemoryError: no room"},
 ]
 
 
@@ -44,6 +44,33 @@ def test_a_row(tmp_path: Path) -> None:
     assert "old" not in filled
     assert filled.startswith("before\n")
     assert filled.endswith("\nafter\n")
+
+
+def test_what_failed_makes_no_table(tmp_path: Path) -> None:
+    page = "<!-- tables: devices -->\nold\n<!-- end -->\n<!-- tables: tpu -->\nold\n<!-- end -->\n"
+    for case in ("start", "device"):
+        (tmp_path / f"{case}.jsonl").write_text(json.dumps({"case": case, "error": "the process died"}))
+    assert performance.filled(page, tmp_path).split() == page.replace("old", "").split()
+
+
+CHIP = {"topology": "v5e:2x2x1", "program": "training/mlp/gpt2", "rows": 64, "dtype": "bfloat16", "available": 2**34}
+
+
+def test_rows_of_chips() -> None:
+    assert performance.chip_row({**CHIP, "error": "XlaRuntimeError: no\nmore"})[3:5] == ["", "XlaRuntimeError: no"]
+    assert performance.chip_row({**CHIP, "fits": False, "needed": 3 * 2**34})[4] == "does not fit: 48 of 16 GiB"
+    assert performance.chip_row(
+        {
+            **CHIP,
+            "fits": True,
+            "compile": 65.4,
+            "memory": {"arguments": 2**31, "outputs": 2**31, "temporaries": 2**32, "aliased": 2**31, "peak": 1},
+            "collectives": [{"kind": "all-reduce", "runs": "synchronous", "count": 5, "bytes": 625600520}],
+            "products": {"count": 9, "flops": 1000},
+            "float32": {"count": 1, "flops": 158},
+            "copies": {"count": 0, "bytes": 0},
+        }
+    )[3:] == ["65 s", "6.00 of 16 GiB", "5 all-reduce, 626 MB, synchronous", "15.8%", "none"]
 
 
 def test_a_page_without_a_place_for_the_tables(tmp_path: Path) -> None:

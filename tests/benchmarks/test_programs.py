@@ -45,12 +45,11 @@ def test_products_of_every_kind() -> None:
 
     found = programs.products(function, jnp.ones((4, 4)), jnp.ones((3, 3, 5, 7)))
     assert sorted(found) == [
-        programs.Product(2 * 4**3, ("float32", "bfloat16"), looped=True),
-        programs.Product(3 * 2 * 4**3, ("float32", "float32"), looped=False),
-        programs.Product(2 * (2 * 4 * 4 * 7) * (3 * 3 * 5), ("float32", "float32"), looped=False),
+        programs.Product(2 * 4**3, looped=True),
+        programs.Product(3 * 2 * 4**3, looped=False),
+        programs.Product(2 * (2 * 4 * 4 * 7) * (3 * 3 * 5), looped=False),
     ]
     assert programs.flops(found, looped=True) == 128
-    assert programs.float32_share(found) == 1
 
 
 NHWC = ("NHWC", "HWIO", "NHWC")
@@ -96,8 +95,8 @@ def test_floors() -> None:
     params = programs.size(programs.param_shapes(model))
     read = programs.size(programs.param_shapes(model)["gpt2"]) - 64 * 64  # but for the positions
     kept = [2 * 3 * (10 + generated * 5) * 2 * 64 for generated in (1, 2)]  # 3 pictures, 5 beams, 2 layers, width 64
-    products = [programs.Product(7, ("bfloat16", "bfloat16"), looped=False)]
-    products.append(programs.Product(10**9, ("bfloat16", "bfloat16"), looped=True))
+    products = [programs.Product(7, looped=False)]
+    products.append(programs.Product(10**9, looped=True))
     slow_memory = programs.captioning_floor(programs.Machine(1e30, 1.0), model, products, 3, beams=5, tokens=3)
     assert slow_memory == 2 * (params + 2 * read + sum(kept))  # bytes, 2 each
     slow_products = programs.captioning_floor(programs.Machine(1.0, 1e30), model, products, 3, beams=5, tokens=3)
