@@ -96,6 +96,19 @@ def test_map_sum_equals_one_device() -> None:
     assert abs(np.mean(means) - expected / tokens) > 0.1
 
 
+@pytest.mark.parametrize("count", [2, 4])
+def test_a_program_for_shapes_alone(count: int) -> None:
+    """Its devices need not be all there are; it computes what the function called at once does."""
+    mapped = parallel.map_sum(loss, jax.devices()[:count])
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (WEIGHTS, CAPTIONS))
+    lowered = mapped.lower(*shapes)
+    assert lowered.in_avals[0][1]["inputs"].shape == (count, BATCH // count, 6, 5)
+    split = {name: x.reshape(count, BATCH // count, *x.shape[1:]) for name, x in CAPTIONS.items()}
+    found = jax.block_until_ready(lowered.compile()(WEIGHTS, split))
+    expected = loss(jnp.asarray(WEIGHTS), jax.tree.map(jnp.asarray, CAPTIONS))
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
 def test_map_step_equals_one_device() -> None:
     """Three steps of gradient descent, on captions spread so unevenly that one device has none."""
     rate = np.float32(0.5)
