@@ -27,7 +27,6 @@ import itertools
 import json
 import os
 import queue
-import signal
 import subprocess
 import sys
 import threading
@@ -59,9 +58,9 @@ def main() -> None:
     parser.add_argument("--skip", help=argparse.SUPPRESS)  # cases that are done: this process is the one that works
     arguments = parser.parse_args()
     if arguments.skip is None:
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an exception, so that the other process ends too
         supervise(sys.argv[1:], arguments.limit, arguments.case_limit)
         return
+    threading.Thread(target=end_with_supervisor, daemon=True).start()
     import jax
     from cases import Settings, cases
 
@@ -71,6 +70,11 @@ def main() -> None:
     run_cases(chosen, set(map(int, filter(None, arguments.skip.split(",")))), show, 0.8 * arguments.case_limit)
     sys.stdout.flush()
     os._exit(0)  # without waiting for what still compiles, and whatever libraries do at the end
+
+
+def end_with_supervisor() -> None:
+    sys.stdin.read()  # of which there is none, but for its end
+    os._exit(1)
 
 
 def show(line: Line) -> None:
@@ -100,7 +104,7 @@ def supervise(arguments: Sequence[str], limit: float, case_limit: float) -> None
             if time.monotonic() >= end:
                 fault = f"not finished after {limit:.0f} seconds in all; what follows was not begun"
         finally:
-            worker.kill()  # whatever ends this process
+            worker.kill()
             worker.wait()
         if worker.returncode == 0:
             return
@@ -119,12 +123,17 @@ def start_worker(arguments: Sequence[str], lines: "queue.Queue[str | None]") -> 
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]),
     }
     worker = subprocess.Popen(
-        [sys.executable, __file__, *arguments], stdout=subprocess.PIPE, text=True, env=os.environ | environment
+        [sys.executable, __file__, *arguments],
+        stdin=subprocess.PIPE,  # whose end tells it that this process is no more
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | environment,
     )
 
     def read() -> None:
         assert worker.stdout is not None
-        with worker.stdout:
+        assert worker.stdin is not None
+        with worker.stdin, worker.stdout:
             for text in worker.stdout:
                 if text.startswith(('{"case": ', '{"begin": ')):
                     lines.put(text)
