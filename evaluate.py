@@ -11,11 +11,14 @@ from pathlib import Path
 from absl import flags
 from rich.console import Console
 
-from clipcap_jax import checkpoint, cli, evaluation, parallel
-from clipcap_jax.captioner import Captioner
+from clipcap_jax import parallel
+from clipcap_jax.captioning.captioner import Captioner
+from clipcap_jax.checkpoints import store
+from clipcap_jax.commands import cli
 from clipcap_jax.errors import UserError
+from clipcap_jax.evaluation import evaluate
+from clipcap_jax.evaluation.clipscore import ClipScorer
 from clipcap_jax.metrics import SpiceConfig, unavailable
-from clipcap_jax.metrics.clipscore import ClipScorer
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs/shapes", "the run's folder, which train.py wrote to")
 _WHICH = flags.DEFINE_string("checkpoint", "best", '"best" (by CIDEr on the validation pictures), "latest" or a step')
@@ -50,15 +53,15 @@ def _evaluate(console: Console, workdir: Path, which: str) -> None:
     if _LENGTH_PENALTY.value is not None:
         decode = dataclasses.replace(decode, length_penalty=_LENGTH_PENALTY.value)
     captioner = captioner.with_decode(decode)
-    data = evaluation.open_data(captioner, _DATA.value, _SPLIT.value, _DATA_DIR.value)
+    data = evaluate.open_data(captioner, _DATA.value, _SPLIT.value, _DATA_DIR.value)
     batch_size = _BATCH_SIZE.value or captioner.metadata.config.evaluate.batch_size
     folder = Path(_OUTPUT.value or workdir / "evaluations" / f"{_SPLIT.value}-{captioner.step}")
     clip = _clip()
     spice = SpiceConfig(_SPICE_JARS.value) if _SPICE.value else None
     for name, reason in unavailable(meteor=False, spice=spice).items():  # METEOR is computed where it can be
         console.print(f"{name} will not be computed: {reason}", style="yellow", markup=False, soft_wrap=True)
-    captions = evaluation.caption_all(captioner, data, batch_size=batch_size, console=console)
-    evaluation.write_captions(data, captions, folder)
+    captions = evaluate.caption_all(captioner, data, batch_size=batch_size, console=console)
+    evaluate.write_captions(data, captions, folder)
     if not any(data.captions):
         console.print(
             f"{data.name} has no references: nothing is scored. `clipcap submit` takes {folder / 'captions.json'}.",
@@ -66,22 +69,22 @@ def _evaluate(console: Console, workdir: Path, which: str) -> None:
             highlight=False,
         )
         return
-    result = evaluation.evaluate(
+    result = evaluate.evaluate(
         captioner, data, captions, batch_size=batch_size, meteor=_METEOR.value, spice=spice, clip=clip
     )
-    evaluation.write(result, captioner, folder, console)
+    evaluate.write(result, captioner, folder, console)
 
 
 def main(_: list[str]) -> None:
     parallel.keep_compiled_programs()
-    console, workdir = Console(), checkpoint.run_folder(_WORKDIR.value)
+    console, workdir = Console(), store.run_folder(_WORKDIR.value)
     if not _FOLLOW.value:
         _evaluate(console, workdir, _WHICH.value)
         return
     with console.status(f"Waiting for a run in {workdir}"):
-        while not (workdir / checkpoint.FOLDER).is_dir():
+        while not (workdir / store.FOLDER).is_dir():
             time.sleep(_PATIENCE)
-    with checkpoint.opened(workdir) as checkpoints:
+    with store.opened(workdir) as checkpoints:
         done, ended = -1, False
         while not ended:
             step = next((step for step in checkpoints.steps() if step > done), None)

@@ -9,8 +9,11 @@ from absl import flags
 from ml_collections import config_flags
 from rich.console import Console
 
-from clipcap_jax import checkpoint, cli, config, datasets, parallel, trainer
+from clipcap_jax import config, datasets, parallel
+from clipcap_jax.checkpoints import store
+from clipcap_jax.commands import cli
 from clipcap_jax.errors import UserError
+from clipcap_jax.training import loop
 
 _DEFAULT = str(Path(__file__).parent / "configs" / "shapes.py")
 _CONFIG = config_flags.DEFINE_config_file("config", _DEFAULT, "what to train, and how")
@@ -28,7 +31,7 @@ def main(_: list[str]) -> None:
     name = Path(config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]).stem
     if settings.data.name == "shapes":  # drawn rather than downloaded, so nobody needs to ask for it
         console.print(datasets.prepare_shapes(settings.data.data_dir))
-    trainer.train(settings, checkpoint.run_folder(_WORKDIR.value or f"runs/{name}"), console)
+    loop.train(settings, store.run_folder(_WORKDIR.value or f"runs/{name}"), console)
 
 
 if __name__ == "__main__":

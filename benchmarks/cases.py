@@ -22,10 +22,10 @@ from original import Original
 from variants import VARIANTS
 
 from clipcap_jax import parallel
+from clipcap_jax.captioning.decode import DecodeConfig, beam_search
 from clipcap_jax.convert import clip
-from clipcap_jax.decode import DecodeConfig, beam_search
-from clipcap_jax.loss import caption_loss
 from clipcap_jax.models.clipcap import ClipCap
+from clipcap_jax.training.loss import caption_loss
 
 ROOT = Path(__file__).parents[1]
 KINDS: tuple[programs.Kind, ...] = ("mlp", "transformer")

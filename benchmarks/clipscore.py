@@ -24,10 +24,10 @@ import numpy as np
 import torch
 from transformers import CLIPConfig, CLIPModel
 
-from clipcap_jax import images
-from clipcap_jax.clip_tokenizer import ClipTokenizer
-from clipcap_jax.metrics.clipscore import ClipScorer
+from clipcap_jax import pictures
+from clipcap_jax.evaluation.clipscore import ClipScorer
 from clipcap_jax.models.clip_vit import PIXEL_MEAN, PIXEL_STD
+from clipcap_jax.text.clip_tokenizer import ClipTokenizer
 
 Scores = tuple[np.ndarray, np.ndarray]
 
@@ -52,10 +52,10 @@ def score_with_torch(
     workers: int,
 ) -> Scores:
     def load(photo: bytes) -> np.ndarray:
-        return images.preprocess(images.decode(photo), 224)
+        return pictures.preprocess(pictures.decode(photo), 224)
 
     def embed_pictures() -> torch.Tensor:
-        loaded = images.load_ahead(load, photos, workers=workers, ahead=2 * batch_size)
+        loaded = pictures.load_ahead(load, photos, workers=workers, ahead=2 * batch_size)
         found = []
         for start in range(0, len(photos), batch_size):
             pixels = torch.from_numpy(np.stack([next(loaded) for _ in photos[start : start + batch_size]]))

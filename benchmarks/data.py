@@ -25,10 +25,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from clipcap_jax import data as data_lib
-from clipcap_jax.data import CaptionData, Pairs, training_batches
 from clipcap_jax.datasets import RecordsSource, open_split, prepare_records
-from clipcap_jax.tokenizer import Tokenizer
+from clipcap_jax.inputs import batches as data_lib
+from clipcap_jax.inputs.batches import CaptionData, Pairs, training_batches
+from clipcap_jax.text.tokenizer import Tokenizer
 
 WIDTH, BATCH, POOL_BATCHES, MAX_TOKENS, SIZE = 640, 256, 50, 68, 224
 WORDS = ["".join(letters) for letters in itertools.product("abcdefgh", repeat=3)]

@@ -26,10 +26,10 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from clipcap_jax import images
+from clipcap_jax import pictures
 from clipcap_jax.datasets import open_split, prepare, schema
 from clipcap_jax.datasets.conceptual import conceptual_source
-from clipcap_jax.embed import Encoder, embed
+from clipcap_jax.inputs.embed import Encoder, embed
 from clipcap_jax.models import clip_vit
 from clipcap_jax.models.clip_vit import normalize_pixels
 from clipcap_jax.models.clipcap import tower
@@ -110,7 +110,7 @@ def measure_embedding(folder: Path, count: int) -> None:
     def alone(index: int) -> np.ndarray:
         image = split[index].image
         assert image is not None
-        return np.asarray(one(params, images.preprocess(images.decode(image), config.image_size)[None]))
+        return np.asarray(one(params, pictures.preprocess(pictures.decode(image), config.image_size)[None]))
 
     alone(0)
     some = min(count, 100)

@@ -15,13 +15,13 @@ import numpy as np
 from jax.extend.core import jaxprs_in_params
 
 from clipcap_jax import parallel
+from clipcap_jax.captioning.decode import DecodeConfig, Hypotheses, beam_search
 from clipcap_jax.convert import gpt2 as convert_gpt2
 from clipcap_jax.convert import mapping, original
-from clipcap_jax.decode import DecodeConfig, Hypotheses, beam_search
-from clipcap_jax.loss import caption_loss
 from clipcap_jax.models import clip_resnet, clip_vit, gpt2
 from clipcap_jax.models.clipcap import ClipCap, ClipCapConfig, ClipConfig, tower
 from clipcap_jax.models.mapper import MapperConfig
+from clipcap_jax.training.loss import caption_loss
 
 Kind = Literal["mlp", "transformer"]
 Dtype = Literal["float32", "bfloat16"]
@@ -119,14 +119,14 @@ def shapes_of(tree: Any) -> Any:
 
 def training_step(model: ClipCap) -> Callable[..., Any]:
     """`step.make_step` as the configs of the paper's two variants have it."""
-    from clipcap_jax.step import make_step
+    from clipcap_jax.training.step import make_step
 
     trainable = TRAINABLE[model.config.mapper.kind]
     return make_step(model, adamw(), dropout=trainable, label_smoothing=0.0, targets="all")
 
 
 def adamw() -> Any:
-    from clipcap_jax import optim
+    from clipcap_jax.training import optim
 
     settings = optim.OptimizerConfig(
         learning_rate=2e-5,
@@ -143,7 +143,7 @@ def adamw() -> Any:
 
 def training_state(model: ClipCap, params: Any) -> tuple[Any, Any]:
     """The state that a run begins with, and the parameters of the parts that are frozen; of shapes: their shapes."""
-    from clipcap_jax.step import TrainState
+    from clipcap_jax.training.step import TrainState
 
     trainable = TRAINABLE[model.config.mapper.kind]
     trained = {name: part for name, part in params.items() if name in trainable}

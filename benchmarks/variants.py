@@ -101,7 +101,7 @@ def lean_logits() -> Iterator[None]:
 
 
 UNROLLED = replaced("jax.lax.scan", functools.partial(jax.lax.scan, unroll=True))
-LOSS_OWN_GRADIENT = replaced("clipcap_jax.step.caption_loss", own_gradient_loss)
+LOSS_OWN_GRADIENT = replaced("clipcap_jax.training.step.caption_loss", own_gradient_loss)
 LOGITS = replaced("clipcap_jax.models.gpt2.Gpt2.logits", compute_dtype_logits)
 ATTENTION = "clipcap_jax.models.transformer.attention"
 
@@ -109,11 +109,11 @@ VARIANTS: dict[str, dict[str, Change]] = {
     "mlp": {
         "as it is": contextlib.nullcontext,
         "logits' gradients in the compute dtype": LOGITS,
-        "loss from logsumexp": replaced("clipcap_jax.step.caption_loss", logsumexp_loss),
+        "loss from logsumexp": replaced("clipcap_jax.training.step.caption_loss", logsumexp_loss),
         "loss with its own gradient": LOSS_OWN_GRADIENT,
         "both of logits and loss": lean_logits,
         "layers unrolled": UNROLLED,
-        "dropout's bits from threefry": replaced("clipcap_jax.step.dropout_key", lambda key: key),
+        "dropout's bits from threefry": replaced("clipcap_jax.training.step.dropout_key", lambda key: key),
         "no sum over devices": replaced("clipcap_jax.parallel.sum_over_devices", lambda tree: tree),
     },
     "transformer": {

@@ -5,8 +5,7 @@ import importlib.metadata
 
 from absl import logging
 
-from clipcap_jax import cli
-from clipcap_jax.commands import caption, convert, data, score
+from clipcap_jax.commands import caption, cli, convert, data, score
 
 
 def main() -> None:

@@ -11,13 +11,13 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from clipcap_jax.decode import DecodeConfig
+from clipcap_jax.captioning.decode import DecodeConfig
 from clipcap_jax.errors import UserError
-from clipcap_jax.loss import Targets
 from clipcap_jax.models import clip_resnet, clip_vit, gpt2
 from clipcap_jax.models.clip_vit import ClipVitConfig
 from clipcap_jax.models.clipcap import ClipCapConfig
-from clipcap_jax.optim import OptimizerConfig
+from clipcap_jax.training.loss import Targets
+from clipcap_jax.training.optim import OptimizerConfig
 
 Part = Literal["clip", "mapper", "gpt2"]
 

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from clipcap_jax import cache
+from clipcap_jax import files
 from clipcap_jax.errors import UserError
 
 AXIS = "data"
@@ -28,7 +28,7 @@ def keep_compiled_programs() -> None:
     """
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
-    folder = cache.home() / platform.node()
+    folder = files.home() / platform.node()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:

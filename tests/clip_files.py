@@ -11,7 +11,7 @@ from random_models import random_params
 from safetensors.numpy import save_file
 from tokenizers.pre_tokenizers import ByteLevel
 
-from clipcap_jax.convert import clip_text, files, mapping
+from clipcap_jax.convert import clip_text, mapping, weights
 from clipcap_jax.models.clip_text import ClipText, ClipTextConfig
 
 MERGES = [("p", "h"), ("o", "g</w>"), ("d", "og</w>"), ("ph", "o"), ("t", "s</w>")]
@@ -60,6 +60,6 @@ def in_hub_cache(cache: Path, repository: str) -> Path:
     snapshot.mkdir(parents=True)
     (folder / "refs").mkdir()
     (folder / "refs" / "main").write_text(snapshot.name)
-    for name in files.CONFIG_FILES:
+    for name in weights.CONFIG_FILES:
         (snapshot / name).write_text("{}")
     return snapshot

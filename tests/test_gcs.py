@@ -15,12 +15,12 @@ import tensorflow_datasets as tfds
 from original import load_clip
 from tiny import IMAGE_SIZE
 
-from clipcap_jax import cache
-from clipcap_jax.data import CaptionData
+from clipcap_jax import files
 from clipcap_jax.datasets import open_split, prepare_shapes, shapes
-from clipcap_jax.embed import Encoder, embed
 from clipcap_jax.errors import UserError
-from clipcap_jax.tokenizer import Tokenizer
+from clipcap_jax.inputs.batches import CaptionData
+from clipcap_jax.inputs.embed import Encoder, embed
+from clipcap_jax.text.tokenizer import Tokenizer
 
 # They have no types.
 backend, gpath = map(importlib.import_module, ("etils.epath.backend", "etils.epath.gpath"))
@@ -80,11 +80,11 @@ def test_a_data_set_on_gs(bucket: str, data_dir: Path) -> None:
         np.testing.assert_array_equal(pairs.tokens, expected.tokens)
     assert there.image(3) == here.image(3)
 
-    made = sorted(path.name for path in (cache.home() / "columns").iterdir() if path.name.startswith("train"))
+    made = sorted(path.name for path in (files.home() / "columns").iterdir() if path.name.startswith("train"))
     assert len(made) == 2  # columns and tokens
-    (copied,) = (cache.home() / "files").glob("*/*")  # for the pictures
+    (copied,) = (files.home() / "files").glob("*/*")  # for the pictures
     assert ".array_record" in copied.name
-    assert not list(cache.home().glob("columns/*/*.array_record*"))
+    assert not list(files.home().glob("columns/*/*.array_record*"))
 
 
 def test_a_part_on_gs(bucket: str, data_dir: Path) -> None:
@@ -105,7 +105,7 @@ def test_prepared_on_gs(bucket: str, tmp_path: Path) -> None:
     prepare_shapes(str(tmp_path / "here"), sizes)
     there, here = (tfds.core.Path(at) / "shapes" / "1.0.0" for at in (bucket, tmp_path / "here"))
     assert contents(there) == contents(here)
-    assert not list(cache.home().glob("prepared/*/shapes/1.0.0*/*"))
+    assert not list(files.home().glob("prepared/*/shapes/1.0.0*/*"))
     summary = prepare_shapes(bucket, sizes)
     assert (summary.already_prepared, summary.folder) == (True, str(there))
     with pytest.raises(UserError, match=r"scenes was .*'val': 4.*, is now .*'val': 5"):

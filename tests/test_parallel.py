@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from clipcap_jax import parallel
 from clipcap_jax.errors import UserError
-from clipcap_jax.loss import caption_loss
+from clipcap_jax.training.loss import caption_loss
 
 DEVICES = 4
 BATCH = 8

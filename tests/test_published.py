@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import pytest
 from tiny import Clipcap
 
-from clipcap_jax.data import CaptionData
 from clipcap_jax.datasets import open_split
+from clipcap_jax.inputs.batches import CaptionData
 
 
 class Picture(NamedTuple):

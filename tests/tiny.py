@@ -26,10 +26,11 @@ from orbax.checkpoint import args
 from PIL import Image
 from rich.console import Console
 
-from clipcap_jax import __main__, config, trainer
+from clipcap_jax import __main__, config
 from clipcap_jax.config import Config
 from clipcap_jax.datasets import RecordsSource, prepare_records
-from clipcap_jax.logs import Monitor
+from clipcap_jax.training import loop
+from clipcap_jax.training.logs import Monitor
 
 T = TypeVar("T")
 Clipcap = Callable[..., int]  # the fixture `clipcap`
@@ -223,7 +224,7 @@ def train(run: Path, settings: Config) -> str:
     """Train, and return what was printed."""
     printed = Console(file=io.StringIO(), width=200)
     try:
-        trainer.train(settings, run, printed)
+        loop.train(settings, run, printed)
     finally:
         jax.clear_caches()  # the programs of this training, which no other uses (see conftest.py)
     assert isinstance(printed.file, io.StringIO)

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from clipcap_jax.cli import positive
+from clipcap_jax.commands.cli import positive
 from clipcap_jax.commands.convert import ORIGINAL_OPTIONS, add_original_options, load_original
 from clipcap_jax.errors import UserError
 from clipcap_jax.progress import track
@@ -64,7 +64,7 @@ def find_pictures(inputs: list[str]) -> list[Path]:
 
 def _caption(arguments: argparse.Namespace) -> None:
     from clipcap_jax import parallel
-    from clipcap_jax.captioner import Captioner
+    from clipcap_jax.captioning.captioner import Captioner
 
     parallel.keep_compiled_programs()
     if arguments.output and arguments.output.suffix not in (".jsonl", ".csv"):

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from clipcap_jax.cli import positive
+from clipcap_jax.commands.cli import positive
 from clipcap_jax.errors import UserError
 
 
@@ -89,22 +89,22 @@ def load_original(file: Path, arguments: argparse.Namespace) -> tuple[Any, Any]:
 
 
 def _convert_from_original(arguments: argparse.Namespace) -> None:
-    from clipcap_jax import checkpoint
+    from clipcap_jax.checkpoints import store
 
-    folder = checkpoint.run_folder(arguments.run_folder)
+    folder = store.run_folder(arguments.run_folder)
     if folder.exists():
         raise UserError(f"{folder} is there already: name another folder")
     metadata, params = load_original(arguments.file, arguments)
-    with contextlib.closing(checkpoint.Checkpoints(folder, keep=1)) as checkpoints:
+    with contextlib.closing(store.Checkpoints(folder, keep=1)) as checkpoints:
         checkpoints.save_weights(params, metadata)
     Console().print(f"{arguments.file} is now in {folder}", highlight=False, soft_wrap=True)
 
 
 def _load_run(arguments: argparse.Namespace) -> tuple[Any, Any]:
     """Metadata and parameters of a run."""
-    from clipcap_jax import checkpoint
+    from clipcap_jax.checkpoints import store
 
-    with checkpoint.opened(arguments.run_folder) as checkpoints:
+    with store.opened(arguments.run_folder) as checkpoints:
         step = checkpoints.find(arguments.checkpoint)
         return checkpoints.metadata(step), checkpoints.params(step)
 

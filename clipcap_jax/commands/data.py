@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.console import Console
 
-from clipcap_jax.cli import positive
+from clipcap_jax.commands.cli import positive
 from clipcap_jax.errors import UserError
 
 # Data sets that are read from their owners' files; docs/ has a page for each.
@@ -149,7 +149,7 @@ def _prepare_records(arguments: argparse.Namespace) -> None:
 def _embed(arguments: argparse.Namespace) -> None:
     from clipcap_jax import parallel
     from clipcap_jax.convert.clip import load_clip
-    from clipcap_jax.embed import Encoder, embed
+    from clipcap_jax.inputs.embed import Encoder, embed
 
     parallel.keep_compiled_programs()
     encoder = Encoder(*load_clip(arguments.clip, arguments.clip_heads), arguments.dtype)

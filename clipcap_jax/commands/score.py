@@ -9,19 +9,19 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from clipcap_jax import report
-from clipcap_jax.cli import positive
+from clipcap_jax.commands.cli import positive
 from clipcap_jax.errors import UserError, first
+from clipcap_jax.evaluation import report
+from clipcap_jax.evaluation.report import Row
 from clipcap_jax.metrics import References, Scores, SpiceConfig, coco_files, score_domains, unavailable
 from clipcap_jax.metrics.coco_files import CaptionsFile
 from clipcap_jax.metrics.health import health
 from clipcap_jax.metrics.measure import Measure
 from clipcap_jax.metrics.paper import ROWS
 from clipcap_jax.metrics.scorecard import Scorecard
-from clipcap_jax.report import Row
 
 if TYPE_CHECKING:
-    from clipcap_jax.metrics.clipscore import ClipScorer
+    from clipcap_jax.evaluation.clipscore import ClipScorer
 
 _SUFFIXES = (".json", ".md", ".html")
 
@@ -74,7 +74,7 @@ def add(commands: Any) -> None:
 
 
 def _score(arguments: argparse.Namespace) -> None:
-    from clipcap_jax.convert.files import whole  # importing it takes a second, which `clipcap --help` should not
+    from clipcap_jax.convert.weights import whole  # importing it takes a second, which `clipcap --help` should not
 
     _check_options(arguments)
     captions, file = coco_files.read_results(arguments.captions), coco_files.read_captions(arguments.references)
@@ -189,7 +189,7 @@ def _spice(arguments: argparse.Namespace) -> SpiceConfig | None:
 
 def _load_clip(arguments: argparse.Namespace) -> "ClipScorer":
     from clipcap_jax import parallel
-    from clipcap_jax.metrics.clipscore import ClipScorer
+    from clipcap_jax.evaluation.clipscore import ClipScorer
 
     parallel.keep_compiled_programs()
     return ClipScorer.load(arguments.clipscore, arguments.clip_tokenizer)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clipcap_jax.convert import files
+from clipcap_jax.convert import weights
 from clipcap_jax.convert.mapping import Arrays, Source, Table, conv, linear, load, norm, same
 from clipcap_jax.errors import UserError
 from clipcap_jax.models.clip_resnet import ClipResnetConfig
@@ -114,10 +114,10 @@ def load_clip(source: str, heads: int | None = None) -> tuple[ClipConfig, Any]:
 
 def read(source: str) -> tuple[Arrays, Path, dict[str, Any]]:
     """The tensors of a CLIP, their file, and what Hugging Face's or open_clip's config beside it says."""
-    path = files.locate(source, FILES)
-    arrays = files.read(path)
+    path = weights.locate(source, FILES)
+    arrays = weights.read(path)
     hugging_face = any(name.startswith(("vision_model.", "text_model.")) for name in arrays)
-    return arrays, path, files.read_config(path.with_name("config.json" if hugging_face else "open_clip_config.json"))
+    return arrays, path, weights.read_config(path.with_name("config.json" if hugging_face else "open_clip_config.json"))
 
 
 def from_arrays(

@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clipcap_jax.convert import files
+from clipcap_jax.convert import weights
 from clipcap_jax.convert.mapping import Arrays, Source, Table, load, norm, same, store
 from clipcap_jax.errors import UserError
 from clipcap_jax.models.gpt2 import Gpt2, Gpt2Config
-from clipcap_jax.tokenizer import Tokenizer
+from clipcap_jax.text.tokenizer import Tokenizer
 
 _HEAD_WIDTH = 64  # in every GPT-2 that OpenAI published
 
@@ -69,14 +69,14 @@ def load_gpt2(source: str, heads: int | None = None) -> tuple[Gpt2Config, Any]:
     Raises:
       UserError: there are no such weights, or they are not a GPT-2's.
     """
-    path = files.locate(source, FILES)
-    stored = files.read_config(path.with_name("config.json"))
+    path = weights.locate(source, FILES)
+    stored = weights.read_config(path.with_name("config.json"))
     for name, (default, allowed) in _REQUIRED.items():
         if (value := stored.get(name, default)) not in allowed:
             raise UserError(f"{path} is not a GPT-2 like OpenAI's: its config.json says {name}={value!r}")
     if stored:
         heads = stored.get("n_head", 12)
-    return from_arrays(files.read(path), str(path), heads)
+    return from_arrays(weights.read(path), str(path), heads)
 
 
 def from_arrays(arrays: Arrays, source: str, heads: int | None = None) -> tuple[Gpt2Config, Any]:
@@ -140,7 +140,7 @@ def save_gpt2(config: Gpt2Config, params: Any, tokenizer: Tokenizer, folder: Pat
         "eos_token_id": tokenizer.end_id,
         "tie_word_embeddings": True,
     }
-    with files.whole(folder) as partial:
+    with weights.whole(folder) as partial:
         partial.mkdir(parents=True)
         # Without its prefix, as on the hub; the tied output layer is not stored twice.
         save_file(store(TABLE, params), partial / "model.safetensors", metadata={"format": "pt"})

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clipcap_jax.convert import files, gpt2
+from clipcap_jax.convert import gpt2, weights
 from clipcap_jax.convert.mapping import Arrays, Source, Table, linear, load, norm, same, store
 from clipcap_jax.errors import UserError
 from clipcap_jax.models.clipcap import ClipCapConfig
@@ -53,7 +53,7 @@ def load_original(
     Raises:
       UserError: it is not such a file, or holds anything but tensors.
     """
-    stored = files.read(path)
+    stored = weights.read(path)
     if twice := [name for name in stored if f"module.{name}" in stored]:
         raise UserError(f"{path} holds tensors with and without the prefix module.: {', '.join(twice[:10])}")
     arrays = {name.removeprefix("module."): array for name, array in stored.items()}
@@ -154,5 +154,5 @@ def save_original(config: ClipCapConfig, params: Any, path: Path) -> None:
         arrays[f"gpt.transformer.h.{layer}.attn.masked_bias"] = np.array(-1e4, np.float32)
     state = {name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}
     state["gpt.lm_head.weight"] = state["gpt.transformer.wte.weight"]  # tied: stored once
-    with files.whole(path) as partial:
+    with weights.whole(path) as partial:
         torch.save(state, partial)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from clipcap_jax.datasets import annotations
 from clipcap_jax.datasets.annotations import OwnersFile, find_file
-from clipcap_jax.datasets.source import Problem, Record, Source, pictures
+from clipcap_jax.datasets.source import Problem, Record, Source, picture_parts
 from clipcap_jax.errors import UserError
 
 COUNTS = {"train": 113_287, "val": 5000, "test": 5000}
@@ -84,7 +84,7 @@ def coco_source(manual_dir: str | Path, images: str | Path | None = None, store_
             "images": str(where),
             "store_images": store_images,
         },
-        parts=pictures(records, where, store_images=store_images),
+        parts=picture_parts(records, where, store_images=store_images),
         has_images=store_images,
         problems=problems,
         notes=notes,

@@ -28,7 +28,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from clipcap_jax import cache, images
+from clipcap_jax import files, pictures
 from clipcap_jax.datasets import nocaps
 from clipcap_jax.datasets.annotations import find_file, not_there
 from clipcap_jax.datasets.source import Problem
@@ -113,7 +113,7 @@ def download_karpathy(manual_dir: str | Path, dataset: str, pictures: bool = Fal
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     try:
-        with cache.locked(folder / ".download.lock", wait=False):
+        with files.locked(folder / ".download.lock", wait=False):
             yield
     except BlockingIOError:
         raise UserError(f"another process is downloading to {folder}") from None
@@ -156,7 +156,7 @@ def _download_picture(where: str, url: object, name: object, folder: Path) -> Pr
         try:
             with _open(url) as response:
                 data = response.read()
-            images.decode(data)  # what is cut off cannot be decoded
+            pictures.decode(data)  # what is cut off cannot be decoded
             part.write_bytes(data)
             os.replace(part, target)
         except (OSError, http.client.HTTPException, UserError, ValueError) as error:

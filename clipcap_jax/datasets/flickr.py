@@ -9,7 +9,7 @@ from pathlib import Path
 
 from clipcap_jax.datasets import annotations
 from clipcap_jax.datasets.annotations import OwnersFile, find_file
-from clipcap_jax.datasets.source import Problem, Record, Source, pictures
+from clipcap_jax.datasets.source import Problem, Record, Source, picture_parts
 from clipcap_jax.errors import UserError
 
 COUNTS = {
@@ -109,7 +109,7 @@ def flickr_source(
             "images": str(where.resolve()),
             "store_images": store_images,
         },
-        parts=pictures(records, where.resolve(), store_images=store_images),
+        parts=picture_parts(records, where.resolve(), store_images=store_images),
         has_images=store_images,
         problems=problems,
         notes=notes + annotations.check_counts(name, records, COUNTS[name]),

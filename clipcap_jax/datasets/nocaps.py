@@ -9,7 +9,7 @@ from pathlib import Path
 
 from clipcap_jax.datasets import annotations
 from clipcap_jax.datasets.annotations import OwnersFile, find_file
-from clipcap_jax.datasets.source import Problem, Record, Source, pictures
+from clipcap_jax.datasets.source import Problem, Record, Source, picture_parts
 from clipcap_jax.errors import UserError
 
 COUNTS = {"val": 4500, "test": 10_600}
@@ -53,7 +53,7 @@ def nocaps_source(manual_dir: str | Path, images: str | Path | None = None, stor
         records, found = annotations.tidy(_read(file, split, where), captioned=split == "val")
         notes += annotations.check_counts("nocaps", records, {split: COUNTS[split]})
         problems += found
-        parts += pictures(records, where, store_images=store_images)
+        parts += picture_parts(records, where, store_images=store_images)
     return Source(
         name="nocaps",
         origin={

@@ -22,11 +22,12 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from clipcap_jax import cache, report
+from clipcap_jax import files
 from clipcap_jax.datasets import schema
 from clipcap_jax.datasets.shards import VERSION, Shard, Writer, changes, tidy, upload
 from clipcap_jax.datasets.source import Part, Problem, Source, first_problems
 from clipcap_jax.errors import UserError
+from clipcap_jax.evaluation import report
 from clipcap_jax.progress import track
 
 _SAMPLES = 12  # pictures of each split on the page
@@ -102,7 +103,7 @@ def prepare(source: Source, data_dir: str, *, max_skipped: float = 0.01, process
       UserError: there are more problems than `max_skipped` allows, or ids that occur twice; a data set of this name was
         prepared from something else, or is just being prepared; a file could not be read or written.
     """
-    if cache.is_remote(data_dir):
+    if files.is_remote(data_dir):
         return prepare_remote(
             source,
             data_dir,
@@ -136,7 +137,7 @@ def prepare_remote(source: Source, data_dir: str, work: Callable[[str], Any]) ->
     Raises:
       UserError: see `prepare`.
     """
-    place = cache.home() / "prepared" / hashlib.sha256(data_dir.encode()).hexdigest()[:16]
+    place = files.home() / "prepared" / hashlib.sha256(data_dir.encode()).hexdigest()[:16]
     folder = Path(source.name) / VERSION
     try:
         if done := find_prepared(source.name, data_dir, source.origin):
@@ -309,7 +310,7 @@ def find_prepared(name: str, data_dir: str, origin: Mapping[str, Any]) -> Summar
         folder = tfds.core.Path(data_dir).expanduser() / name / VERSION
         if not schema.is_finished(folder):
             return None
-    if not cache.is_remote(data_dir):
+    if not files.is_remote(data_dir):
         tidy(Path(folder))  # in case the process that finished it was killed before it had
     builder = schema.read_builder(folder)
     if "words" not in (builder.info.metadata or {}):

@@ -17,7 +17,7 @@ from typing import Any
 
 from clipcap_jax.datasets import prepare
 from clipcap_jax.datasets.captions_file import CaptionsFile, read_captions
-from clipcap_jax.datasets.source import Problem, Record, Source, first_problems, open_embeddings, pictures
+from clipcap_jax.datasets.source import Problem, Record, Source, first_problems, open_embeddings, picture_parts
 from clipcap_jax.errors import UserError
 
 SHARES = {"train": 0.9, "val": 0.05, "test": 0.05}
@@ -95,7 +95,7 @@ def prepare_records(
         Source(
             name=f"records/{source.name}",
             origin=origin,
-            parts=pictures(kept, folder, store_images=_stores_images(source), embeddings=source.embeddings),
+            parts=picture_parts(kept, folder, store_images=_stores_images(source), embeddings=source.embeddings),
             has_images=_stores_images(source),
             embedding_width=None if matrix is None else matrix.shape[1],
             encoder=source.encoder,

@@ -29,7 +29,7 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from google.protobuf import json_format
 from tensorflow_datasets.proto import tf_example_pb2
 
-from clipcap_jax import cache
+from clipcap_jax import files
 from clipcap_jax.errors import UserError
 
 FILE_FORMAT = "array_record"  # random access, and readable without TensorFlow
@@ -45,7 +45,7 @@ _TEXTS = ("image_path", "image_id", "split", "domain")
 class Example:
     """One picture and what is said about it."""
 
-    image: bytes | None  # as encoded; see clipcap_jax.images.decode
+    image: bytes | None  # as encoded; see clipcap_jax.pictures.decode
     embedding: np.ndarray | None  # float16, shape (E,), read-only
     image_path: str
     image_id: str
@@ -148,7 +148,7 @@ class Split(Sequence[Example]):
                 # Which closes it, once the threads that read it are done; unless another thread was first.
                 self._opened.pop(next(iter(self._opened), -1), None)
             # If two threads come here at once, the second's is thrown away.
-            opened = self._opened.setdefault(shard, self._open(shard, cache.local_copy(self.shards[shard])))
+            opened = self._opened.setdefault(shard, self._open(shard, files.local_copy(self.shards[shard])))
         with _reading(self.shards[shard]):
             return _parse(opened[place - self._ends[shard] + self.shard_lengths[shard]])
 
@@ -159,7 +159,7 @@ class Split(Sequence[Example]):
     def read_whole(self, scratch: Path) -> Iterator[list[Example]]:
         """All examples of the whole split, at most `READ_AT_ONCE` at a time; remote shards pass through `scratch`."""
         for shard, (path, length) in enumerate(zip(self.shards, self.shard_lengths, strict=True)):
-            remote = cache.is_remote(path)
+            remote = files.is_remote(path)
             local = scratch / path.name if remote else Path(path)
             if remote:
                 path.copy(local)

@@ -22,7 +22,7 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core import example_serializer, file_adapters, naming
 from tensorflow_datasets.core import splits as tfds_splits
 
-from clipcap_jax import cache
+from clipcap_jax import files
 from clipcap_jax.datasets import schema
 from clipcap_jax.datasets.schema import Example
 from clipcap_jax.datasets.source import Problem, Source
@@ -128,7 +128,7 @@ class Writer:
         """
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with cache.locked(self.folder.with_name(f"{VERSION}{work}.lock"), wait=wait):
+            with files.locked(self.folder.with_name(f"{VERSION}{work}.lock"), wait=wait):
                 yield
         except BlockingIOError:
             busy = f"{self.source.name} is being prepared in {self.data_dir} by another process."

@@ -13,7 +13,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from tensorflow_datasets.core import hashing
 
-from clipcap_jax import images
+from clipcap_jax import pictures
 from clipcap_jax.datasets.schema import Example
 from clipcap_jax.errors import UserError
 
@@ -148,7 +148,7 @@ def by_hash(items: Sequence[T], split: str, image_id: Callable[[T], str]) -> lis
     return sorted(items, key=lambda item: hasher.hash_key(image_id(item)))
 
 
-def pictures(records: Sequence[Record], folder: Path | None, **options: Any) -> list[Pictures]:
+def picture_parts(records: Sequence[Record], folder: Path | None, **options: Any) -> list[Pictures]:
     """Parts of records, with `Pictures`' other options: train, val and test first, each in the order of `by_hash`."""
     names = {record.split for record in records}
     usual = [split for split in ("train", "val", "test") if split in names]
@@ -184,7 +184,7 @@ def read_picture(path: Path, where: str) -> bytes | Problem:
 def broken_picture(data: bytes, where: str, name: str) -> Problem | None:
     """What is wrong with the bytes of a picture, if anything is."""
     try:
-        images.decode(data)
+        pictures.decode(data)
     except UserError as error:
         return Problem(where, "image broken", f"{name}: {error}")
     return None

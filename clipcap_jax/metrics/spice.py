@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from clipcap_jax import cache
+from clipcap_jax import files
 from clipcap_jax.metrics import java
 from clipcap_jax.metrics.measure import Measure, mean
 
@@ -65,7 +65,7 @@ def spice(captions: Sequence[str], references: Sequence[Sequence[str]], config: 
       java.Unavailable: Java, pycocoevalcap or a jar is missing, or the program failed or took too long.
     """
     program, jars = find(config)
-    kept = Path(config.cache).expanduser() if config.cache else cache.home() / "spice"
+    kept = Path(config.cache).expanduser() if config.cache else files.home() / "spice"
     images = [
         {"image_id": str(i), "test": caption, "refs": list(texts)}
         for i, (caption, texts) in enumerate(zip(captions, references, strict=True))

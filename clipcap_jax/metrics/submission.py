@@ -9,7 +9,7 @@ import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from clipcap_jax.convert.files import whole
+from clipcap_jax.convert.weights import whole
 from clipcap_jax.errors import UserError, first
 from clipcap_jax.metrics import coco_files
 

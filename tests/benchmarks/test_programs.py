@@ -6,7 +6,7 @@ import pytest
 from jax import lax
 
 from clipcap_jax.convert import gpt2, original
-from clipcap_jax.data import LENGTHS, training_order
+from clipcap_jax.inputs.batches import LENGTHS, training_order
 
 
 def formula(kind: programs.Kind, tokens: int) -> int:

@@ -6,8 +6,8 @@ import pytest
 import variants
 from random_models import random_tokens
 
-from clipcap_jax.loss import caption_loss
 from clipcap_jax.models import transformer
+from clipcap_jax.training.loss import caption_loss
 
 SETTINGS = cases.Settings(seconds=0.01, dtype="bfloat16", tiny=True, commit="")
 LENGTHS = jnp.array([5, 2, 0])

@@ -8,8 +8,8 @@ from clip_files import write_clip
 from PIL import Image
 from tiny import Clipcap
 
+from clipcap_jax.evaluation.clipscore import ClipScorer
 from clipcap_jax.metrics import References, coco_files, submission
-from clipcap_jax.metrics.clipscore import ClipScorer
 
 COCO_100 = json.loads((Path(__file__).parents[1] / "data" / "metrics" / "coco_100.json").read_text("utf-8"))
 IMAGES: dict[str, Any] = dict(list(COCO_100["images"].items())[:30])

@@ -12,10 +12,10 @@ from pytorch import import_torch, save
 from safetensors.numpy import save_file
 
 from clipcap_jax import __main__
-from clipcap_jax.captioner import Captioner
+from clipcap_jax.captioning.captioner import Captioner
 from clipcap_jax.convert.assemble import PUBLISHED, Published, from_original
 from clipcap_jax.errors import UserError
-from clipcap_jax.tokenizer import Tokenizer
+from clipcap_jax.text.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module", params=["mlp", "transformer"])
@@ -196,14 +196,14 @@ def test_training_does_not_go_on_in_converted_weights(
     from rich.console import Console
     from tiny import make_config
 
-    from clipcap_jax import trainer
+    from clipcap_jax.training import loop
 
     options = ["--clip", "none", "--tokenizer", tokenizer, "--mapper-heads", original.sizes.get("num_heads", 8)]
     options += ["--gpt2-heads", original.sizes["n_head"]]
     path = save(original.state, tmp_path / "model.pt")
     assert run(monkeypatch, "convert", "from-original", path, tmp_path / "run", *options) == 0
     with pytest.raises(UserError, match="holds converted weights, not a run: give another --workdir"):
-        trainer.train(make_config(data_dir), tmp_path / "run", Console(quiet=True))
+        loop.train(make_config(data_dir), tmp_path / "run", Console(quiet=True))
 
 
 def test_a_hostile_file_leaves_nothing(

@@ -15,7 +15,7 @@ from clipcap_jax.convert import gpt2
 from clipcap_jax.convert.mapping import store
 from clipcap_jax.errors import UserError
 from clipcap_jax.models.gpt2 import PRESETS, Gpt2, Gpt2Config
-from clipcap_jax.tokenizer import Tokenizer
+from clipcap_jax.text.tokenizer import Tokenizer
 
 CONFIG = Gpt2Config(vocab_size=300, positions=20, width=16, layers=2, heads=2, dropout=0.1, word_dropout=0.0)
 MODEL = Gpt2(CONFIG, jnp.dtype("float32"))

@@ -8,7 +8,7 @@ import pytest
 from original import Original
 from pytorch import gpt2, import_torch, save
 
-from clipcap_jax.convert import files
+from clipcap_jax.convert import weights
 from clipcap_jax.convert.original import load_original, save_original
 from clipcap_jax.errors import UserError
 from clipcap_jax.models.clipcap import ClipCapConfig
@@ -56,7 +56,7 @@ def test_in_out_and_in_again(original: Original, tmp_path: Path) -> None:
     config, width, params = load(save(original.state, tmp_path / "theirs.pt"), original)
     save_original(config, params, tmp_path / "ours.pt")
     assert [path.name for path in tmp_path.glob("ours*")] == ["ours.pt"]
-    theirs, ours = files.read(tmp_path / "theirs.pt"), files.read(tmp_path / "ours.pt")
+    theirs, ours = weights.read(tmp_path / "theirs.pt"), weights.read(tmp_path / "ours.pt")
     assert {name for name in ours if not name.endswith(MASKS)} == theirs.keys()
     for name, array in theirs.items():
         np.testing.assert_array_equal(ours[name], array)
@@ -70,7 +70,7 @@ def test_gpt2s_masks_are_those_of_transformers_4(original: Original, tmp_path: P
     """Its `GPT2Attention.__init__` registers them, and `load_state_dict` asks for them."""
     import_torch()
     save_original(original.config, original.params, tmp_path / "ours.pt")
-    state = files.read(tmp_path / "ours.pt")
+    state = weights.read(tmp_path / "ours.pt")
     positions = original.sizes["n_positions"]
     for layer in range(original.sizes["n_layer"]):
         mask = state[f"gpt.transformer.h.{layer}.attn.bias"]

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from tiny import Clipcap
 
-from clipcap_jax import cache
+from clipcap_jax import files
 from clipcap_jax.datasets import downloads, nocaps, open_split
 from clipcap_jax.datasets.downloads import Remote, download, download_karpathy, download_nocaps, unpack
 from clipcap_jax.errors import UserError
@@ -277,7 +277,7 @@ def test_nothing_is_prepared_of_half_a_download(
 
 def test_two_downloads_at_once(server: Server, tmp_path: Path) -> None:
     (tmp_path / nocaps.FILES["val"]).write_text(json.dumps({"images": []}))
-    with cache.locked(tmp_path / ".download.lock"):
+    with files.locked(tmp_path / ".download.lock"):
         for work in (download_nocaps, lambda folder: download_karpathy(folder, "coco")):
             with pytest.raises(UserError, match=f"another process is downloading to {tmp_path}"):
                 work(tmp_path)

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from sources import listed
 
-from clipcap_jax.columns import open_columns
 from clipcap_jax.datasets import Example, open_split, prepare, prepare_shapes, schema, shapes, shards
 from clipcap_jax.errors import UserError
+from clipcap_jax.inputs.columns import open_columns
 
 TEXTS = {"image_path": "/photos/ä 1.jpg", "image_id": "ä-1", "domain": "out-domain"}
 IMAGE = bytes(range(256)) + b"\0\0"  # no picture: its bytes must come back untouched

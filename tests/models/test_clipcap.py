@@ -11,10 +11,10 @@ import pytest
 from flax.errors import InvalidRngError
 from random_models import clipcap_config, random_embeddings, random_params, random_tokens
 
-from clipcap_jax.loss import caption_loss
 from clipcap_jax.models import clip_resnet, clip_vit, gpt2
 from clipcap_jax.models.clipcap import ClipCap, ClipCapConfig
 from clipcap_jax.models.mapper import MapperConfig
+from clipcap_jax.training.loss import caption_loss
 
 Precision = Literal["default", "high", "highest"]
 

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from original import DATA, Original, Params, load_clip
 
-from clipcap_jax.decode import DecodeConfig, Hypotheses, beam_search
-from clipcap_jax.loss import caption_loss
+from clipcap_jax.captioning.decode import DecodeConfig, Hypotheses, beam_search
 from clipcap_jax.models.clip_resnet import ClipResnetConfig
 from clipcap_jax.models.clip_vit import ClipVitConfig
 from clipcap_jax.models.clipcap import ClipCap, tower
+from clipcap_jax.training.loss import caption_loss
 
 TOLERANCE = 1e-5  # of the largest value
 

@@ -1,0 +1,172 @@
+"""From a checkpoint to captions."""
+
+import copy
+import dataclasses
+import itertools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from clipcap_jax import parallel, pictures
+from clipcap_jax.captioning.decode import DecodeConfig, Hypotheses, beam_search
+from clipcap_jax.checkpoints import store
+from clipcap_jax.errors import UserError
+from clipcap_jax.inputs.batches import CaptionData, fill, input_batches
+from clipcap_jax.models.clipcap import ClipCap
+from clipcap_jax.text.tokenizer import Tokenizer
+
+_CHECKED_AT_ONCE = 65536  # rows of a matrix, which may be larger than the memory
+
+
+@dataclasses.dataclass(frozen=True)
+class Caption:
+    """A caption; `finished` is false where the length limit cut it; `score` ranks it (see `decode.DecodeConfig`)."""
+
+    text: str
+    finished: bool
+    score: float
+
+
+class Generator:
+    """Captions batches on all devices, with whatever parameters it is given."""
+
+    def __init__(self, model: ClipCap, tokenizer: Tokenizer, decode: DecodeConfig):
+        self._tokenizer = tokenizer
+
+        def best(params: Any, inputs: jax.Array) -> Hypotheses:
+            found = beam_search(model, params, inputs, decode, tokenizer.stop_id(decode.stop))
+            return jax.tree.map(lambda x: x[:, 0], found)
+
+        self._best = parallel.map_rows(best)
+
+    def __call__(self, params: Any, inputs: np.ndarray) -> list[Caption]:
+        """Caption one batch, whose size is a multiple of the number of devices."""
+        found = self._best(params, inputs)
+        return [
+            Caption(self._tokenizer.decode(tokens[:length]), bool(finished), float(score))
+            for tokens, length, score, finished in zip(*found, strict=True)
+        ]
+
+    def all(self, params: Any, data: CaptionData, indices: np.ndarray, batch_size: int) -> Iterator[Caption]:
+        """Caption the given examples, in order, each once."""
+        for rows, inputs in input_batches(data, indices, parallel.round_up(min(batch_size, len(indices)))):
+            yield from self(params, inputs)[:rows]
+
+
+class Captioner:
+    """A trained model, ready to caption.
+
+    Attributes:
+      metadata: what the checkpoint says about the model.
+      model, params: the model.
+      step: the checkpoint's.
+    """
+
+    def __init__(self, metadata: store.Metadata, params: Any, step: int, decode: DecodeConfig | None = None):
+        self.metadata = metadata
+        self.step = step
+        self.model = ClipCap(metadata.config.model)
+        self.params = parallel.replicate(params)
+        self.decode = decode or metadata.config.evaluate.decode
+        self.generate = Generator(self.model, metadata.tokenizer, self.decode)
+
+    @classmethod
+    def load(cls, run: str | Path, which: str = "best", decode: DecodeConfig | None = None) -> "Captioner":
+        """Load a checkpoint.
+
+        Args:
+          run: the folder that training wrote to.
+          which: "best" (by CIDEr on the validation subset), "latest" or a step.
+          decode: how to search; None: as the run's config says.
+
+        Raises:
+          UserError: there is no such checkpoint, or this version cannot read it.
+        """
+        with store.opened(run) as checkpoints:
+            step = checkpoints.find(which)
+            return cls(checkpoints.metadata(step), checkpoints.params(step), step, decode)
+
+    def with_decode(self, decode: DecodeConfig) -> "Captioner":
+        """The same model, searching differently."""
+        other = copy.copy(self)
+        other.decode = decode
+        other.generate = Generator(self.model, self.metadata.tokenizer, decode)
+        return other
+
+    @property
+    def image_size(self) -> int | None:
+        """Side in pixels of the pictures it reads; None: it has no vision tower and reads embeddings alone."""
+        clip = self.metadata.config.model.clip
+        return clip.image_size if clip else None
+
+    def caption_files(
+        self, paths: Sequence[Path], *, batch_size: int, workers: int
+    ) -> Iterator[tuple[Path, Caption | UserError]]:
+        """Caption picture files, in order; of one that cannot be read comes the error instead.
+
+        Pictures are decoded by `workers` threads, one batch ahead of the devices.
+        """
+        if self.image_size is None:
+            raise self._not_pictures()
+        size = self.image_size
+
+        def load(path: Path) -> np.ndarray | UserError:
+            try:
+                return pictures.preprocess(pictures.decode(path.read_bytes()), size)
+            except UserError as error:
+                return error
+            except OSError as error:
+                return UserError(f"cannot be read: {error.strerror}")
+
+        batch_size = parallel.round_up(min(batch_size, len(paths)))
+        loaded = zip(paths, pictures.load_ahead(load, paths, workers=workers, ahead=batch_size), strict=True)
+        while batch := list(itertools.islice(loaded, batch_size)):
+            pixels = [picture for _, picture in batch if isinstance(picture, np.ndarray)]
+            captions = iter(self._caption_batch(np.stack(pixels), batch_size) if pixels else ())
+            for path, picture in batch:
+                yield path, picture if isinstance(picture, UserError) else next(captions)
+
+    def caption(self, inputs: np.ndarray, batch_size: int = 64) -> Iterator[Caption]:
+        """Caption preprocessed pictures, uint8 `n H W 3` (see `pictures.preprocess`), or embeddings, float `n E`.
+
+        Raises:
+          UserError: the inputs are not of the kind or width that the model was trained on.
+        """
+        if inputs.ndim == 4 and self.image_size is None:
+            raise self._not_pictures()
+        if inputs.ndim != 4 and self.metadata.config.data.input == "image":
+            raise UserError("this checkpoint was trained on pictures and cannot caption embeddings")
+        if inputs.ndim != 4:
+            self._check_embeddings(inputs)
+        batch_size = parallel.round_up(max(1, min(batch_size, len(inputs))))
+        for start in range(0, len(inputs), batch_size):
+            yield from self._caption_batch(inputs[start : start + batch_size], batch_size)
+
+    def _caption_batch(self, rows: np.ndarray, batch_size: int) -> list[Caption]:
+        """At most `batch_size` rows, always as that many, so that one program does for all batches."""
+        return self.generate(self.params, fill(rows, batch_size))[: len(rows)]
+
+    def _embedding_kind(self) -> str:
+        encoder = self.metadata.encoder or "an encoder that it does not name"
+        return f"embeddings of width {self.metadata.embedding_width} from {encoder}"
+
+    def _not_pictures(self) -> UserError:
+        return UserError(
+            f"this checkpoint was trained on {self._embedding_kind()}, not on pictures: embed the pictures with that "
+            "encoder and give the matrix (.npy, one row per picture)"
+        )
+
+    def _check_embeddings(self, inputs: np.ndarray) -> None:
+        if inputs.shape[1:] != (self.metadata.embedding_width,):
+            raise UserError(
+                f"the embeddings have the shape {inputs.shape}; this checkpoint was trained on {self._embedding_kind()}"
+            )
+        bad: list[int] = []
+        for start in range(0, len(inputs), _CHECKED_AT_ONCE):
+            finite = np.isfinite(inputs[start : start + _CHECKED_AT_ONCE]).all(axis=1)
+            bad.extend(start + np.flatnonzero(~finite))
+        if bad:
+            raise UserError(f"{len(bad)} embeddings are not finite, the first in row {bad[0]} (counted from 0)")

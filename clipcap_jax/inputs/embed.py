@@ -1,0 +1,235 @@
+"""Every picture of a data set through a CLIP tower, once: the embeddings are a data set of their own.
+
+Training then reads some bytes for each picture instead of decoding it and running the tower for each of its captions,
+in every epoch. Splits, captions and the order of the examples are those of the data set with the pictures.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from clipcap_jax import files, parallel, pictures, progress
+from clipcap_jax.config import PRESETS
+from clipcap_jax.datasets import prepare
+from clipcap_jax.datasets.schema import Example, Split, fingerprint, open_builder, open_split
+from clipcap_jax.datasets.shards import Writer
+from clipcap_jax.datasets.source import EMBEDDINGS_PER_SHARD, Part, Problem, Source
+from clipcap_jax.errors import UserError
+from clipcap_jax.inputs.batches import fill
+from clipcap_jax.models.clip_vit import normalize_pixels
+from clipcap_jax.models.clipcap import ClipConfig, tower
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoder:
+    """A vision tower that embeds pictures on this process's devices.
+
+    Attributes:
+      config: its sizes.
+      params: its parameters.
+      dtype: what it computes in; "float32" is exact everywhere.
+    """
+
+    config: ClipConfig
+    params: Any
+    dtype: str = "float32"
+
+    @functools.cached_property
+    def name(self) -> str:
+        """See `encoder_name`."""
+        return encoder_name(self.config, self.params)
+
+
+def encoder_name(config: ClipConfig, params: Any) -> str:
+    """What embeddings are told apart by: "ViT-B/32, weights 1f2e3d4c5b6a". The second is the start of a SHA-256 of the
+    sizes and of the parameters' names and float32 values, whatever file they came in."""
+    digest = hashlib.sha256(repr(dataclasses.astuple(config)).encode())
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):  # in the order of their names
+        digest.update(jax.tree_util.keystr(path).encode())
+        digest.update(np.asarray(leaf, np.float32).tobytes())
+    names = [name for name, preset in PRESETS.items() if preset == config]
+    return f"{names[0] if names else 'CLIP'}, weights {digest.hexdigest()[:12]}"
+
+
+def embed(
+    encoder: Encoder,
+    name: str,
+    output: str,
+    data_dir: str,
+    *,
+    batch_size: int = 256,
+    workers: int = 4,
+    share: tuple[int, int] = (0, 1),
+    max_skipped: float = 0.01,
+) -> prepare.Summary | None:
+    """Embed a data set's pictures, and write "embeddings/<output>" into `data_dir` unless it is there already.
+
+    What an interrupted run finished is kept. Several hosts that see the same `data_dir` may each do a share; the one
+    that finds all shares finished puts them together.
+
+    Args:
+      encoder: the tower.
+      name: a prepared data set that holds pictures.
+      output: the new data set will be "embeddings/<output>": float16 embeddings, not normalised, no pictures.
+      data_dir: the folder of prepared data sets; on gs:// there is but one share.
+      batch_size: pictures a step, over this process's devices; rounded up to a multiple of them.
+      workers: threads that decode pictures, ahead of the devices.
+      share: this process's number, from 0, and how many there are.
+      max_skipped: how many pictures that cannot be decoded to put up with, as a share of all.
+
+    Returns:
+      What was kept and skipped; None where other shares are not finished yet.
+
+    Raises:
+      UserError: the data set is not there or holds no pictures; "embeddings/<output>" was made from something else, or
+        is just being made; an embedding is not finite; a file could not be read or written.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", output):
+        raise UserError(f"The name {output!r} must be made of letters, digits, '_', '.' and '-'.")
+    splits = {split: open_split(name, split, data_dir) for split in open_builder(name, data_dir).info.splits}
+    if not all(split.has_images for split in splits.values()):
+        raise UserError(f"{name} holds no pictures: there is nothing to embed")
+    source = _source(_Embedder(encoder, batch_size, workers), name, output, data_dir, splits)
+    write = functools.partial(_embed, source, max_skipped)
+    if not files.is_remote(data_dir):
+        return write(share, data_dir)
+    if share != (0, 1):
+        raise UserError(f"several hosts share this work on a disk that all of them see, not on {data_dir}")
+    return prepare.prepare_remote(source, data_dir, functools.partial(write, share))
+
+
+def _embed(source: Source, max_skipped: float, share: tuple[int, int], data_dir: str) -> prepare.Summary | None:
+    if done := prepare.find_prepared(source.name, data_dir, source.origin):
+        return done
+    writer = Writer(source, data_dir)
+    number, shares = share
+    try:
+        with writer.locked(f"share{number}of{shares}"):
+            with writer.locked(wait=True):
+                writer.begin(alone=shares == 1)
+            mine = [i for i in range(number, len(source.parts), shares) if writer.finished(i) is None]
+            _write(writer, mine)
+        with writer.locked(wait=True):
+            if done := prepare.find_prepared(source.name, data_dir, source.origin):
+                return done  # another share was the last
+            shards = [shard for i in range(len(source.parts)) if (shard := writer.finished(i))]
+            return prepare.finish(writer, shards, max_skipped) if len(shards) == len(source.parts) else None
+    except OSError as error:
+        raise UserError(f"{source.name} could not be written to {data_dir}: {error}") from error
+
+
+class _Embedder:
+    """Embeds pictures of splits with one compiled program."""
+
+    def __init__(self, encoder: Encoder, batch_size: int, workers: int):
+        self.encoder, self._workers = encoder, workers
+        self._batch_size = parallel.round_up(batch_size)
+
+    @functools.cached_property  # not where all is there already
+    def _begin(self) -> Callable[[np.ndarray], Callable[[], np.ndarray]]:
+        encoder = self.encoder
+        model = tower(encoder.config, jnp.dtype(encoder.dtype))
+
+        def apply(params: Any, pixels: jax.Array) -> jax.Array:
+            with jax.default_matmul_precision("highest" if encoder.dtype == "float32" else "default"):
+                return model.apply({"params": params}, normalize_pixels(pixels)).astype(jnp.float32)
+
+        begin, params = parallel.begin_rows(apply), parallel.replicate(encoder.params)
+        return lambda pixels: begin(params, parallel.send(pixels))
+
+    def __call__(self, split: Split, rows: range) -> Iterator[Example | Problem]:
+        """A batch is handed out when the next has begun, so that the devices need not wait for the host."""
+        begun: Iterator[Example] = iter(())
+        batch: list[tuple[Example, np.ndarray]] = []
+        load = functools.partial(self._load, split)
+        for item in pictures.load_ahead(load, rows, workers=self._workers, ahead=2 * self._batch_size):
+            if isinstance(item, Problem):
+                yield item
+                continue
+            batch.append(item)
+            if len(batch) == self._batch_size:
+                before, begun, batch = begun, self._embedded(batch), []
+                yield from before
+        last = self._embedded(batch) if batch else iter(())
+        yield from begun
+        yield from last
+
+    def _load(self, split: Split, index: int) -> tuple[Example, np.ndarray] | Problem:
+        example = split[index]
+        assert example.image is not None
+        try:
+            pixels = pictures.preprocess(pictures.decode(example.image), self.encoder.config.image_size)
+        except UserError as error:
+            return Problem(f"{split.name}/{split.split}", "image broken", f"{example.image_id}: {error}")
+        return dataclasses.replace(example, image=None), pixels
+
+    def _embedded(self, batch: list[tuple[Example, np.ndarray]]) -> Iterator[Example]:
+        filled = fill(np.stack([pixels for _, pixels in batch]), self._batch_size)  # one shape
+        return _finished([example for example, _ in batch], self._begin(filled))
+
+
+def _finished(batch: list[Example], wait: Callable[[], np.ndarray]) -> Iterator[Example]:
+    for example, embedding in zip(batch, wait()[: len(batch)].astype(np.float16), strict=True):
+        if not np.isfinite(embedding).all():
+            raise UserError(f"the embedding of {example.image_id} is not finite: the tower's weights are broken")
+        yield dataclasses.replace(example, embedding=embedding)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+    """A part: these pictures of a split, embedded."""
+
+    embedder: _Embedder
+    pictures: Split
+    split: str
+    rows: range
+
+    def __iter__(self) -> Iterator[Example | Problem]:
+        return self.embedder(self.pictures, self.rows)
+
+
+def _source(embedder: _Embedder, name: str, output: str, data_dir: str, splits: dict[str, Split]) -> Source:
+    encoder = embedder.encoder
+    size = encoder.config.image_size
+    made = {
+        "encoder": encoder.name,
+        "dtype": encoder.dtype,
+        "preprocessing": f"short side to {size} pixels (bicubic), {size} x {size} from the middle",
+        "normalized": False,
+    }
+    return Source(
+        name=f"embeddings/{output}",
+        origin={"data": name, "fingerprint": fingerprint(open_builder(name, data_dir)), **made},
+        parts=[
+            _Rows(embedder, held, split, range(start, min(start + EMBEDDINGS_PER_SHARD, len(held))))
+            for split, held in splits.items()
+            for start in range(0, len(held), EMBEDDINGS_PER_SHARD)
+        ],
+        has_images=False,
+        embedding_width=encoder.config.embedding_width,
+        encoder=encoder.name,
+        description=f"CLIP embeddings of {name}.",
+        metadata={"embeddings": made},
+    )
+
+
+def _write(writer: Writer, indices: list[int]) -> None:
+    """The shards of these parts, one after the other."""
+    parts: list[Any] = [writer.source.parts[index] for index in indices]
+    with progress.bar() as bar:
+        task = bar.add_task(f"Embedding {writer.source.name}", total=sum(len(part.rows) for part in parts))
+
+        def counted(part: Part) -> Iterator[Example | Problem]:
+            for example in part:
+                bar.advance(task)
+                yield example
+
+        for index, part in zip(indices, parts, strict=True):
+            writer.write(index, counted(part))

@@ -1,0 +1,82 @@
+"""What a model is worth on a few pictures, while it trains."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+
+from clipcap_jax import parallel
+from clipcap_jax.captioning.captioner import Generator
+from clipcap_jax.config import Config
+from clipcap_jax.errors import UserError
+from clipcap_jax.inputs.batches import CaptionData, Pairs, validation_batches
+from clipcap_jax.metrics import References
+from clipcap_jax.models.clipcap import ClipCap
+from clipcap_jax.text.tokenizer import Tokenizer
+from clipcap_jax.training.loss import Targets, caption_loss
+
+# Fewer distinct captions than this share of the pictures: the model hardly looks at them.
+COLLAPSED = 0.05
+
+
+class LossMeter:
+    """The mean loss per token over a split, on all devices."""
+
+    def __init__(self, model: ClipCap, targets: Targets = "all"):
+        def loss(params: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
+            logits = model.apply({"params": params}, batch["inputs"], batch["tokens"])
+            return caption_loss(logits, batch["tokens"], batch["lengths"], targets=targets)
+
+        self._loss = parallel.map_sum(loss)
+
+    def __call__(
+        self, params: Any, data: CaptionData, pairs: Pairs, batch_size: int, *, permuted: bool = False
+    ) -> float:
+        """In nats per token; with `permuted`, every caption is shown with another picture."""
+        batches = validation_batches(data, pairs, parallel.round_up(batch_size), permuted=permuted)
+        sums = np.array([jax.device_get(self._loss(params, batch)) for batch in batches], np.float64)  # batches 2
+        loss, tokens = sums.sum(axis=0)
+        return float(loss / tokens)
+
+
+@dataclasses.dataclass(frozen=True)
+class Validation:
+    """`metrics`: loss, loss_permuted and scores by name; `captions` by image id; how many of them are `distinct`."""
+
+    metrics: dict[str, float]
+    captions: dict[str, str]
+
+    @property
+    def distinct(self) -> int:
+        return len(set(self.captions.values()))
+
+    @property
+    def collapsed(self) -> bool:
+        count = len(self.captions)
+        return self.distinct < max(min(2, count), COLLAPSED * count)
+
+
+class Validator:
+    """Validates on a fixed subset of a split: `config.evaluate.images` pictures, evenly spaced."""
+
+    def __init__(self, model: ClipCap, tokenizer: Tokenizer, data: CaptionData, pairs: Pairs, config: Config):
+        if not len(pairs):
+            raise UserError(f"{data.name} holds no captions to validate on")
+        self._data, self._batch_size = data, config.evaluate.batch_size
+        count = min(config.evaluate.images, len(data))
+        self._indices = np.linspace(0, len(data) - 1, count).round().astype(int)
+        self._pairs = pairs.select(np.isin(pairs.examples, self._indices))
+        self._references = References({data.image_ids[i]: data.captions[i] for i in self._indices})
+        self._loss = LossMeter(model, config.train.targets)
+        self._generate = Generator(model, tokenizer, config.evaluate.decode)
+
+    def __call__(self, params: Any) -> Validation:
+        """Loss, scores and captions with these parameters."""
+        data, size = self._data, self._batch_size
+        loss = self._loss(params, data, self._pairs, size)
+        permuted = self._loss(params, data, self._pairs, size, permuted=True)
+        captions = list(self._generate.all(params, data, self._indices, size))
+        by_id = {data.image_ids[i]: caption.text for i, caption in zip(self._indices, captions, strict=True)}
+        scores = self._references.score(by_id).overall
+        return Validation({"loss": loss, "loss_permuted": permuted, **scores}, by_id)

@@ -1,0 +1,167 @@
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from random_models import random_params
+from tiny import EMBEDDING_WIDTH, ENCODER, IMAGE_SIZE, SPLITS, Source
+
+from clipcap_jax import pictures
+from clipcap_jax.captioning import captioner
+from clipcap_jax.captioning.captioner import Caption, Captioner
+from clipcap_jax.captioning.decode import DecodeConfig, beam_search
+from clipcap_jax.datasets import open_split
+from clipcap_jax.errors import UserError
+from clipcap_jax.inputs.batches import CaptionData
+
+PICTURES = sum(SPLITS.values())
+
+
+def loaded(run: Path, inputs: np.ndarray) -> Captioner:
+    """A run's captioner with random parameters: nonsense, but another one for every picture."""
+    trained = Captioner.load(run)
+    params = random_params(trained.model, 1, inputs, np.zeros((1, 2), np.int32))
+    return Captioner(trained.metadata, params, trained.step)
+
+
+@pytest.fixture(scope="module")
+def reads_pixels(pixels_run: Path) -> Captioner:
+    return loaded(pixels_run, np.zeros((1, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8))
+
+
+@pytest.fixture(scope="module")
+def reads_embeddings(embeddings_run: Path) -> Captioner:
+    return loaded(embeddings_run, np.zeros((1, EMBEDDING_WIDTH), np.float32))
+
+
+def searched(captioner: Captioner, inputs: np.ndarray) -> list[str]:
+    """Captions of all inputs in one piece, without the captioner's batches and devices."""
+    metadata = captioner.metadata
+    search = jax.jit(
+        lambda params, inputs: beam_search(captioner.model, params, inputs, captioner.decode, metadata.tokenizer.end_id)
+    )
+    best = search(jax.device_get(captioner.params), inputs).tokens[:, 0]
+    return [metadata.tokenizer.decode(tokens) for tokens in best]
+
+
+def pixels(paths: list[Path]) -> np.ndarray:
+    return np.stack([pictures.preprocess(pictures.decode(path.read_bytes()), IMAGE_SIZE) for path in paths])
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 64])
+def test_every_file_gets_its_own_caption(reads_pixels: Captioner, source: Source, batch_size: int) -> None:
+    paths = sorted(source.pictures.iterdir(), reverse=True)
+    found = list(reads_pixels.caption_files(paths, batch_size=batch_size, workers=2))
+    assert [path for path, _ in found] == paths
+    texts = [caption.text for _, caption in found if isinstance(caption, Caption)]
+    assert texts == searched(reads_pixels, pixels(paths))
+    assert len(set(texts)) > 3  # otherwise any order would do
+
+
+@pytest.mark.parametrize("batch_size", [2, 3])
+def test_a_bad_file_costs_only_itself(reads_pixels: Captioner, source: Source, tmp_path: Path, batch_size: int) -> None:
+    good = sorted(source.pictures.iterdir())[:3]
+    truncated, text, missing = tmp_path / "truncated.png", tmp_path / "text.png", tmp_path / "missing.png"
+    truncated.write_bytes(good[0].read_bytes()[:60])
+    text.write_text("no picture")
+    paths = [truncated, good[0], text, missing, good[1], good[2]]
+    found = dict(reads_pixels.caption_files(paths, batch_size=batch_size, workers=2))
+    assert list(found) == paths
+    assert [found[path].text for path in good] == searched(reads_pixels, pixels(good))  # type: ignore[union-attr]
+    for path, message in ((truncated, "truncated or broken"), (text, "Not an image"), (missing, "No such file")):
+        assert isinstance(found[path], UserError)
+        assert message in str(found[path])
+
+
+def test_no_files_give_no_captions(reads_pixels: Captioner) -> None:
+    assert list(reads_pixels.caption_files([], batch_size=4, workers=1)) == []
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 100])
+def test_embeddings(reads_embeddings: Captioner, source: Source, batch_size: int) -> None:
+    embeddings = np.load(source.embeddings)
+    texts = [caption.text for caption in reads_embeddings.caption(embeddings, batch_size)]
+    assert texts == searched(reads_embeddings, embeddings)
+    assert len(texts) == PICTURES
+    assert len(set(texts)) > 3
+
+
+def test_another_search_than_the_configs(reads_embeddings: Captioner, embeddings_run: Path, source: Source) -> None:
+    embeddings = np.load(source.embeddings)
+    decode = DecodeConfig(beam_size=3, max_tokens=4, length_penalty=0.5, stop="")
+    captioner = reads_embeddings.with_decode(decode)
+    captions = list(captioner.caption(embeddings))
+    assert [caption.text for caption in captions] == searched(captioner, embeddings)
+    assert not all(caption.finished for caption in captions)  # 4 tokens are not enough
+    assert reads_embeddings.decode.beam_size == 1
+    assert Captioner.load(embeddings_run, decode=decode).decode == decode
+    too_long = reads_embeddings.with_decode(dataclasses.replace(decode, max_tokens=23))
+    with pytest.raises(UserError, match="take up to 25 positions, but GPT-2 has 24"):
+        list(too_long.caption(embeddings))
+
+
+def test_one_picture_costs_no_whole_batch(
+    reads_pixels: Captioner, source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = []
+    generate = reads_pixels.generate
+
+    def noted(params: Any, inputs: np.ndarray) -> list[Caption]:
+        sizes.append(len(inputs))
+        return generate(params, inputs)
+
+    monkeypatch.setattr(reads_pixels, "generate", noted)
+    paths = sorted(source.pictures.iterdir())
+    for count in (1, 5, 9):
+        assert len(list(reads_pixels.caption_files(paths[:count], batch_size=8, workers=1))) == count
+        assert len(list(reads_pixels.caption(pixels(paths[:count]), 8))) == count
+    assert sizes == [4, 4, 8, 8, 8, 8, 8, 8]  # on four devices; the last batch is as large as the others
+    assert list(reads_pixels.caption(np.zeros((0, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8))) == []
+
+
+@pytest.mark.parametrize("rows", [1, 4, 6])
+def test_a_split_is_captioned_in_order(reads_embeddings: Captioner, data_dir: Path, rows: int) -> None:
+    data = CaptionData(open_split("records/both", "test", str(data_dir)), None)
+    indices = np.array([5, 0, 3, 3, 1, 2][:rows])
+    captions = list(reads_embeddings.generate.all(reads_embeddings.params, data, indices, batch_size=4))
+    assert [caption.text for caption in captions] == searched(reads_embeddings, data.inputs(indices))
+
+
+def test_a_checkpoint_says_what_it_reads(reads_embeddings: Captioner, reads_pixels: Captioner) -> None:
+    assert reads_embeddings.image_size is None
+    assert reads_pixels.image_size == IMAGE_SIZE
+    with pytest.raises(UserError, match=f"embeddings of width 5 from {ENCODER}, not on pictures"):
+        next(reads_embeddings.caption_files([Path("photo.jpg")], batch_size=1, workers=1))
+    with pytest.raises(UserError, match="not on pictures"):
+        next(reads_embeddings.caption(np.zeros((1, 16, 16, 3), np.uint8)))
+    with pytest.raises(UserError, match="cannot caption embeddings"):
+        next(reads_pixels.caption(np.zeros((1, 5), np.float32)))
+    with pytest.raises(UserError, match=r"have the shape \(1, 4\); .* width 5"):
+        next(reads_embeddings.caption(np.zeros((1, 4), np.float32)))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_embeddings_that_are_not_finite(
+    reads_embeddings: Captioner, bad: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(captioner, "_CHECKED_AT_ONCE", 2)
+    embeddings = np.zeros((7, 5), np.float32)
+    embeddings[3, 2] = embeddings[6, 0] = bad
+    with pytest.raises(UserError, match="2 embeddings are not finite, the first in row 3"):
+        next(reads_embeddings.caption(embeddings))
+
+
+def test_the_score_is_the_mean_log_probability(embeddings_run: Path, source: Source) -> None:
+    captioner = Captioner.load(embeddings_run)
+    [caption] = captioner.caption(np.load(source.embeddings)[:1])
+    tokenizer = captioner.metadata.tokenizer
+    [ids] = tokenizer.encode([caption.text])
+    tokens = np.array([[*ids, tokenizer.end_id]], np.int32)
+    params = jax.device_get(captioner.params)
+    logits = captioner.model.apply({"params": params}, np.load(source.embeddings)[:1], tokens)
+    logits = np.asarray(logits, np.float64)[0]
+    log_probs = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    assert caption.finished
+    assert caption.score == pytest.approx(log_probs[np.arange(len(tokens[0])), tokens[0]].mean(), rel=1e-5)

@@ -1,0 +1,179 @@
+import csv
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny import SPLITS, Clipcap, Source
+
+from clipcap_jax.captioning.captioner import Captioner
+from clipcap_jax.commands import cli
+from clipcap_jax.commands.caption import find_pictures
+from clipcap_jax.datasets import open_split
+from clipcap_jax.errors import UserError
+
+PICTURES = sum(SPLITS.values())
+
+
+@pytest.fixture
+def photos(source: Source, tmp_path: Path) -> Path:
+    """A folder with 28 pictures, one of them below another folder, a broken one, and a text."""
+    photos = tmp_path / "photos"
+    shutil.copytree(source.pictures, photos)
+    (photos / "more [new]").mkdir()
+    (photos / "00.png").rename(photos / "more [new]" / "00.PNG")
+    (photos / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 and no more")
+    (photos / "notes.txt").write_text("not a picture")
+    return photos
+
+
+def expected_captions(run: Path, source: Source) -> list[str]:
+    paths = sorted(source.pictures.iterdir())
+    found = Captioner.load(run).caption_files(paths, batch_size=64, workers=1)
+    return [caption.text for _, caption in found]  # type: ignore[union-attr]
+
+
+def test_find_pictures(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    everything = find_pictures([str(photos)])
+    assert len(everything) == PICTURES + 1
+    assert everything == sorted(everything)
+    assert photos / "more [new]" / "00.PNG" in everything
+    assert find_pictures([str(photos / "0[1-3].png")]) == [photos / f"0{i}.png" for i in (1, 2, 3)]
+    assert find_pictures([str(photos / "**" / "*.PNG")]) == [photos / "more [new]" / "00.PNG"]
+    # Brackets in a name that exists are not taken for a glob, and what is named is taken whatever its suffix.
+    assert find_pictures([str(photos / "more [new]")]) == [photos / "more [new]" / "00.PNG"]
+    assert find_pictures([str(photos / "notes.txt")]) == [photos / "notes.txt"]
+    twice = find_pictures([str(photos / "02.png"), str(photos / "*2.png"), str(photos)])
+    assert twice[0] == photos / "02.png"
+    assert sorted(twice) == everything
+    monkeypatch.chdir(photos)
+    assert find_pictures(["03.png"]) == [Path("03.png")]
+
+
+def test_inputs_that_name_nothing(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("not a picture")
+    with pytest.raises(UserError, match=r"holds no pictures \(\.bmp, "):
+        find_pictures([str(tmp_path)])
+    for name in ("gone.jpg", "*.jpg"):
+        with pytest.raises(UserError, match="there is no file, folder or glob"):
+            find_pictures([str(tmp_path / name)])
+
+
+def test_captions_on_the_screen(
+    clipcap: Clipcap, pixels_run: Path, photos: Path, source: Source, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (photos / "01.png").rename(photos / "01 \udcff.png")  # a name that is no UTF-8
+    assert clipcap("caption", pixels_run, photos, "--batch-size", "3") == 0
+    printed = capsys.readouterr()
+    assert "01 ?.png" in printed.out
+    for caption in expected_captions(pixels_run, source):
+        assert caption in printed.out
+    assert printed.out.count(".png") == PICTURES - 1
+    assert "00.PNG" in printed.out
+    assert f"{PICTURES} captions, 1 pictures skipped" in printed.err
+    assert "broken.jpg: The image is truncated or broken" in printed.err
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv"])
+def test_captions_in_a_file(
+    clipcap: Clipcap, pixels_run: Path, photos: Path, source: Source, tmp_path: Path, suffix: str
+) -> None:
+    output = tmp_path / f"captions{suffix}"
+    strange = photos / "02 é\n\udcff,'\".png"  # a name that is no UTF-8, as POSIX allows
+    (photos / "02.png").rename(strange)
+    assert clipcap("caption", pixels_run, photos, "--output", output) == 0
+    with output.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+        rows = list(map(json.loads, file)) if suffix == ".jsonl" else list(csv.DictReader(file))
+    captions = {Path(row["image"]).name: row["caption"] for row in rows}
+    names = [path.name for path in sorted(source.pictures.iterdir())]
+    names[0], names[2] = "00.PNG", strange.name
+    assert captions == dict(zip(names, expected_captions(pixels_run, source), strict=True))
+    assert {str(row["finished"]) for row in rows} <= {"True", "False"}
+    assert all(float(row["score"]) < 0 for row in rows)
+
+
+def test_a_matrix_of_embeddings(
+    clipcap: Clipcap, embeddings_run: Path, source: Source, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "captions.jsonl"
+    assert clipcap("caption", embeddings_run, source.embeddings, "--output", output, "--beam-size", "2") == 0
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [row["image"] for row in rows] == [str(row) for row in range(PICTURES)]
+    captioner = Captioner.load(embeddings_run)
+    search = captioner.with_decode(dataclasses.replace(captioner.decode, beam_size=2))
+    assert [row["caption"] for row in rows] == [caption.text for caption in search.caption(np.load(source.embeddings))]
+    assert "28 captions, 0 pictures skipped" in capsys.readouterr().err
+
+
+def test_mistakes_are_told_without_a_traceback(
+    clipcap: Clipcap,
+    pixels_run: Path,
+    embeddings_run: Path,
+    source: Source,
+    photos: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    picture = source.pictures / "01.png"
+    (tmp_path / "text.npy").write_text("not a matrix")
+    (tmp_path / "flat.npy").write_bytes(b"")
+    np.save(tmp_path / "objects.npy", np.array([{}], object), allow_pickle=True)
+    full = tmp_path / "full.jsonl"
+    full.symlink_to("/dev/full")
+    for arguments, message in (
+        (("caption", tmp_path / "no run", picture), "holds no checkpoints"),
+        (("caption", pixels_run, picture, "--checkpoint", "77"), "there is no checkpoint '77'"),
+        (("caption", pixels_run, tmp_path / "gone.jpg"), "there is no file, folder or glob"),
+        (("caption", pixels_run, picture, "--output", "captions.txt"), "has to end in .jsonl or .csv"),
+        (("caption", pixels_run, picture, "--output", tmp_path / "gone" / "c.csv"), "cannot be written"),
+        (("caption", pixels_run, picture, "--output", full), "cannot be written: No space left on device"),
+        (("caption", "gs://bucket/run", picture), "runs and their checkpoints lie on a disk"),
+        (("caption", pixels_run, picture, source.embeddings), "not both"),
+        (("caption", pixels_run, source.embeddings), "cannot caption embeddings"),
+        (
+            ("caption", embeddings_run, picture),
+            "was trained on embeddings of width 5 from mean colour, not on pictures",
+        ),
+        (("caption", pixels_run, photos / "broken.jpg"), "none of the pictures could be read"),
+        (("caption", embeddings_run, tmp_path / "text.npy"), "is not a NumPy matrix"),
+        (("caption", embeddings_run, tmp_path / "flat.npy"), "is not a NumPy matrix"),
+        (("caption", embeddings_run, tmp_path / "objects.npy"), "is not a NumPy matrix"),
+        (("caption", embeddings_run, tmp_path / "gone.npy"), "No such file"),
+        (("caption", pixels_run, picture, "--batch-size", "0"), "--batch-size"),
+        (("caption", pixels_run, picture, "--beam-size", "0"), "--beam-size"),
+        (("caption", pixels_run, picture, "--beam-size", "401"), "401"),
+        (
+            ("prepare", "records", "--name", "x", "--captions", tmp_path / "gone.jsonl", "--images", photos),
+            "gone.jsonl",
+        ),
+    ):
+        assert clipcap(*arguments) == 2, arguments
+        printed = capsys.readouterr()
+        assert message in printed.err.replace("\n", " "), arguments
+        assert "Traceback" not in printed.err
+
+
+def test_prepare_records(clipcap: Clipcap, source: Source, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = ("--captions", source.captions, "--images", source.pictures, "--data-dir", tmp_path)
+    assert clipcap("prepare", "records", "--name", "mine", *files) == 0
+    assert f"records/mine is prepared: {tmp_path}" in capsys.readouterr().out
+    assert {split: len(open_split("records/mine", split, str(tmp_path))) for split in SPLITS} == SPLITS
+
+
+def test_a_script_that_is_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit, match="130"):
+        cli.run_script(interrupted)
+
+
+def test_the_command_itself_imports_nothing_slow() -> None:
+    """`clipcap --help` answers at once: what takes seconds to import, the commands that need it import."""
+    code = "import sys, clipcap_jax.__main__; print({'jax', 'tensorflow_datasets'} & sys.modules.keys())"
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert printed.strip() == "set()"

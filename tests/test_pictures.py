@@ -1,0 +1,235 @@
+import contextlib
+import io
+import struct
+import time
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from clipcap_jax import pictures
+from clipcap_jax.errors import UserError
+
+DATA = Path(__file__).parent / "data" / "clip_preprocess"
+
+
+def encode(image: Image.Image, file_format: str, **options: object) -> bytes:
+    file = io.BytesIO()
+    image.save(file, file_format, **options)
+    return file.getvalue()
+
+
+def noise(width: int, height: int, seed: int = 0) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def assert_decodes_to(data: bytes, expected: np.ndarray, tolerance: int = 0) -> None:
+    image = pictures.decode(data)
+    assert image.mode == "RGB"
+    pixels = np.asarray(image).astype(int)
+    np.testing.assert_allclose(pixels, np.broadcast_to(expected, pixels.shape), rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "BMP", "TIFF", "WEBP", "PPM"])
+def test_rgb_is_unchanged(file_format: str) -> None:
+    image = noise(7, 5)
+    options = {"lossless": True} if file_format == "WEBP" else {}
+    assert_decodes_to(encode(image, file_format, **options), np.asarray(image))
+
+
+def test_cmyk_jpeg() -> None:
+    red = Image.new("CMYK", (16, 16), (0, 255, 255, 0))
+    assert_decodes_to(encode(red, "JPEG", quality=100), np.array([255, 0, 0]), tolerance=3)
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "TIFF", "PPM"])  # Pillow reads PPM into 32 bits, the others into 16
+def test_16_bit_greyscale_is_scaled(file_format: str) -> None:
+    values = np.array([[0, 255, 256, 0x1234], [0x7FFF, 0x8000, 0xFF00, 0xFFFF]], np.uint16)
+    expected = np.array([[0, 0, 1, 0x12], [0x7F, 0x80, 0xFF, 0xFF]])
+    assert_decodes_to(encode(Image.fromarray(values), file_format), expected[..., None])
+
+
+def test_palette_with_transparency_shows_the_colours() -> None:
+    image = Image.new("P", (3, 1))
+    image.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90])
+    image.putdata([0, 1, 2])
+    expected = np.array([[[10, 20, 30], [40, 50, 60], [70, 80, 90]]])
+    assert_decodes_to(encode(image, "PNG"), expected)
+    assert_decodes_to(encode(image, "PNG", transparency=1), expected)
+    assert_decodes_to(encode(image, "PNG", transparency=bytes([0, 128, 255])), expected)
+
+
+def test_greyscale_and_black_and_white() -> None:
+    assert_decodes_to(encode(Image.new("L", (2, 2), 77), "PNG"), np.array([77, 77, 77]))
+    assert_decodes_to(encode(Image.new("1", (2, 2), 1), "PNG"), np.array([255, 255, 255]))
+
+
+def test_transparency_is_dropped_as_in_clip() -> None:
+    assert_decodes_to(encode(Image.new("RGBA", (2, 2), (9, 8, 7, 0)), "PNG"), np.array([9, 8, 7]))
+    assert_decodes_to(encode(Image.new("LA", (2, 2), (50, 128)), "PNG"), np.array([50, 50, 50]))
+
+
+# What EXIF 2.3 says of its tag 274: where row 0 and column 0 of the stored picture belong in the shown one.
+ORIENTATIONS = {
+    1: lambda stored: stored,  # top, left
+    2: lambda stored: stored[:, ::-1],  # top, right
+    3: lambda stored: stored[::-1, ::-1],  # bottom, right
+    4: lambda stored: stored[::-1],  # bottom, left
+    5: lambda stored: stored.swapaxes(0, 1),  # left, top
+    6: lambda stored: stored.swapaxes(0, 1)[:, ::-1],  # right, top
+    7: lambda stored: stored.swapaxes(0, 1)[::-1, ::-1],  # right, bottom
+    8: lambda stored: stored.swapaxes(0, 1)[::-1],  # left, bottom
+}
+
+
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+def test_exif_rotation_is_applied(orientation: int) -> None:
+    stored = noise(5, 3)
+    exif = Image.Exif()
+    exif[274] = orientation
+    assert_decodes_to(encode(stored, "PNG", exif=exif), ORIENTATIONS[orientation](np.asarray(stored)))
+
+
+def test_first_frame_of_an_animation() -> None:
+    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
+    assert_decodes_to(encode(frames[0], "GIF", save_all=True, append_images=frames[1:]), np.array([255, 0, 0]))
+
+
+JPEG, PNG, GIF = (encode(noise(40, 30), file_format) for file_format in ("JPEG", "PNG", "GIF"))
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "empty"),
+        (b"<html>Not found</html>", "Not an image that Pillow can read.*<html>"),
+        (JPEG[: len(JPEG) // 2], "truncated"),
+        (PNG[: len(PNG) // 2], "truncated"),
+        (PNG[:50] + b"XXXX" + PNG[54:], "broken"),
+        (encode(Image.new("L", (101, 1)), "PNG"), "too thin: 101 x 1"),
+        (encode(Image.new("F", (2, 2)), "TIFF"), "floating-point"),
+        (encode(Image.new("I", (2, 2), 70_000), "TIFF"), "more than 16 bits"),
+    ],
+)
+def test_what_is_wrong_is_said(data: bytes, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        pictures.decode(data)
+
+
+def test_decompression_bomb() -> None:
+    png = encode(Image.new("RGB", (1, 1)), "PNG")
+    header = b"IHDR" + struct.pack(">II", 60_000, 60_000) + png[24:29]
+    bomb = png[:12] + header + struct.pack(">I", zlib.crc32(header)) + png[33:]
+    with pytest.raises(UserError, match=r"too large.*3600000000 pixels"):
+        pictures.decode(bomb)
+
+
+@given(st.sampled_from([JPEG, PNG, GIF]), st.data())
+def test_damage_gives_a_picture_or_a_user_error(data: bytes, draw: st.DataObject) -> None:
+    damaged = bytearray(data)
+    for position in draw.draw(st.lists(st.integers(0, len(data) - 1), max_size=5)):
+        damaged[position] = draw.draw(st.integers(0, 255))
+    end = draw.draw(st.integers(0, len(data)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Image, "MAX_IMAGE_PIXELS", 100_000)  # a damaged size must not take memory
+        with contextlib.suppress(UserError):
+            assert pictures.decode(bytes(damaged[:end])).mode == "RGB"
+
+
+CASES = [name.removeprefix("image_") for name in np.load(DATA / "reference.npz") if name.startswith("image_")]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_preprocess_equals_clips(case: str) -> None:
+    reference = np.load(DATA / "reference.npz")
+    image, expected = Image.fromarray(reference[f"image_{case}"]), reference[f"expected_{case}"]
+    np.testing.assert_array_equal(pictures.preprocess(image, len(expected)), expected)
+
+
+sides = st.integers(1, 60)
+
+
+@given(sides, sides, sides, st.tuples(*[st.integers(0, 255)] * 3))
+def test_preprocess_keeps_a_plain_colour(width: int, height: int, size: int, colour: tuple[int, int, int]) -> None:
+    pixels = pictures.preprocess(Image.new("RGB", (width, height), colour), size)
+    assert pixels.dtype == np.uint8
+    assert pixels.shape == (size, size, 3)
+    assert (pixels == colour).all()
+
+
+@given(sides, sides)
+def test_preprocess_only_crops_where_the_short_side_fits(width: int, height: int) -> None:
+    image, size = noise(width, height), min(width, height)
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    expected = np.asarray(image)[top : top + size, left : left + size]
+    np.testing.assert_array_equal(pictures.preprocess(image, size), expected)
+
+
+@given(sides, sides, sides)
+def test_preprocess_treats_both_directions_alike(width: int, height: int, size: int) -> None:
+    image = noise(width, height).point(lambda value: 96 + value // 4)  # bicubic overshoot stays within 0 to 255
+    turned = image.transpose(Image.Transpose.TRANSPOSE)
+    difference = pictures.preprocess(image, size).astype(int) - pictures.preprocess(turned, size).swapaxes(0, 1)
+    assert abs(difference).max() <= 2  # Pillow rounds to whole numbers between its two passes
+
+
+def test_preprocess_equals_transformers_on_photos(shared: Path) -> None:
+    """transformers' Pillow-based processor, to one 8-bit level, wherever it crops where OpenAI's code does.
+
+    It crops at `(side - size) // 2`, torchvision at `round((side - size) / 2)`: of odd differences, those differ that
+    round up.
+    """
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    processor = CLIPImageProcessorPil(size={"shortest_edge": 224}, crop_size=224, do_normalize=False, do_rescale=False)
+    compared = 0
+    paths = sorted((shared / "data" / "coco_photos").rglob("*.jpg"))
+    assert len(paths) == 100
+    for path in paths:
+        image = pictures.decode(path.read_bytes())
+        short, long = sorted(image.size)
+        difference = int(224 * long / short) - 224
+        if round(difference / 2) != difference // 2:
+            continue
+        expected = np.asarray(processor(image, return_tensors="np")["pixel_values"][0]).transpose(1, 2, 0)
+        ours = pictures.preprocess(image, 224)
+        assert expected.shape == ours.shape
+        assert np.abs(expected.astype(int) - ours).max() <= 1, path.name
+        compared += 1
+    assert compared >= 60
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_loading_ahead(workers: int) -> None:
+    """In order, and not further ahead than told."""
+    begun: list[int] = []
+
+    def load(item: int) -> int:
+        begun.append(item)
+        time.sleep(0.01 * (item % 3))
+        return -item
+
+    for taken, loaded in enumerate(pictures.load_ahead(load, range(20), workers=workers, ahead=4)):
+        assert loaded == -taken
+        assert len(begun) <= taken + 5
+    assert sorted(begun) == list(range(20))
+    assert list(pictures.load_ahead(load, [], workers=workers, ahead=4)) == []
+
+
+def test_an_error_ends_loading_ahead() -> None:
+    begun: list[int] = []
+
+    def load(item: int) -> int:
+        begun.append(item)
+        time.sleep(0.01)
+        if item == 2:
+            raise UserError("broken")
+        return item
+
+    with pytest.raises(UserError, match="broken"):
+        list(pictures.load_ahead(load, range(1000), workers=1, ahead=100))
+    assert len(begun) < 10

@@ -1,0 +1,133 @@
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.extend.core import jaxprs_in_params
+from random_models import clipcap_config, random_embeddings, random_params, random_tokens
+from tiny import assert_close, named
+
+from clipcap_jax import parallel
+from clipcap_jax.models.clipcap import ClipCap
+from clipcap_jax.training.step import TrainState, make_step
+
+BATCH = {
+    "inputs": random_embeddings(0, 8),
+    "tokens": random_tokens(0, 8, 7),
+    "lengths": np.array([7, 7, 1, 0, 3, 1, 0, 0], np.int32),  # the devices have 14, 1, 4 and 0 tokens
+}
+
+
+def keep_gradients() -> optax.GradientTransformation:
+    """Gradient descent whose state is the last gradients."""
+    return optax.GradientTransformation(
+        lambda params: jax.tree.map(jnp.zeros_like, params),
+        lambda grads, state, params=None: (jax.tree.map(lambda grad: -0.1 * grad, grads), grads),
+    )
+
+
+def start(params: Any) -> TrainState:
+    key = jax.random.key_data(jax.random.key(0))
+    return parallel.replicate(TrainState(jnp.int32(0), key, params, keep_gradients().init(params)))
+
+
+def test_a_step_on_four_devices_equals_one_loss_on_one() -> None:
+    model = ClipCap(clipcap_config(dropout=0.0))
+    params = random_params(model, 0, BATCH["inputs"], BATCH["tokens"])
+
+    def loss(params: Any) -> jax.Array:
+        logits = model.apply({"params": params}, BATCH["inputs"], BATCH["tokens"])
+        real = np.arange(7)[None] < BATCH["lengths"][:, None]
+        targets = optax.smooth_labels(jax.nn.one_hot(BATCH["tokens"][real], 11), 0.1)
+        return optax.softmax_cross_entropy(logits[real], targets).mean()
+
+    expected, gradients = jax.jit(jax.value_and_grad(loss))(params)
+    step = make_step(model, keep_gradients(), dropout=("mapper", "gpt2"), label_smoothing=0.1, targets="all")
+    state, metrics = parallel.map_step(step)(start(params), {}, BATCH)
+    np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-5)
+    assert_close(named(state.opt_state), named(gradients))
+    assert_close(named(state.params), named(jax.tree.map(lambda param, grad: param - 0.1 * grad, params, gradients)))
+    norm = np.sqrt(sum(np.sum(np.square(grad, dtype=np.float64)) for grad in jax.tree.leaves(gradients)))
+    np.testing.assert_allclose(metrics["gradient_norm"], norm, rtol=1e-5)
+    assert state.step == 1
+
+
+def test_the_old_state_is_donated() -> None:
+    model = ClipCap(clipcap_config())
+    params, optimizer = random_params(model, 0, BATCH["inputs"], BATCH["tokens"]), optax.adamw(0.1)
+    old = start(params)._replace(opt_state=parallel.replicate(optimizer.init(params)))
+    step = parallel.map_step(
+        make_step(model, optimizer, dropout=("mapper", "gpt2"), label_smoothing=0.0, targets="all")
+    )
+    new, _ = step(old, {}, BATCH)
+    assert [name for name, leaf in named(old).items() if not leaf.is_deleted()] == []
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(new))
+
+
+def test_dropout_differs_by_step_and_by_device() -> None:
+    model = ClipCap(clipcap_config(dropout=0.5))
+    params = random_params(model, 0, BATCH["inputs"], BATCH["tokens"])
+    alike = jax.tree.map(lambda x: np.repeat(x[:1], 8, axis=0), BATCH)
+
+    def losses(dropout: tuple[str, ...]) -> list[float]:
+        """Of one caption on one device, on another one, a step later, and as at first."""
+        step = parallel.map_step(
+            make_step(model, keep_gradients(), dropout=dropout, label_smoothing=0.0, targets="all")
+        )
+        found = []
+        for device, at in ((0, 0), (1, 0), (0, 1), (0, 0)):
+            lengths = np.where(np.arange(8) == 2 * device, 7, 0)
+            state = start(params)._replace(step=jnp.int32(at))
+            found.append(float(step(state, {}, {**alike, "lengths": lengths})[1]["loss"]))
+        return found
+
+    one, another, later, again = losses(dropout=("gpt2",))
+    assert len({one, another, later}) == 3
+    assert one == again
+    without = losses(dropout=())
+    np.testing.assert_allclose(without, without[0], rtol=1e-6)
+
+
+def products(jaxpr: Any) -> list[tuple[int, ...]]:
+    """The shapes of all matrix products in a program."""
+    found = []
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            found.append(equation.outvars[0].aval.shape)
+        for inner in jaxprs_in_params(equation.params):
+            found += products(inner)
+    return found
+
+
+@pytest.mark.parametrize("trainable", [("mapper",), ("gpt2",), ("mapper", "gpt2")])
+def test_frozen_parts_get_no_gradients(trainable: tuple[str, ...]) -> None:
+    model = ClipCap(clipcap_config())
+    params = random_params(model, 0, BATCH["inputs"], BATCH["tokens"])
+    trained = {name: params[name] for name in trainable}
+    frozen = {name: params[name] for name in params if name not in trainable}
+    step = make_step(model, keep_gradients(), dropout=(), label_smoothing=0.0, targets="all")
+    state = TrainState(jnp.int32(0), jax.random.key_data(jax.random.key(0)), trained, keep_gradients().init(trained))
+    one_device = jax.vmap(step, in_axes=(None, None, 0), axis_name=parallel.AXIS, out_axes=None)
+    batch = jax.tree.map(lambda x: x[None], BATCH)
+    jaxpr, (after, _) = jax.make_jaxpr(one_device, return_shape=True)(state, frozen, batch)
+    assert set(after.params) == set(after.opt_state) == set(trainable)
+    shapes = products(jaxpr.jaxpr)
+    for part in params:
+        kernels = {leaf.shape[-2:] for name, leaf in named(params[part]).items() if name.endswith("kernel")}
+        gradients = {kernel for kernel in kernels if (1, *kernel) in shapes or (1, *kernel[::-1]) in shapes}
+        assert gradients == (kernels if part in trainable else set())
+
+
+def test_the_originals_targets() -> None:
+    """No end token is learnt, and no token 0: the loss is that of the tokens that are left."""
+    model = ClipCap(clipcap_config(dropout=0.0))
+    params = random_params(model, 0, BATCH["inputs"], BATCH["tokens"])
+    logits = model.apply({"params": params}, BATCH["inputs"], BATCH["tokens"])
+    real = (np.arange(7)[None] < BATCH["lengths"][:, None]) & (BATCH["tokens"] != 0)
+    assert real.sum() < BATCH["lengths"].sum()
+    expected = optax.softmax_cross_entropy_with_integer_labels(logits[real], BATCH["tokens"][real]).mean()
+    step = make_step(model, keep_gradients(), dropout=(), label_smoothing=0.0, targets="original")
+    _, metrics = parallel.map_step(step)(start(params), {}, BATCH)
+    np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-5)
