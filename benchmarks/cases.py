@@ -22,7 +22,8 @@ from original import Original
 from variants import VARIANTS
 
 from clipcap_jax import parallel
-from clipcap_jax.captioning.decode import DecodeConfig, beam_search
+from clipcap_jax.captioning.decode import beam_search
+from clipcap_jax.config import DecodeConfig
 from clipcap_jax.convert import clip
 from clipcap_jax.models.clipcap import ClipCap
 from clipcap_jax.training.loss import caption_loss

@@ -15,7 +15,8 @@ import numpy as np
 from jax.extend.core import jaxprs_in_params
 
 from clipcap_jax import parallel
-from clipcap_jax.captioning.decode import DecodeConfig, Hypotheses, beam_search
+from clipcap_jax.captioning.decode import Hypotheses, beam_search
+from clipcap_jax.config import DecodeConfig
 from clipcap_jax.convert import gpt2 as convert_gpt2
 from clipcap_jax.convert import mapping, original
 from clipcap_jax.models import clip_resnet, clip_vit, gpt2
@@ -126,9 +127,10 @@ def training_step(model: ClipCap) -> Callable[..., Any]:
 
 
 def adamw() -> Any:
+    from clipcap_jax.config import OptimizerConfig
     from clipcap_jax.training import optim
 
-    settings = optim.OptimizerConfig(
+    settings = OptimizerConfig(
         learning_rate=2e-5,
         warmup_steps=5000,
         weight_decay=0.0,
@@ -167,7 +169,7 @@ def validation_loss(model: ClipCap) -> Callable[..., Any]:
 
 
 def best_captions(model: ClipCap, beam_size: int, max_tokens: int) -> Callable[..., Hypotheses]:
-    """What `captioner.Generator` maps over devices: the best hypothesis of each input."""
+    """What `captioner.BatchCaptioner` maps over devices: the best hypothesis of each input."""
     decode = DecodeConfig(beam_size, max_tokens, length_penalty=1.0, stop="")
     end_token = min(END_TOKEN, model.config.gpt2.vocab_size - 1)
 

@@ -11,15 +11,13 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from clipcap_jax.captioning.decode import DecodeConfig
 from clipcap_jax.errors import UserError
 from clipcap_jax.models import clip_resnet, clip_vit, gpt2
 from clipcap_jax.models.clip_vit import ClipVitConfig
 from clipcap_jax.models.clipcap import ClipCapConfig
-from clipcap_jax.training.loss import Targets
-from clipcap_jax.training.optim import OptimizerConfig
 
-Part = Literal["clip", "mapper", "gpt2"]
+ModelPart = Literal["clip", "mapper", "gpt2"]
+Targets = Literal["all", "original"]
 
 # Names that may stand for sizes: `model.clip="RN50x4"`, `model.gpt2="gpt2"`.
 PRESETS: dict[str, Any] = {**clip_vit.PRESETS, **clip_resnet.PRESETS, **gpt2.PRESETS}
@@ -84,6 +82,30 @@ class PretrainedConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW's settings.
+
+    Attributes:
+      learning_rate: the peak, reached after `warmup_steps`; from there it falls linearly to 0 at the end of the run.
+      warmup_steps: a shorter run warms up to its end.
+      weight_decay: on the matrices; not on biases, norms and embeddings.
+      beta1, beta2, epsilon: Adam's.
+      clip_norm: gradients with a larger global norm are scaled down to it; 0: never.
+      average_decay: what is validated and used afterwards is the exponential moving average of the parameters over the
+        steps (Polyak and Juditsky 1992), with this decay a step; 0: the parameters of the last step.
+    """
+
+    learning_rate: float
+    warmup_steps: int
+    weight_decay: float
+    beta1: float
+    beta2: float
+    epsilon: float
+    clip_norm: float
+    average_decay: float
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """The run.
 
@@ -96,19 +118,37 @@ class TrainConfig:
       init_from: a run whose parameters to start from, with a fresh optimiser; "": none.
       targets: "all": a caption's tokens and the end token are learnt; "original": as in the original's code there is no
         end token, and token 0 is not learnt, wherever it stands.
-      label_smoothing: see `loss.caption_loss`.
+      label_smoothing: see `training.loss.caption_loss`.
       log_every: steps between log lines.
     """
 
     seed: int
     epochs: float
     batch_size: int
-    trainable: tuple[Part, ...]
+    trainable: tuple[ModelPart, ...]
     pretrained: PretrainedConfig
     init_from: str
     targets: Targets
     label_smoothing: float
     log_every: int
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeConfig:
+    """How captions are searched for.
+
+    Attributes:
+      beam_size: W; 1 is greedy decoding.
+      max_tokens: the longest caption, the end token included.
+      length_penalty: hypotheses are ranked by log-probability / length ** length_penalty; 1 is the original's mean.
+      stop: the text of the token that ends a caption and belongs to it, "." for models that the original trained; "":
+        the end-of-text token.
+    """
+
+    beam_size: int
+    max_tokens: int
+    length_penalty: float
+    stop: str
 
 
 @dataclasses.dataclass(frozen=True)

@@ -107,3 +107,25 @@ def local_copy(path: Any) -> Path:
         path.copy(folder / path.name)
 
     return once(name, [home() / "files"], write) / path.name
+
+
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A place beside `path` to write a file or a folder to, which is `path` in the end, or, if that fails, nothing.
+
+    Raises:
+      UserError: it cannot be written.
+    """
+    from safetensors import SafetensorError
+
+    partial = path.with_name(path.name + ".partial")
+    try:
+        yield partial
+        partial.rename(path)
+    except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError as torch wraps them
+        raise UserError(f"{path} cannot be written: {error}") from error
+    finally:
+        if partial.is_dir():
+            shutil.rmtree(partial)
+        elif partial.exists():
+            partial.unlink()

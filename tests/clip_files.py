@@ -11,7 +11,8 @@ from random_models import random_params
 from safetensors.numpy import save_file
 from tokenizers.pre_tokenizers import ByteLevel
 
-from clipcap_jax.convert import clip_text, mapping, weights
+from clipcap_jax import hub
+from clipcap_jax.convert import clip_text, mapping
 from clipcap_jax.models.clip_text import ClipText, ClipTextConfig
 
 MERGES = [("p", "h"), ("o", "g</w>"), ("d", "og</w>"), ("ph", "o"), ("t", "s</w>")]
@@ -60,6 +61,6 @@ def in_hub_cache(cache: Path, repository: str) -> Path:
     snapshot.mkdir(parents=True)
     (folder / "refs").mkdir()
     (folder / "refs" / "main").write_text(snapshot.name)
-    for name in weights.CONFIG_FILES:
+    for name in hub.CONFIG_FILES:
         (snapshot / name).write_text("{}")
     return snapshot

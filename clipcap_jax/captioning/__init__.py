@@ -1,0 +1,3 @@
+"""Pictures or embeddings become captions."""
+
+__all__ = ["captioner", "decode"]

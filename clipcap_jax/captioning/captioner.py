@@ -11,8 +11,9 @@ import jax
 import numpy as np
 
 from clipcap_jax import parallel, pictures
-from clipcap_jax.captioning.decode import DecodeConfig, Hypotheses, beam_search
+from clipcap_jax.captioning.decode import Hypotheses, beam_search
 from clipcap_jax.checkpoints import store
+from clipcap_jax.config import DecodeConfig
 from clipcap_jax.errors import UserError
 from clipcap_jax.inputs.batches import CaptionData, fill, input_batches
 from clipcap_jax.models.clipcap import ClipCap
@@ -30,7 +31,7 @@ class Caption:
     score: float
 
 
-class Generator:
+class BatchCaptioner:
     """Captions batches on all devices, with whatever parameters it is given."""
 
     def __init__(self, model: ClipCap, tokenizer: Tokenizer, decode: DecodeConfig):
@@ -71,7 +72,7 @@ class Captioner:
         self.model = ClipCap(metadata.config.model)
         self.params = parallel.replicate(params)
         self.decode = decode or metadata.config.evaluate.decode
-        self.generate = Generator(self.model, metadata.tokenizer, self.decode)
+        self.generate = BatchCaptioner(self.model, metadata.tokenizer, self.decode)
 
     @classmethod
     def load(cls, run: str | Path, which: str = "best", decode: DecodeConfig | None = None) -> "Captioner":
@@ -93,7 +94,7 @@ class Captioner:
         """The same model, searching differently."""
         other = copy.copy(self)
         other.decode = decode
-        other.generate = Generator(self.model, self.metadata.tokenizer, decode)
+        other.generate = BatchCaptioner(self.model, self.metadata.tokenizer, decode)
         return other
 
     @property

@@ -5,33 +5,15 @@ once and never moved: token t of beam w lies in slot `P + t * W + w` for good, a
 is permuted instead and becomes the attention mask.
 """
 
-import dataclasses
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from clipcap_jax.config import DecodeConfig
 from clipcap_jax.errors import UserError
 from clipcap_jax.models.clipcap import ClipCap
 from clipcap_jax.models.gpt2 import Cache
-
-
-@dataclasses.dataclass(frozen=True)
-class DecodeConfig:
-    """How captions are searched for.
-
-    Attributes:
-      beam_size: W; 1 is greedy decoding.
-      max_tokens: the longest caption, the end token included.
-      length_penalty: hypotheses are ranked by log-probability / length ** length_penalty; 1 is the original's mean.
-      stop: the text of the token that ends a caption and belongs to it, "." for models that the original trained; "":
-        the end-of-text token.
-    """
-
-    beam_size: int
-    max_tokens: int
-    length_penalty: float
-    stop: str
 
 
 class Hypotheses(NamedTuple):

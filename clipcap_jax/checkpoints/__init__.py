@@ -1,0 +1,3 @@
+"""Orbax checkpoints of runs."""
+
+__all__ = ["store"]

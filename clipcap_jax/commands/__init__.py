@@ -1,1 +1,3 @@
-"""What the `clipcap` command can do; each module adds its part to the parser."""
+"""The `clipcap` command, one file for each group of verbs: arguments in, one library call."""
+
+__all__ = ["caption", "cli", "convert", "data", "score"]

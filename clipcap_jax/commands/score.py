@@ -74,7 +74,7 @@ def add(commands: Any) -> None:
 
 
 def _score(arguments: argparse.Namespace) -> None:
-    from clipcap_jax.convert.weights import whole  # importing it takes a second, which `clipcap --help` should not
+    from clipcap_jax.files import whole  # importing it takes a second, which `clipcap --help` should not
 
     _check_options(arguments)
     captions, file = coco_files.read_results(arguments.captions), coco_files.read_captions(arguments.references)

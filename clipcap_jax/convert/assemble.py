@@ -4,13 +4,14 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from clipcap_jax.captioning.decode import DecodeConfig
 from clipcap_jax.checkpoints.store import Metadata
 from clipcap_jax.config import (
     CheckpointConfig,
     Config,
     DataConfig,
+    DecodeConfig,
     EvaluateConfig,
+    OptimizerConfig,
     PretrainedConfig,
     TokenizerConfig,
     TrainConfig,
@@ -19,7 +20,6 @@ from clipcap_jax.convert.clip import load_clip
 from clipcap_jax.convert.original import HEADS, load_original
 from clipcap_jax.errors import UserError
 from clipcap_jax.text.tokenizer import Tokenizer
-from clipcap_jax.training.optim import OptimizerConfig
 
 
 @dataclasses.dataclass(frozen=True)

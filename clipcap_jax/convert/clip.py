@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from clipcap_jax import hub
 from clipcap_jax.convert import weights
 from clipcap_jax.convert.mapping import Arrays, Source, Table, conv, linear, load, norm, same
 from clipcap_jax.errors import UserError
@@ -114,7 +115,7 @@ def load_clip(source: str, heads: int | None = None) -> tuple[ClipConfig, Any]:
 
 def read(source: str) -> tuple[Arrays, Path, dict[str, Any]]:
     """The tensors of a CLIP, their file, and what Hugging Face's or open_clip's config beside it says."""
-    path = weights.locate(source, FILES)
+    path = hub.locate(source, FILES)
     arrays = weights.read(path)
     hugging_face = any(name.startswith(("vision_model.", "text_model.")) for name in arrays)
     return arrays, path, weights.read_config(path.with_name("config.json" if hugging_face else "open_clip_config.json"))

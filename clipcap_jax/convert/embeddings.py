@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from clipcap_jax.convert import weights
+from clipcap_jax import files
 from clipcap_jax.errors import UserError
 
 # torch.serialization, `_legacy_save`: four pickles and the list of keys, then each storage's length and elements.
@@ -155,10 +155,10 @@ def convert_pickle(path: Path, embeddings: Path, captions: Path) -> tuple[int, i
     if embeddings.suffix != ".npy":
         raise UserError(f"{embeddings}: the name has to end in .npy")
     matrix, pictures = read_pickle(path)
-    with weights.whole(embeddings) as partial:
+    with files.whole(embeddings) as partial:
         with partial.open("wb") as file:
             np.save(file, matrix[[picture["embedding_row"] for picture in pictures]])
-        with weights.whole(captions) as partial_captions, partial_captions.open("w", encoding="utf-8") as lines:
+        with files.whole(captions) as partial_captions, partial_captions.open("w", encoding="utf-8") as lines:
             for row, picture in enumerate(pictures):
                 lines.write(json.dumps({**picture, "embedding_row": row}, ensure_ascii=False) + "\n")
     return len(pictures), sum(len(picture["captions"]) for picture in pictures)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from clipcap_jax import files, hub
 from clipcap_jax.convert import weights
 from clipcap_jax.convert.mapping import Arrays, Source, Table, load, norm, same, store
 from clipcap_jax.errors import UserError
@@ -69,7 +70,7 @@ def load_gpt2(source: str, heads: int | None = None) -> tuple[Gpt2Config, Any]:
     Raises:
       UserError: there are no such weights, or they are not a GPT-2's.
     """
-    path = weights.locate(source, FILES)
+    path = hub.locate(source, FILES)
     stored = weights.read_config(path.with_name("config.json"))
     for name, (default, allowed) in _REQUIRED.items():
         if (value := stored.get(name, default)) not in allowed:
@@ -140,7 +141,7 @@ def save_gpt2(config: Gpt2Config, params: Any, tokenizer: Tokenizer, folder: Pat
         "eos_token_id": tokenizer.end_id,
         "tie_word_embeddings": True,
     }
-    with weights.whole(folder) as partial:
+    with files.whole(folder) as partial:
         partial.mkdir(parents=True)
         # Without its prefix, as on the hub; the tied output layer is not stored twice.
         save_file(store(TABLE, params), partial / "model.safetensors", metadata={"format": "pt"})

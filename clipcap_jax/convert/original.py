@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from clipcap_jax import files
 from clipcap_jax.convert import gpt2, weights
 from clipcap_jax.convert.mapping import Arrays, Source, Table, linear, load, norm, same, store
 from clipcap_jax.errors import UserError
@@ -154,5 +155,5 @@ def save_original(config: ClipCapConfig, params: Any, path: Path) -> None:
         arrays[f"gpt.transformer.h.{layer}.attn.masked_bias"] = np.array(-1e4, np.float32)
     state = {name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}
     state["gpt.lm_head.weight"] = state["gpt.transformer.wte.weight"]  # tied: stored once
-    with weights.whole(path) as partial:
+    with files.whole(path) as partial:
         torch.save(state, partial)

@@ -1,10 +1,10 @@
-"""Data sets: TFDS builders that need no TensorFlow, all in the schema of `clipcap_jax.datasets.schema`."""
+"""People's files become a prepared data set, in the one schema of `clipcap_jax.datasets.schema`, and its page."""
 
-from clipcap_jax.datasets.prepare import Summary
 from clipcap_jax.datasets.records import RecordsSource, prepare_records
 from clipcap_jax.datasets.schema import Example, Split, open_split
 from clipcap_jax.datasets.shapes import prepare_shapes
 from clipcap_jax.datasets.source import Problem
+from clipcap_jax.datasets.summary import Summary
 
 __all__ = [
     "Example",
@@ -12,7 +12,19 @@ __all__ = [
     "RecordsSource",
     "Split",
     "Summary",
+    "coco",
+    "conceptual",
+    "downloads",
+    "flickr",
+    "nocaps",
     "open_split",
+    "prepare",
     "prepare_records",
     "prepare_shapes",
+    "schema",
+    "shapes",
+    "shards",
+    "source",
+    "summary",
+    "tfds_coco",
 ]

@@ -18,72 +18,17 @@ from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
-from rich.console import Group, RenderableType
-from rich.table import Table
-from rich.text import Text
 
 from clipcap_jax import files
-from clipcap_jax.datasets import schema
+from clipcap_jax.datasets import page, schema
 from clipcap_jax.datasets.shards import VERSION, Shard, Writer, changes, tidy, upload
 from clipcap_jax.datasets.source import Part, Problem, Source, first_problems
+from clipcap_jax.datasets.summary import Summary
 from clipcap_jax.errors import UserError
-from clipcap_jax.evaluation import report
 from clipcap_jax.progress import track
 
 _SAMPLES = 12  # pictures of each split on the page
 _STORED_PROBLEMS = 100  # in metadata.json, which is read whenever the data set is opened; problems.jsonl has all
-
-
-@dataclasses.dataclass(frozen=True)
-class Summary:
-    """What a prepared data set holds; `rich.print` shows it as a table.
-
-    Attributes:
-      name: the data set, such as "records/flickr8k".
-      folder: where it lies.
-      images: pictures (or their embeddings) kept, by split.
-      captions: captions kept, by split.
-      words: how many captions have how many words.
-      skipped: how often something was skipped, by reason, the most frequent first.
-      problems: the first of what was skipped, one by one.
-      notes: what else the user should know, such as fields that were not used.
-      origin: what it was prepared from.
-      already_prepared: nothing was written this time.
-    """
-
-    name: str
-    folder: str
-    images: Mapping[str, int]
-    captions: Mapping[str, int]
-    words: Mapping[int, int]
-    skipped: Mapping[str, int]
-    problems: tuple[Problem, ...]
-    notes: tuple[str, ...]
-    origin: Mapping[str, Any]
-    already_prepared: bool = False
-
-    @property
-    def lengths(self) -> str:
-        """What `words` come to; "" where there are no captions."""
-        if not self.words:
-            return ""
-        lengths, counts = (np.array(values) for values in zip(*sorted(self.words.items()), strict=True))
-        half, most = lengths[np.searchsorted(np.cumsum(counts), [0.5 * counts.sum(), 0.99 * counts.sum()])]
-        mean = np.average(lengths, weights=counts)
-        return f"{mean:.1f} on average, half have up to {half}, 99% up to {most}, the longest {lengths[-1]}"
-
-    def __rich__(self) -> RenderableType:
-        state = "was prepared before, nothing to do" if self.already_prepared else "is prepared"
-        table = Table("split", "images", "captions")
-        for split, images in self.images.items():
-            table.add_row(split, f"{images:,}", f"{self.captions[split]:,}")
-        lines = [f"words in a caption: {self.lengths}"] if self.words else []
-        lines += [f"skipped {count:,}: {reason}" for reason, count in self.skipped.items()]
-        lines += [f"  {problem}" for problem in self.problems[:10]]
-        lines += [f"all that was skipped: {self.folder}/problems.jsonl"] * bool(self.problems)
-        lines += [f"note: {note}" for note in self.notes]
-        lines.append(f"sample pictures and the lengths of captions: {self.folder}/report.html")
-        return Group(Text(f"{self.name} {state}: {self.folder}"), table, *map(Text, lines))
 
 
 def prepare(source: Source, data_dir: str, *, max_skipped: float = 0.01, processes: int = 1) -> Summary:
@@ -345,7 +290,7 @@ def _write_page(writer: Writer) -> None:
     for split, images in summary.images.items():
         opened = schema.Split(summary.name, split, builder)
         samples[split] = [opened[int(i)] for i in np.linspace(0, images - 1, min(images, _SAMPLES))]
-    report.write_dataset_page(writer.unfinished / "report.html", summary, samples)
+    page.write_page(writer.unfinished / "report.html", summary, samples)
 
 
 def _problems(source: Source, shards: Iterable[Shard]) -> list[Problem]:

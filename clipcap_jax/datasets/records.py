@@ -18,6 +18,7 @@ from typing import Any
 from clipcap_jax.datasets import prepare
 from clipcap_jax.datasets.captions_file import CaptionsFile, read_captions
 from clipcap_jax.datasets.source import Problem, Record, Source, first_problems, open_embeddings, picture_parts
+from clipcap_jax.datasets.summary import Summary
 from clipcap_jax.errors import UserError
 
 SHARES = {"train": 0.9, "val": 0.05, "test": 0.05}
@@ -49,9 +50,7 @@ class RecordsSource:
     split: str | Mapping[str, float] = dataclasses.field(default_factory=SHARES.copy)
 
 
-def prepare_records(
-    source: RecordsSource, data_dir: str, max_skipped: float = 0.01, *, processes: int = 1
-) -> prepare.Summary:
+def prepare_records(source: RecordsSource, data_dir: str, max_skipped: float = 0.01, *, processes: int = 1) -> Summary:
     """Check everything and write "records/<name>" into `data_dir`, unless it is there already.
 
     Args:

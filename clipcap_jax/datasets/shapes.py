@@ -23,6 +23,7 @@ from PIL import Image, ImageDraw
 from clipcap_jax.datasets import prepare
 from clipcap_jax.datasets.schema import Example
 from clipcap_jax.datasets.source import PICTURES_PER_SHARD, Source, by_hash
+from clipcap_jax.datasets.summary import Summary
 
 # The colours and shapes that stay furthest apart at the 32 to 48 pixels that small vision towers read.
 COLOURS = {
@@ -252,7 +253,7 @@ def _parts(split: str, count: int) -> list[_Drawings]:
     ]
 
 
-def prepare_shapes(data_dir: str, scenes: Mapping[str, int] = SCENES, *, processes: int = 1) -> prepare.Summary:
+def prepare_shapes(data_dir: str, scenes: Mapping[str, int] = SCENES, *, processes: int = 1) -> Summary:
     """Draw the data set into `data_dir`, unless it is there already.
 
     Args:

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from clipcap_jax import parallel, pictures
-from clipcap_jax.convert import clip, clip_text, weights
+from clipcap_jax import hub, parallel, pictures
+from clipcap_jax.convert import clip, clip_text
 from clipcap_jax.errors import UserError
 from clipcap_jax.metrics.measure import Measure, mean
 from clipcap_jax.models.clip_text import ClipText, ClipTextConfig
@@ -75,7 +75,7 @@ class ClipScorer:
         arrays, path, stored = clip.read(source)
         vision = clip.from_arrays(arrays, str(path), stored=stored)
         text = clip_text.from_arrays(arrays, str(path), stored)
-        beside = str(path.parent) if Path(source).expanduser().exists() else weights.pinned(source, path)
+        beside = str(path.parent) if Path(source).expanduser().exists() else hub.pinned(source, path)
         return cls(*vision, *text, ClipTokenizer.load(tokenizer or beside))
 
     def score(

@@ -1,30 +1,19 @@
 """Captions beside their pictures: tables for the terminal and one HTML page that needs nothing but itself."""
 
-import base64
 import dataclasses
-import io
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-import jinja2
 from rich import box
 from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from clipcap_jax import pictures
-from clipcap_jax.errors import UserError
+from clipcap_jax import pages
 from clipcap_jax.metrics.scorecard import Scorecard
+from clipcap_jax.pages import Picture
 from clipcap_jax.progress import track
-
-if TYPE_CHECKING:  # they import this
-    from clipcap_jax.datasets import Example, Summary
-
-_LONGEST_SIDE = 320  # of an embedded picture, in pixels
-_HOW = ("store_images", "split")  # of a data set's origin: options, not where it is from
-_DRAWING_SIDE = 128  # a picture no larger than this is kept exact and shown with hard pixel edges
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,15 +39,6 @@ class Row:
     finished: bool
 
 
-@dataclasses.dataclass(frozen=True)
-class _Picture:
-    """A picture as a data URI, or None with `missing` saying why."""
-
-    uri: str | None
-    is_drawing: bool
-    missing: str
-
-
 def write_page(
     path: str | Path, *, title: str, rows: Sequence[Row], scorecard: Scorecard, pictures: int = 1000
 ) -> None:
@@ -80,7 +60,7 @@ def write_page(
     ranked = sorted(rows, key=lambda row: (-row.scores["CIDEr"], row.image_id))
     left_out = range(pictures - pictures // 2, len(ranked) - pictures // 2)
     bar = track(ranked, "Writing the page", total=len(ranked), console=Console(stderr=True), transient=True)
-    _write(
+    pages.write(
         path,
         "page.html",
         title=title,
@@ -88,55 +68,13 @@ def write_page(
         metrics=list(scorecard.scores.measures),
         unfinished=sum(not row.finished for row in rows),
         cards=[
-            (row, _left_out(row) if place in left_out else _picture(row.read_image(), row.image_path, row.image_id))
+            (
+                row,
+                _left_out(row) if place in left_out else pages.picture(row.read_image(), row.image_path, row.image_id),
+            )
             for place, row in enumerate(bar)
         ],
     )
-
-
-def write_dataset_page(path: str | Path, summary: "Summary", samples: Mapping[str, Sequence["Example"]]) -> None:
-    """Writes what a data set holds, a histogram of its captions' lengths and samples, as one HTML file.
-
-    Args:
-      path: the file to write.
-      summary: of the data set.
-      samples: some examples of each split.
-
-    Raises:
-      OSError: the file cannot be written.
-    """
-    most = max(summary.words.values(), default=1)
-    lengths = range(min(summary.words), max(summary.words) + 1) if summary.words else ()
-    _write(
-        path,
-        "dataset.html",
-        summary=summary,
-        origin={name: _told(value) for name, value in summary.origin.items() if value is not None and name not in _HOW},
-        bars=[(words, summary.words.get(words, 0), summary.words.get(words, 0) / most) for words in lengths],
-        sections={
-            split: [(example, _picture(example.image, example.image_path, example.image_id)) for example in examples]
-            for split, examples in samples.items()
-        },
-    )
-
-
-def _told(value: Any) -> str:
-    """A JSON value as one writes it: "a, b" for a list, "yes" and "no"."""
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key} {_told(part)}" for key, part in value.items())
-    return ", ".join(map(_told, value)) if isinstance(value, list) else str(value)
-
-
-def _write(path: str | Path, template: str, **content: Any) -> None:
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("clipcap_jax"), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
-    )
-    page = environment.get_template(template).render(content)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
 
 
 def print_scores(scorecard: Scorecard, console: Console) -> None:
@@ -168,30 +106,5 @@ def captions_table(rows: Sequence[Row]) -> Table:
     return table
 
 
-def _left_out(row: Row) -> _Picture:
-    return _Picture(None, False, row.image_path or "This page holds the best and the worst captions' pictures alone.")
-
-
-def _picture(image: bytes | None, path: str, name: str) -> _Picture:
-    if image is None and not path:
-        return _Picture(None, False, "There is no picture to show.")
-    try:
-        return _Picture(*_data_uri(Path(path).read_bytes() if image is None else image), "")
-    except FileNotFoundError:
-        return _Picture(None, False, f"There is no picture at {path}")
-    except (OSError, UserError) as error:
-        return _Picture(None, False, f"{path or name}: {error}")
-
-
-def _data_uri(encoded: bytes) -> tuple[str, bool]:
-    """Shrinks a picture and returns it as a data URI, and whether it is a small drawing rather than a photo."""
-    image = pictures.decode(encoded)
-    is_drawing = max(image.size) <= _DRAWING_SIDE
-    image.thumbnail((_LONGEST_SIDE, _LONGEST_SIDE))
-    buffer = io.BytesIO()
-    if is_drawing:
-        image.save(buffer, "PNG", optimize=True)
-    else:
-        image.save(buffer, "JPEG", quality=80)
-    kind = "png" if is_drawing else "jpeg"
-    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}", is_drawing
+def _left_out(row: Row) -> Picture:
+    return Picture(None, False, row.image_path or "This page holds the best and the worst captions' pictures alone.")

@@ -1,0 +1,3 @@
+"""A prepared data set becomes batches on devices."""
+
+__all__ = ["batches", "embed"]

@@ -23,11 +23,11 @@ import grain
 import numpy as np
 
 from clipcap_jax import files, pictures, progress
+from clipcap_jax.config import Targets
 from clipcap_jax.datasets.schema import Split
 from clipcap_jax.errors import UserError
 from clipcap_jax.inputs.columns import ArrayWriter, load, open_columns
 from clipcap_jax.text.tokenizer import Tokenizer
-from clipcap_jax.training.loss import Targets
 
 # What the caption lengths of a batch are rounded up to, as every length is compiled once. Of all computed positions, at
 # most 8% are padding on COCO's captions.

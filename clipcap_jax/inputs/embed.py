@@ -21,6 +21,7 @@ from clipcap_jax.datasets import prepare
 from clipcap_jax.datasets.schema import Example, Split, fingerprint, open_builder, open_split
 from clipcap_jax.datasets.shards import Writer
 from clipcap_jax.datasets.source import EMBEDDINGS_PER_SHARD, Part, Problem, Source
+from clipcap_jax.datasets.summary import Summary
 from clipcap_jax.errors import UserError
 from clipcap_jax.inputs.batches import fill
 from clipcap_jax.models.clip_vit import normalize_pixels
@@ -68,7 +69,7 @@ def embed(
     workers: int = 4,
     share: tuple[int, int] = (0, 1),
     max_skipped: float = 0.01,
-) -> prepare.Summary | None:
+) -> Summary | None:
     """Embed a data set's pictures, and write "embeddings/<output>" into `data_dir` unless it is there already.
 
     What an interrupted run finished is kept. Several hosts that see the same `data_dir` may each do a share; the one
@@ -105,7 +106,7 @@ def embed(
     return prepare.prepare_remote(source, data_dir, functools.partial(write, share))
 
 
-def _embed(source: Source, max_skipped: float, share: tuple[int, int], data_dir: str) -> prepare.Summary | None:
+def _embed(source: Source, max_skipped: float, share: tuple[int, int], data_dir: str) -> Summary | None:
     if done := prepare.find_prepared(source.name, data_dir, source.origin):
         return done
     writer = Writer(source, data_dir)

@@ -3,4 +3,16 @@
 from clipcap_jax.metrics.references import References, Scores, score_domains, unavailable
 from clipcap_jax.metrics.spice import SpiceConfig
 
-__all__ = ["References", "Scores", "SpiceConfig", "score_domains", "unavailable"]
+__all__ = [
+    "References",
+    "Scores",
+    "SpiceConfig",
+    "coco_files",
+    "health",
+    "measure",
+    "paper",
+    "score_domains",
+    "scorecard",
+    "submission",
+    "unavailable",
+]

@@ -9,8 +9,8 @@ import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from clipcap_jax.convert.weights import whole
 from clipcap_jax.errors import UserError, first
+from clipcap_jax.files import whole
 from clipcap_jax.metrics import coco_files
 
 COUNTS = {"val2014": 40_504, "test2014": 40_775, "nocaps val": 4_500, "nocaps test": 10_600}

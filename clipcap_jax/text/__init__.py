@@ -1,0 +1,3 @@
+"""Tokenizers."""
+
+__all__ = ["clip_tokenizer", "tokenizer"]

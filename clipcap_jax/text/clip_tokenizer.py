@@ -14,7 +14,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import models, pre_tokenizers
 
-from clipcap_jax.convert import weights
+from clipcap_jax import hub
 from clipcap_jax.errors import UserError
 
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -72,14 +72,14 @@ class ClipTokenizer:
 
 
 def _read(source: str) -> models.BPE:
-    path = weights.locate(source, FILES)
+    path = hub.locate(source, FILES)
     if path.suffix == ".gz":
         return _read_openai(path)
     if path.name != "vocab.json":
         return tokenizers.Tokenizer.from_file(str(path)).model
     merges = path.with_name("merges.txt")
     if not merges.is_file():  # not yet downloaded
-        merges = weights.locate(source, (merges.name,))
+        merges = hub.locate(source, (merges.name,))
     return models.BPE.from_file(str(path), str(merges), end_of_word_suffix=_WORD_END)
 
 

@@ -1,11 +1,9 @@
 """The captioning loss as a sum and a count, so that devices can be added up before dividing."""
 
-from typing import Literal
-
 import jax
 import jax.numpy as jnp
 
-Targets = Literal["all", "original"]
+from clipcap_jax.config import Targets
 
 
 def caption_loss(

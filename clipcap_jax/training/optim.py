@@ -1,35 +1,12 @@
 """AdamW with linear warm-up and linear decay to zero, as the original trains (its `train.py`, `train`)."""
 
-import dataclasses
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-
-@dataclasses.dataclass(frozen=True)
-class OptimizerConfig:
-    """AdamW's settings.
-
-    Attributes:
-      learning_rate: the peak, reached after `warmup_steps`; from there it falls linearly to 0 at the end of the run.
-      warmup_steps: a shorter run warms up to its end.
-      weight_decay: on the matrices; not on biases, norms and embeddings.
-      beta1, beta2, epsilon: Adam's.
-      clip_norm: gradients with a larger global norm are scaled down to it; 0: never.
-      average_decay: what is validated and used afterwards is the exponential moving average of the parameters over the
-        steps (Polyak and Juditsky 1992), with this decay a step; 0: the parameters of the last step.
-    """
-
-    learning_rate: float
-    warmup_steps: int
-    weight_decay: float
-    beta1: float
-    beta2: float
-    epsilon: float
-    clip_norm: float
-    average_decay: float
+from clipcap_jax.config import OptimizerConfig
 
 
 def schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:

@@ -6,9 +6,10 @@ from typing import Any
 
 from rich.console import Console
 
+from clipcap_jax import hub
 from clipcap_jax.checkpoints.store import Metadata
 from clipcap_jax.config import Config
-from clipcap_jax.convert import clip, gpt2, weights
+from clipcap_jax.convert import clip, gpt2
 from clipcap_jax.errors import UserError
 from clipcap_jax.text.tokenizer import Tokenizer
 
@@ -29,8 +30,8 @@ def load_pretrained(config: Config, console: Console) -> dict[str, Any]:
             continue
         if config.train.init_from:
             raise UserError(f"config.train.init_from and config.train.pretrained.{part} are both set: choose one")
-        path = weights.locate(source, files_of)
-        console.print(f"{part} from {weights.pinned(source, path)}", highlight=False, soft_wrap=True)
+        path = hub.locate(source, files_of)
+        console.print(f"{part} from {hub.pinned(source, path)}", highlight=False, soft_wrap=True)
         sizes: Any = getattr(config.model, part)
         found, parts[part] = load(str(path), sizes.heads if sizes else None)
         if part == "gpt2":  # whose dropout is a setting of the training

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import optax
 
 from clipcap_jax import parallel
+from clipcap_jax.config import Targets
 from clipcap_jax.models.clipcap import ClipCap
-from clipcap_jax.training.loss import Targets, caption_loss
+from clipcap_jax.training.loss import caption_loss
 
 Params = dict[str, Any]
 

@@ -7,14 +7,14 @@ import jax
 import numpy as np
 
 from clipcap_jax import parallel
-from clipcap_jax.captioning.captioner import Generator
-from clipcap_jax.config import Config
+from clipcap_jax.captioning.captioner import BatchCaptioner
+from clipcap_jax.config import Config, Targets
 from clipcap_jax.errors import UserError
 from clipcap_jax.inputs.batches import CaptionData, Pairs, validation_batches
 from clipcap_jax.metrics import References
 from clipcap_jax.models.clipcap import ClipCap
 from clipcap_jax.text.tokenizer import Tokenizer
-from clipcap_jax.training.loss import Targets, caption_loss
+from clipcap_jax.training.loss import caption_loss
 
 # Fewer distinct captions than this share of the pictures: the model hardly looks at them.
 COLLAPSED = 0.05
@@ -69,7 +69,7 @@ class Validator:
         self._pairs = pairs.select(np.isin(pairs.examples, self._indices))
         self._references = References({data.image_ids[i]: data.captions[i] for i in self._indices})
         self._loss = LossMeter(model, config.train.targets)
-        self._generate = Generator(model, tokenizer, config.evaluate.decode)
+        self._generate = BatchCaptioner(model, tokenizer, config.evaluate.decode)
 
     def __call__(self, params: Any) -> Validation:
         """Loss, scores and captions with these parameters."""

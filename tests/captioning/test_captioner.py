@@ -11,7 +11,8 @@ from tiny import EMBEDDING_WIDTH, ENCODER, IMAGE_SIZE, SPLITS, Source
 from clipcap_jax import pictures
 from clipcap_jax.captioning import captioner
 from clipcap_jax.captioning.captioner import Caption, Captioner
-from clipcap_jax.captioning.decode import DecodeConfig, beam_search
+from clipcap_jax.captioning.decode import beam_search
+from clipcap_jax.config import DecodeConfig
 from clipcap_jax.datasets import open_split
 from clipcap_jax.errors import UserError
 from clipcap_jax.inputs.batches import CaptionData

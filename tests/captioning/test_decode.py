@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_models import clipcap_config, random_embeddings, random_params, random_tokens
 
-from clipcap_jax.captioning.decode import DecodeConfig, Hypotheses, beam_search
+from clipcap_jax.captioning.decode import Hypotheses, beam_search
+from clipcap_jax.config import DecodeConfig
 from clipcap_jax.errors import UserError
 from clipcap_jax.models.clipcap import ClipCap
 from clipcap_jax.models.gpt2 import Cache

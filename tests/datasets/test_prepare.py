@@ -21,6 +21,7 @@ import tensorflow_datasets as tfds
 from clipcap_jax.datasets import Example, open_split, prepare, prepare_shapes, shapes
 from clipcap_jax.datasets.shards import Writer
 from clipcap_jax.datasets.source import Problem, Source
+from clipcap_jax.datasets.summary import Summary
 from clipcap_jax.errors import UserError
 
 REPOSITORY = Path(prepare.__file__).parents[2]
@@ -237,7 +238,7 @@ class Slow:
         yield Example(None, None, "", "a", ("a picture",), "")
 
 
-def prepare_slowly(folder: Path) -> prepare.Summary:
+def prepare_slowly(folder: Path) -> Summary:
     return prepare.prepare(Source("made", {}, [Slow(folder / "go")], has_images=False), str(folder))
 
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from original import DATA, Original, Params, load_clip
 
-from clipcap_jax.captioning.decode import DecodeConfig, Hypotheses, beam_search
+from clipcap_jax.captioning.decode import Hypotheses, beam_search
+from clipcap_jax.config import DecodeConfig
 from clipcap_jax.models.clip_resnet import ClipResnetConfig
 from clipcap_jax.models.clip_vit import ClipVitConfig
 from clipcap_jax.models.clipcap import ClipCap, tower

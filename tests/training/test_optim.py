@@ -8,9 +8,10 @@ import optax
 import pytest
 from random_models import clipcap_config
 
+from clipcap_jax.config import OptimizerConfig
 from clipcap_jax.models.clip_vit import ClipVitConfig
 from clipcap_jax.models.clipcap import ClipCap
-from clipcap_jax.training.optim import OptimizerConfig, optimizer, schedule, swap_average
+from clipcap_jax.training.optim import optimizer, schedule, swap_average
 
 CONFIG = OptimizerConfig(
     learning_rate=0.1,

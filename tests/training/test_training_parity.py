@@ -12,11 +12,11 @@ import pytest
 from pytorch import arrays, gpt2, import_torch
 
 from clipcap_jax import parallel
+from clipcap_jax.config import OptimizerConfig
 from clipcap_jax.convert import gpt2 as convert_gpt2
 from clipcap_jax.convert import original
 from clipcap_jax.models.clipcap import ClipCap, ClipCapConfig
 from clipcap_jax.training import optim
-from clipcap_jax.training.optim import OptimizerConfig
 from clipcap_jax.training.step import TrainState, make_step
 
 STEPS, WARMUP, BATCH, LENGTH, PREFIX, CLIP, EMBEDDING, WIDTH, VOCAB = 50, 10, 8, 12, 4, 3, 32, 256, 500

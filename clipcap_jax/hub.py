@@ -1,0 +1,81 @@
+"""Files of pretrained models: on this machine, or on the Hugging Face hub."""
+
+import contextlib
+from pathlib import Path
+
+from clipcap_jax.errors import UserError
+
+CONFIG_FILES = ("config.json", "open_clip_config.json")
+
+
+def locate(source: str, files: tuple[str, ...]) -> Path:
+    """The file that a path or a hub name stands for, on this machine.
+
+    Args:
+      source: a file; a folder with one of `files`; or a repository of the Hugging Face hub, such as "gpt2", which is
+        downloaded to the hub's cache unless it is there. "gpt2@REVISION" asks for a branch, a tag or a commit (in its
+        40 digits).
+      files: its possible names; the first that is there is taken. `CONFIG_FILES` come with it.
+
+    Raises:
+      UserError: there is nothing of that name, or the hub cannot be reached.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        return path
+    if path.is_dir():
+        for name in files:
+            if (path / name).is_file():
+                return path / name
+        raise UserError(f"{path} holds none of {', '.join(files)}")
+    if path.suffix in (".safetensors", ".bin", ".pt") or source.startswith(("/", ".", "~")):  # no name on the hub
+        raise UserError(f"there is no file or folder {source}")
+    return _download(source, files)
+
+
+def _download(source: str, files: tuple[str, ...]) -> Path:
+    from huggingface_hub.errors import HFValidationError, RemoteEntryNotFoundError
+
+    try:
+        return _download_first(source, files)
+    except HFValidationError as error:
+        raise UserError(f"there is no file or folder {source!r}, and it is no name on the Hugging Face hub") from error
+    except RemoteEntryNotFoundError as error:
+        raise UserError(f"{source} on the Hugging Face hub holds none of {', '.join(files)}") from error
+    except Exception as error:  # of the network, in as many types as there are layers
+        raise UserError(
+            f"there is no file or folder {source!r}, and the Hugging Face hub did not give it: "
+            f"{str(error).partition(chr(10))[0]}\nOffline, name a file or a folder."
+        ) from error
+
+
+def _download_first(source: str, files: tuple[str, ...]) -> Path:
+    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub.errors import EntryNotFoundError, RemoteEntryNotFoundError
+
+    name, _, revision = source.partition("@")
+    for file in files:
+        try:
+            path = Path(hf_hub_download(name, file, revision=revision or None))
+        except EntryNotFoundError:  # in the repository or, offline, in the cache
+            if file == files[-1]:
+                raise
+            continue
+        break
+    for file in CONFIG_FILES:
+        with contextlib.suppress(RemoteEntryNotFoundError):  # but one that cannot be had is an error
+            hf_hub_download(name, file, revision=commit(path))
+    if path.name.endswith(".index.json"):
+        shards = path.name.removesuffix(".index.json").replace(".", "-*.")
+        snapshot_download(name, revision=commit(path), allow_patterns=[shards])
+    return path
+
+
+def commit(path: Path) -> str:
+    """The revision of a file in the hub's cache, `.../snapshots/<commit>/<file>`; "" for any other file."""
+    return path.parent.name if path.parent.parent.name == "snapshots" else ""
+
+
+def pinned(source: str, path: Path) -> str:
+    """A source with the revision that was found for it, so that the same weights can be had again."""
+    return f"{source.partition('@')[0]}@{found}" if (found := commit(path)) else source

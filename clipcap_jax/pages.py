@@ -1,0 +1,71 @@
+"""HTML pages that need nothing but themselves: pictures inside, and no link to anything outside."""
+
+import base64
+import dataclasses
+import io
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from clipcap_jax import pictures
+from clipcap_jax.errors import UserError
+
+_LONGEST_SIDE = 320  # of a picture, in pixels
+_DRAWING_SIDE = 128  # a picture no larger than this is kept exact and shown with hard pixel edges
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """A picture as a data URI, or None with `missing` saying why."""
+
+    uri: str | None
+    is_drawing: bool
+    missing: str
+
+
+def write(path: str | Path, template: str, **content: Any) -> None:
+    """Fill a template of `templates/` and write it, into a folder that is made.
+
+    Raises:
+      OSError: the file cannot be written.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("clipcap_jax"), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
+    )
+    page = environment.get_template(template).render(content)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page, encoding="utf-8")
+
+
+def picture(image: bytes | None, path: str, name: str) -> Picture:
+    """A picture from its bytes or, where these are None, from its file; it is shrunk.
+
+    Args:
+      image: as encoded.
+      path: where it lies; "" where nowhere.
+      name: of the picture, for messages.
+    """
+    if image is None and not path:
+        return Picture(None, False, "There is no picture to show.")
+    try:
+        return Picture(*_data_uri(Path(path).read_bytes() if image is None else image), "")
+    except FileNotFoundError:
+        return Picture(None, False, f"There is no picture at {path}")
+    except (OSError, UserError) as error:
+        return Picture(None, False, f"{path or name}: {error}")
+
+
+def _data_uri(encoded: bytes) -> tuple[str, bool]:
+    """Shrinks a picture and returns it as a data URI, and whether it is a small drawing rather than a photo."""
+    image = pictures.decode(encoded)
+    is_drawing = max(image.size) <= _DRAWING_SIDE
+    image.thumbnail((_LONGEST_SIDE, _LONGEST_SIDE))
+    buffer = io.BytesIO()
+    if is_drawing:
+        image.save(buffer, "PNG", optimize=True)
+    else:
+        image.save(buffer, "JPEG", quality=80)
+    kind = "png" if is_drawing else "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}", is_drawing

@@ -1,0 +1,73 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from clipcap_jax import hub
+from clipcap_jax.errors import UserError
+
+
+def test_the_first_weights_of_a_folder_are_found(tmp_path: Path) -> None:
+    names = ("open_clip_model.safetensors", "model.safetensors")
+    with pytest.raises(UserError, match=r"holds none of open_clip_model\.safetensors, model\.safetensors"):
+        hub.locate(str(tmp_path), names)
+    for name in reversed(names):
+        (tmp_path / name).write_bytes(b"")
+        assert hub.locate(str(tmp_path), names) == tmp_path / name
+    assert hub.locate(str(tmp_path / "model.safetensors"), names) == tmp_path / "model.safetensors"
+    assert hub.pinned(str(tmp_path), tmp_path / "model.safetensors") == str(tmp_path)
+
+
+def cached(tmp_path: Path, repository: str, *names: str) -> Path:
+    """A copy of the hub's cache with one snapshot."""
+    folder = tmp_path / "hub" / f"models--{repository.replace('/', '--')}"
+    snapshot = folder / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("0" * 40)
+    for name in names:
+        save_file({"weight": np.zeros(2, np.float32)}, snapshot / name)
+    return snapshot
+
+
+OFFLINE = """
+import sys
+from clipcap_jax import hub
+from clipcap_jax.convert import clip
+from clipcap_jax.errors import UserError
+for source in sys.argv[1:]:
+    try:
+        print(path := hub.locate(source, clip.FILES), hub.pinned(source, path))
+    except UserError as error:
+        print(error)
+"""
+
+
+def locate_offline(tmp_path: Path, *sources: str) -> str:
+    """What `locate` says in a process of its own, as the hub's client reads its settings when it is imported."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "hub")}
+    run = subprocess.run(
+        [sys.executable, "-c", OFFLINE, *sources], capture_output=True, text=True, env=environment, check=True
+    )
+    return run.stdout
+
+
+def test_what_the_hubs_cache_holds_is_found_offline(tmp_path: Path) -> None:
+    snapshot = cached(tmp_path, "timm/vit.openai", "open_clip_model.safetensors", "model.safetensors")
+    for name in hub.CONFIG_FILES:
+        (snapshot / name).write_text("{}")
+    commit = "0" * 40
+    expected = f"{snapshot / 'open_clip_model.safetensors'} timm/vit.openai@{commit}\n"
+    assert locate_offline(tmp_path, "timm/vit.openai", f"timm/vit.openai@{commit}") == 2 * expected
+
+
+def test_what_the_hubs_cache_does_not_hold(tmp_path: Path) -> None:
+    cached(tmp_path, "timm/vit.openai", "open_clip_model.safetensors")  # without its config
+    said = locate_offline(tmp_path, "gpt2", f"timm/vit.openai@{'1' * 40}", "timm/vit.openai", "runs/no such folder")
+    assert said.count("Offline, name a file or a folder.") == 3
+    assert "there is no file or folder 'gpt2', and the Hugging Face hub did not give it: " in said
+    assert "there is no file or folder 'runs/no such folder', and it is no name on the Hugging Face hub" in said
