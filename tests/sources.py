@@ -1,11 +1,11 @@
 """Sources of given examples, and what a source gives."""
 
-import dataclasses
+import functools
 import pickle
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from clipcap_jax.datasets.schema import Example
-from clipcap_jax.datasets.source import Problem, Source
+from clipcap_jax.datasets.source import Part, Problem, Source
 
 
 def read(source: Source) -> tuple[dict[tuple[str, str], Example], list[Problem]]:
@@ -13,7 +13,7 @@ def read(source: Source) -> tuple[dict[tuple[str, str], Example], list[Problem]]
     problems = list(source.problems)
     examples: dict[tuple[str, str], Example] = {}
     for part in source.parts:
-        for example in pickle.loads(pickle.dumps(part)):
+        for example in pickle.loads(pickle.dumps(part)).read():
             if isinstance(example, Problem):
                 problems.append(example)
             else:
@@ -22,22 +22,13 @@ def read(source: Source) -> tuple[dict[tuple[str, str], Example], list[Problem]]
     return examples, problems
 
 
-@dataclasses.dataclass(frozen=True)
-class _Listed:
-    split: str
-    examples: tuple[Example, ...]
-
-    def __iter__(self) -> Iterator[Example]:
-        yield from self.examples
-
-
 def listed(name: str, split: str, examples: Sequence[Example]) -> Source:
     """A source of these examples, in one part; they all hold what the first one holds."""
     first = examples[0]
     return Source(
         name,
         origin={},
-        parts=[_Listed(split, tuple(examples))],
+        parts=[Part(split, functools.partial(iter, tuple(examples)))],
         has_images=first.image is not None,
         embedding_width=None if first.embedding is None else len(first.embedding),
         encoder="an encoder",

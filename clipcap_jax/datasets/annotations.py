@@ -82,9 +82,9 @@ class OwnersFile:
             raise UserError(f"{self} is not the file it should be: it has no list of objects {key!r}.")
         return entries
 
-    def described(self) -> str:
-        """Name and checksum, for `Source.origin`."""
-        return f"{self.name} with SHA-256 {hashlib.sha256(self.read()).hexdigest()[:16]}"
+    def digest(self) -> str:
+        """Its SHA-256, for `Source.origin`."""
+        return f"SHA-256 {hashlib.sha256(self.read()).hexdigest()[:16]}"
 
 
 def find_file(folder: Path, name: str, archive: str = "") -> OwnersFile | None:

@@ -80,10 +80,11 @@ def coco_source(manual_dir: str | Path, images: str | Path | None = None, store_
     return Source(
         name="coco",
         origin={
-            "annotations": [file.described() for file in files],
-            "images": str(where),
+            "annotations": [file.digest() for file in files],
             "store_images": store_images,
         },
+        found={"annotations": [file.name for file in files], "images": str(where)},
+        root=str(where),
         parts=picture_parts(records, where, store_images=store_images),
         has_images=store_images,
         problems=problems,

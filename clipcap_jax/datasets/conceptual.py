@@ -23,7 +23,7 @@ from clipcap_jax.datasets import img2dataset
 from clipcap_jax.datasets.annotations import not_there
 from clipcap_jax.datasets.img2dataset import Sample
 from clipcap_jax.datasets.schema import Example
-from clipcap_jax.datasets.source import PICTURES_PER_SHARD, Problem, Source, broken_picture
+from clipcap_jax.datasets.source import PICTURES_PER_SHARD, Part, Problem, Source, broken_picture
 from clipcap_jax.errors import UserError
 
 _DEAD = ("dead link", "link to no picture")
@@ -90,10 +90,10 @@ def conceptual_source(name: str, manual_dir: str | Path, store_images: bool = Tr
     folder = Path(manual_dir).resolve()
     val = _shards(name, folder, "val", store_images)
     train = _shards(name, folder, "train", store_images, held_out=tuple(val))
-    parts = train + val
+    pieces = train + val
     if not train:
         raise not_there(folder, f"training data of {name}", LISTINGS[name])
-    problems, notes = _read_stats(parts)
+    problems, notes = _read_stats(pieces)
     if name == "cc3m" and not val:
         notes.append(f"no validation data: none of {', '.join(_FOLDERS['val'])} in {folder}")
     if val and _size(val) > _size(train) > 0:
@@ -101,11 +101,12 @@ def conceptual_source(name: str, manual_dir: str | Path, store_images: bool = Tr
     return Source(
         name=name,
         origin={
-            "files": _described(parts, folder),
-            "images": str(folder),
+            "files": _described(pieces, folder),
             "store_images": store_images,
         },
-        parts=parts,
+        found={"images": str(folder)},
+        root=str(folder),
+        parts=[Part(piece.split, functools.partial(read_piece, piece, folder)) for piece in pieces],
         has_images=store_images,
         problems=problems,
         expected=EXPECTED,
@@ -138,8 +139,8 @@ class Rows:
 
 
 @dataclasses.dataclass(frozen=True)
-class Shard:
-    """A part: a tar or a folder of img2dataset's, or a stretch of the owners' list.
+class Piece:
+    """What a part is made of: a tar or a folder of img2dataset's, or a stretch of the owners' list.
 
     Attributes:
       split: "train" or "val".
@@ -152,31 +153,33 @@ class Shard:
     split: str
     path: Path
     store_images: bool
-    held_out: tuple["Shard", ...] = ()
+    held_out: tuple["Piece", ...] = ()
     rows: Rows | None = None
 
-    def __iter__(self) -> Iterator[Example | Problem]:
-        keys = set()
-        marks = _marks(self.held_out)
-        for sample in _samples(self):
-            if isinstance(sample, Problem):
-                yield sample
-                continue
-            problem = _fault(sample) or _seen(sample, marks)
-            if problem is None and sample.key in keys:
-                problem = Problem(sample.where, "duplicate image_id", sample.key)
-            if problem is not None:
-                yield problem
-                continue
-            keys.add(sample.key)
-            yield Example(
-                image=sample.image if self.store_images else None,
-                embedding=None,
-                image_path=sample.image_path,
-                image_id=sample.key,
-                captions=(" ".join((sample.caption or "").split()),),
-                domain="",
-            )
+
+def read_piece(piece: Piece, folder: Path) -> Iterator[Example | Problem]:
+    """Its examples; their paths start from `folder`."""
+    keys = set()
+    marks = _marks(piece.held_out)
+    for sample in _samples(piece):
+        if isinstance(sample, Problem):
+            yield sample
+            continue
+        problem = _fault(sample) or _seen(sample, marks)
+        if problem is None and sample.key in keys:
+            problem = Problem(sample.where, "duplicate image_id", sample.key)
+        if problem is not None:
+            yield problem
+            continue
+        keys.add(sample.key)
+        yield Example(
+            image=sample.image if piece.store_images else None,
+            embedding=None,
+            image_path=os.path.relpath(sample.image_path, folder) if sample.image_path else "",
+            image_id=sample.key,
+            captions=(" ".join((sample.caption or "").split()),),
+            domain="",
+        )
 
 
 def _fault(sample: Sample) -> Problem | None:
@@ -201,7 +204,7 @@ def _seen(sample: Sample, marks: frozenset[bytes]) -> Problem | None:
 
 
 @functools.lru_cache(maxsize=1)  # each process reads validation once, some 15,000 pictures
-def _marks(shards: tuple[Shard, ...]) -> frozenset[bytes]:
+def _marks(shards: tuple[Piece, ...]) -> frozenset[bytes]:
     marks = set()
     for shard in shards:
         for sample in _samples(shard):
@@ -214,7 +217,7 @@ def _mark(data: bytes) -> bytes:
     return hashlib.sha256(data).digest()[:16]
 
 
-def _shards(name: str, folder: Path, split: str, store_images: bool, held_out: tuple[Shard, ...] = ()) -> list[Shard]:
+def _shards(name: str, folder: Path, split: str, store_images: bool, held_out: tuple[Piece, ...] = ()) -> list[Piece]:
     candidates = [folder / candidate for candidate in _FOLDERS[split]]
     place = next((candidate for candidate in candidates if candidate.is_dir()), folder)
     listed = folder / _LISTS[name].get(split, "none")
@@ -230,7 +233,7 @@ def _shards(name: str, folder: Path, split: str, store_images: bool, held_out: t
     if len({path.stem for path in paths}) < len(paths):
         raise UserError(f"{place} holds shards both as .tar and as folders. Leave one of them there.")
     if paths:
-        return [Shard(split, path, store_images, held_out) for path in sorted(paths)]
+        return [Piece(split, path, store_images, held_out) for path in sorted(paths)]
     if not listed.is_file():
         return []
     if place == folder and split == "val":
@@ -238,7 +241,7 @@ def _shards(name: str, folder: Path, split: str, store_images: bool, held_out: t
     if not has_pictures:
         raise not_there(place, "pictures such as 00000000.jpg", LISTINGS[name])
     return [
-        Shard(split, listed, store_images, held_out, rows) for rows in _index_list(listed, _URL_COLUMN[name], place)
+        Piece(split, listed, store_images, held_out, rows) for rows in _index_list(listed, _URL_COLUMN[name], place)
     ]
 
 
@@ -253,10 +256,10 @@ def _split_of(name: str, path: str) -> str:
     raise UserError(f"{path}: is it of train or of validation? Put it into a folder of that name.")
 
 
-def _samples(shard: Shard) -> Iterator[Sample | Problem]:
-    if shard.rows is not None:
-        return _read_rows(shard.path, shard.rows)
-    return img2dataset.read(shard.path)
+def _samples(piece: Piece) -> Iterator[Sample | Problem]:
+    if piece.rows is not None:
+        return _read_rows(piece.path, piece.rows)
+    return img2dataset.read(piece.path)
 
 
 def _index_list(path: Path, url_column: int, pictures: Path) -> Iterator[Rows]:
@@ -317,9 +320,9 @@ def _read_rows(path: Path, rows: Rows) -> Iterator[Sample | Problem]:
             yield sample
 
 
-def _read_stats(parts: list[Shard]) -> tuple[list[Problem], list[str]]:
+def _read_stats(pieces: list[Piece]) -> tuple[list[Problem], list[str]]:
     """The links that did not become pictures, shards that are lost, and a note on those that tell nothing of theirs."""
-    paths = [part.path for part in parts if part.rows is None]
+    paths = [piece.path for piece in pieces if piece.rows is None]
     there = {path.with_name(f"{path.stem}_stats.json") for path in paths}
     told = {file for place in {path.parent for path in paths} for file in place.glob("*_stats.json")}
     problems = []
@@ -338,9 +341,9 @@ def _read_stats(parts: list[Shard]) -> tuple[list[Problem], list[str]]:
     return problems, [note] if without else []
 
 
-def _described(parts: list[Shard], folder: Path) -> str:
+def _described(pieces: list[Piece], folder: Path) -> str:
     """Names, sizes and counts, as the files are too large for a checksum of what they hold."""
-    paths = {part.path for part in parts} | {part.rows.pictures for part in parts if part.rows}
+    paths = {piece.path for piece in pieces} | {piece.rows.pictures for piece in pieces if piece.rows}
     lines = []
     for path in sorted(paths):
         size = len(os.listdir(path)) if path.is_dir() else path.stat().st_size
@@ -348,7 +351,7 @@ def _described(parts: list[Shard], folder: Path) -> str:
     return f"{len(lines):,}, names and sizes with SHA-256 {hashlib.sha256(repr(lines).encode()).hexdigest()[:16]}"
 
 
-def _size(parts: list[Shard]) -> int:
+def _size(parts: list[Piece]) -> int:
     """Links in the lists; 0 where that is not known of all."""
     sizes = [part.rows.count if part.rows else img2dataset.stats(part.path).get("count", 0) for part in parts]
     return sum(sizes) if all(sizes) else 0

@@ -105,10 +105,11 @@ def flickr_source(
     return Source(
         name=name,
         origin={
-            "annotations": [file.described() for file in files],
-            "images": str(where.resolve()),
+            "annotations": [file.digest() for file in files],
             "store_images": store_images,
         },
+        found={"annotations": [file.name for file in files], "images": str(where.resolve())},
+        root=str(where.resolve()),
         parts=picture_parts(records, where.resolve(), store_images=store_images),
         has_images=store_images,
         problems=problems,

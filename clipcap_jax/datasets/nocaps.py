@@ -50,17 +50,18 @@ def nocaps_source(manual_dir: str | Path, images: str | Path | None = None, stor
         where = picture_folder(place, split) or (place if images and place.is_dir() else None)
         if where is None:
             raise annotations.not_there(place, f"the pictures of nocaps {split}", LISTING)
-        records, found = annotations.tidy(_read(file, split, where), captioned=split == "val")
+        records, found = annotations.tidy(_read(file, split, where, place), captioned=split == "val")
         notes += annotations.check_counts("nocaps", records, {split: COUNTS[split]})
         problems += found
-        parts += picture_parts(records, where, store_images=store_images)
+        parts += picture_parts(records, place, store_images=store_images)
     return Source(
         name="nocaps",
         origin={
-            "annotations": [file.described() for file in files.values()],
-            "images": str(place),
+            "annotations": [file.digest() for file in files.values()],
             "store_images": store_images,
         },
+        found={"annotations": [file.name for file in files.values()], "images": str(place)},
+        root=str(place),
         parts=parts,
         has_images=store_images,
         problems=problems,
@@ -83,7 +84,7 @@ def picture_folder(place: Path, split: str) -> Path | None:
     return next((place / name for name in _FOLDERS[split] if (place / name).is_dir()), None)
 
 
-def _read(file: OwnersFile, split: str, where: Path) -> list[Record | Problem]:
+def _read(file: OwnersFile, split: str, where: Path, place: Path) -> list[Record | Problem]:
     """COCO's format with `open_images_id` and, in val, `domain` and `annotations`; see https://nocaps.org/download."""
     content = file.json()
     has_captions = "annotations" in content
@@ -105,5 +106,6 @@ def _read(file: OwnersFile, split: str, where: Path) -> list[Record | Problem]:
         name = image.get("file_name") or ""
         if isinstance(image.get("open_images_id"), str) and not os.path.isfile(where / str(name)):
             name = f"{image['open_images_id']}.jpg"
-        rows.append(Record(location, name, image_id, by_id[image_id], split, domain=domain))
+        path = os.path.relpath(where / name, place) if isinstance(name, str) and name else name
+        rows.append(Record(location, path, image_id, by_id[image_id], split, domain=domain))
     return rows

@@ -1,5 +1,6 @@
 """The page of a prepared data set: what it holds, a histogram of its captions' lengths, and samples."""
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,15 +9,14 @@ from clipcap_jax import pages
 from clipcap_jax.datasets.schema import Example
 from clipcap_jax.datasets.summary import Summary
 
-_HOW = ("store_images", "split")  # of a data set's origin: options, not where it is from
 
-
-def write_page(path: Path, summary: Summary, samples: Mapping[str, Sequence[Example]]) -> None:
+def write_page(path: Path, summary: Summary, root: str, samples: Mapping[str, Sequence[Example]]) -> None:
     """Writes what a data set holds, a histogram of its captions' lengths and samples, as one HTML file.
 
     Args:
       path: the file to write.
       summary: of the data set.
+      root: the folder that their `image_path` starts from.
       samples: some examples of each split.
 
     Raises:
@@ -28,15 +28,19 @@ def write_page(path: Path, summary: Summary, samples: Mapping[str, Sequence[Exam
         path,
         "dataset.html",
         summary=summary,
-        origin={name: _told(value) for name, value in summary.origin.items() if value is not None and name not in _HOW},
+        origin={name: _told(value) for name, value in summary.found.items() if value is not None},
         bars=[(words, summary.words.get(words, 0), summary.words.get(words, 0) / most) for words in lengths],
         sections={
             split: [
-                (example, pages.picture(example.image, example.image_path, example.image_id)) for example in examples
+                (example, pages.picture(example.image, _place(root, example), example.image_id)) for example in examples
             ]
             for split, examples in samples.items()
         },
     )
+
+
+def _place(root: str, example: Example) -> str:
+    return example.image_path and os.path.join(root, example.image_path)
 
 
 def _told(value: Any) -> str:

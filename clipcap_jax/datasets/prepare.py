@@ -124,7 +124,7 @@ def run(writer: Writer, indices: Sequence[int], processes: int) -> Generator[tup
     """
     if processes == 1 or len(indices) < 2:
         for index in indices:
-            yield index, writer.write(index, writer.source.parts[index])
+            yield index, writer.write(index, writer.source.parts[index].read())
         return
     others = {*multiprocessing.active_children()}  # of whoever calls this
     # Spawned: a process that is forked from one in which JAX has started may hang.
@@ -166,7 +166,7 @@ def _begin_worker(writer: Writer) -> None:
 
 
 def _write_shard(index: int, part: Part) -> Shard:
-    return _writer.write(index, part)
+    return _writer.write(index, part.read())
 
 
 def finish(writer: Writer, shards: list[Shard], max_skipped: float) -> Summary:
@@ -200,6 +200,8 @@ def finish(writer: Writer, shards: list[Shard], max_skipped: float) -> Summary:
         {
             **source.metadata,
             "source": dict(source.origin),
+            "found": dict(source.found),
+            "root": source.root,
             "encoder": source.encoder,
             "captions": dict(captions),
             "words": sorted(words.items()),
@@ -258,7 +260,7 @@ def find_prepared(name: str, data_dir: str, origin: Mapping[str, Any]) -> Summar
     if not files.is_remote(data_dir):
         tidy(Path(folder))  # in case the process that finished it was killed before it had
     builder = schema.read_builder(folder)
-    if "words" not in (builder.info.metadata or {}):
+    if "root" not in (builder.info.metadata or {}):
         raise UserError(f"{folder} was prepared by an earlier version: delete it to prepare it again.")
     before, now = builder.info.metadata["source"], json.loads(json.dumps(origin))
     if before != now:
@@ -280,7 +282,7 @@ def _summary(builder: tfds.core.DatasetBuilder) -> Summary:
         skipped=dict(stored["skipped"]),
         problems=tuple(Problem(**problem) for problem in stored["problems"]),
         notes=tuple(stored["notes"]),
-        origin=stored["source"],
+        found=stored["found"],
     )
 
 
@@ -290,7 +292,7 @@ def _write_page(writer: Writer) -> None:
     for split, images in summary.images.items():
         opened = schema.Split(summary.name, split, builder)
         samples[split] = [opened[int(i)] for i in np.linspace(0, images - 1, min(images, _SAMPLES))]
-    page.write_page(writer.unfinished / "report.html", summary, samples)
+    page.write_page(writer.unfinished / "report.html", summary, writer.source.root, samples)
 
 
 def _problems(source: Source, shards: Iterable[Shard]) -> list[Problem]:

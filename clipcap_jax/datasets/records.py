@@ -94,6 +94,8 @@ def prepare_records(source: RecordsSource, data_dir: str, max_skipped: float = 0
         Source(
             name=f"records/{source.name}",
             origin=origin,
+            found={"captions": source.captions, "images": folder and str(folder), "embeddings": source.embeddings},
+            root=str(folder or ""),
             parts=picture_parts(kept, folder, store_images=_stores_images(source), embeddings=source.embeddings),
             has_images=_stores_images(source),
             embedding_width=None if matrix is None else matrix.shape[1],
@@ -133,17 +135,17 @@ def _check_source(source: RecordsSource) -> None:
 
 
 def _origin(source: RecordsSource) -> dict[str, Any]:
-    """What tells this data set from another of the same name. Image files are told by their folder only."""
+    """What tells this data set from another of the same name, wherever it lies."""
 
     def digest(path: str) -> str:
         with open(path, "rb") as file:
-            return f"{Path(path).name} with SHA-256 {hashlib.file_digest(file, 'sha256').hexdigest()[:16]}"
+            return f"SHA-256 {hashlib.file_digest(file, 'sha256').hexdigest()[:16]}"
 
     if not Path(source.captions).is_file():
         raise UserError(f"The captions file {source.captions} {_not_there(source.captions)}.")
     return {
         "captions": digest(source.captions),
-        "images": None if source.images is None else str(Path(source.images).resolve()),
+        "images": source.images is not None,
         "embeddings": None if source.embeddings is None else digest(source.embeddings),
         "encoder": source.encoder,
         "store_images": _stores_images(source),

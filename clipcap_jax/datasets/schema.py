@@ -5,7 +5,7 @@ example holds:
 
     image        encoded bytes (JPEG, PNG, ...)    left out where the data set stores no pictures
     embedding    float16, shape (E,)               left out where the data set stores no embeddings
-    image_path   where the picture lies, for pages that show it; "" where nowhere
+    image_path   where the picture lies, from the data set's `root`, for pages that show it; "" where nowhere
     image_id     unique within the split
     captions     any number of texts, none where the references are not public
     split        "train", "val", "test"
@@ -47,7 +47,7 @@ class Example:
 
     image: bytes | None  # as encoded; see clipcap_jax.pictures.decode
     embedding: np.ndarray | None  # float16, shape (E,), read-only
-    image_path: str
+    image_path: str  # from the data set's `root`
     image_id: str
     captions: tuple[str, ...]
     domain: str
@@ -97,6 +97,7 @@ class Split(Sequence[Example]):
       has_images: whether its examples hold the encoded picture.
       embedding_width: E, or None where its examples hold no embedding.
       encoder: what made the embeddings, such as "ViT-B/32"; None where that is not known or there are none.
+      root: the folder that the pictures lay in, which `image_path` starts from; "" where they lie nowhere.
       fingerprint: of the data set, as `fingerprint` gives it.
       folder: where the data set lies.
       whole: the split that it is, or that it is a part of.
@@ -113,6 +114,7 @@ class Split(Sequence[Example]):
             builder.info.features["embedding"].shape[0] if "embedding" in builder.info.features else None
         )
         self.encoder: str | None = builder.info.metadata.get("encoder")
+        self.root: str = builder.info.metadata["root"]
         self.fingerprint = fingerprint(builder)
         self.folder: tfds.core.Path = builder.data_path
         parts = tfds.core.ReadInstruction.from_spec(split).to_absolute(dict(builder.info.splits))
@@ -243,6 +245,11 @@ def open_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
         raise UserError(
             f"{info.data_dir} is in the format {info.file_format.value}, which needs TensorFlow. "
             f"Prepare it again with file_format={FILE_FORMAT!r}."
+        )
+    if "root" not in (info.metadata or {}):
+        raise UserError(
+            f"{info.data_dir} lacks its metadata.json, or was prepared by an earlier version: delete it to prepare it "
+            "again."
         )
     return builder
 

@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw
 
 from clipcap_jax.datasets import prepare
 from clipcap_jax.datasets.schema import Example
-from clipcap_jax.datasets.source import PICTURES_PER_SHARD, Source, by_hash
+from clipcap_jax.datasets.source import PICTURES_PER_SHARD, Part, Source, by_hash
 from clipcap_jax.datasets.summary import Summary
 
 # The colours and shapes that stay furthest apart at the 32 to 48 pixels that small vision towers read.
@@ -221,34 +221,28 @@ def scene_of(image_id: str) -> tuple[Pair, ...]:
     return tuple((colour, shape) for colour, shape in (name.split("_") for name in names.split("+")))
 
 
-@dataclasses.dataclass(frozen=True)
-class _Drawings:
-    """A part: the scenes with these numbers, each with its image_id."""
-
-    split: str
-    scenes: tuple[tuple[str, int], ...]
-
-    def __iter__(self) -> Iterator[Example]:
-        for image_id, index in self.scenes:
-            figures = draw_scene(self.split, index)
-            yield Example(
-                image=render(figures, random.Random(image_id)),
-                embedding=None,
-                image_path="",
-                image_id=image_id,
-                captions=write_captions(figures),
-                domain="1 shape" if len(figures) == 1 else f"{len(figures)} shapes",
-            )
+def draw(split: str, scenes: Sequence[tuple[str, int]]) -> Iterator[Example]:
+    """The scenes with these numbers, each with its image_id."""
+    for image_id, index in scenes:
+        figures = draw_scene(split, index)
+        yield Example(
+            image=render(figures, random.Random(image_id)),
+            embedding=None,
+            image_path="",
+            image_id=image_id,
+            captions=write_captions(figures),
+            domain="1 shape" if len(figures) == 1 else f"{len(figures)} shapes",
+        )
 
 
-def _parts(split: str, count: int) -> list[_Drawings]:
+def _parts(split: str, count: int) -> list[Part]:
     scenes = []
     for index in range(count):
         named = "+".join(f"{figure.colour}_{figure.shape}" for figure in draw_scene(split, index))
         scenes.append((f"{split}-{index:05}-{named}", index))
     shuffled = by_hash(scenes, split, lambda scene: scene[0])
     return [
-        _Drawings(split, tuple(shuffled[start : start + PICTURES_PER_SHARD]))
+        Part(split, functools.partial(draw, split, shuffled[start : start + PICTURES_PER_SHARD]))
         for start in range(0, count, PICTURES_PER_SHARD)
     ]
 
@@ -270,6 +264,7 @@ def prepare_shapes(data_dir: str, scenes: Mapping[str, int] = SCENES, *, process
     source = Source(
         name="shapes",
         origin=origin,
+        found=origin,
         parts=[part for split, count in scenes.items() for part in _parts(split, count)],
         has_images=True,
         description="Scenes of one to three coloured shapes, drawn on the spot, with five captions each.",

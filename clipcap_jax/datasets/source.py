@@ -6,9 +6,10 @@ are sent to the processes that write them, so they say where pictures lie rather
 
 import dataclasses
 import errno
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from tensorflow_datasets.core import hashing
@@ -54,13 +55,19 @@ class Record:
     domain: str = ""
 
 
-class Part(Protocol):
-    """What one shard holds: an iterable, in a fixed order, that can be pickled."""
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """What one shard holds.
 
-    @property
-    def split(self) -> str: ...
+    Attributes:
+      split: of all its examples.
+      read: gives them, and what was skipped, in a fixed order; it can be pickled, as a `functools.partial` can.
+      count: how many those are, for the progress; 0 where that is not known.
+    """
 
-    def __iter__(self) -> Iterator[Example | Problem]: ...
+    split: str
+    read: Callable[[], Iterator[Example | Problem]]
+    count: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +77,8 @@ class Source:
     Attributes:
       name: the data set, as TFDS names it: "coco", or builder and config as in "records/mine".
       origin: all that decides the content, as JSON values; what was prepared from another origin is not mixed with it.
+      found: where that was found, such as folders and file names, as JSON values; told, but it decides nothing.
+      root: the folder that examples' `image_path` starts from; "" where they lie nowhere.
       parts: one for each shard; those of a split in the order that the split will have.
       has_images: whether examples hold the encoded picture.
       embedding_width: E, or None where examples hold no embedding.
@@ -87,6 +96,8 @@ class Source:
     origin: Mapping[str, Any]
     parts: Sequence[Part]
     has_images: bool
+    found: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    root: str = ""
     embedding_width: int | None = None
     encoder: str | None = None
     problems: Sequence[Problem] = ()
@@ -99,44 +110,35 @@ class Source:
     metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
-@dataclasses.dataclass(frozen=True)
-class Pictures:
-    """A part made of records.
+def read_pictures(
+    records: Sequence[Record], folder: Path | None, store_images: bool, embeddings: str | None
+) -> Iterator[Example | Problem]:
+    """Examples of records.
 
-    Attributes:
-      split: of all of them.
-      records: those of this shard.
+    Args:
+      records: those of a shard.
       folder: where their `image` is looked up; None: there are no pictures.
       store_images: whether examples hold the pictures, or only say where they lie.
       embeddings: a file that `open_embeddings` opens; None: there are none.
     """
-
-    split: str
-    records: Sequence[Record]
-    folder: Path | None
-    store_images: bool = True
-    embeddings: str | None = None
-
-    def __iter__(self) -> Iterator[Example | Problem]:
-        matrix = None if self.embeddings is None else open_embeddings(self.embeddings)
-        for record in self.records:
-            embedding = None if matrix is None else matrix[record.embedding_row]
-            if embedding is not None and (fault := _embedding_fault(embedding)):
-                yield Problem(record.where, fault[0], f"row {record.embedding_row} {fault[1]}")
-                continue
-            path = None if self.folder is None else self.folder / record.image
-            image = None if path is None else read_picture(path, record.where)
-            if isinstance(image, Problem):
-                yield image
-                continue
-            yield Example(
-                image=image if self.store_images else None,
-                embedding=None if embedding is None else embedding.astype(np.float16),
-                image_path=str(path or ""),
-                image_id=record.image_id,
-                captions=tuple(record.captions),
-                domain=record.domain,
-            )
+    matrix = None if embeddings is None else open_embeddings(embeddings)
+    for record in records:
+        embedding = None if matrix is None else matrix[record.embedding_row]
+        if embedding is not None and (fault := _embedding_fault(embedding)):
+            yield Problem(record.where, fault[0], f"row {record.embedding_row} {fault[1]}")
+            continue
+        image = None if folder is None else read_picture(folder / record.image, record.where)
+        if isinstance(image, Problem):
+            yield image
+            continue
+        yield Example(
+            image=image if store_images else None,
+            embedding=None if embedding is None else embedding.astype(np.float16),
+            image_path="" if folder is None else record.image,
+            image_id=record.image_id,
+            captions=tuple(record.captions),
+            domain=record.domain,
+        )
 
 
 T = TypeVar("T")
@@ -148,17 +150,21 @@ def by_hash(items: Sequence[T], split: str, image_id: Callable[[T], str]) -> lis
     return sorted(items, key=lambda item: hasher.hash_key(image_id(item)))
 
 
-def picture_parts(records: Sequence[Record], folder: Path | None, **options: Any) -> list[Pictures]:
-    """Parts of records, with `Pictures`' other options: train, val and test first, each in the order of `by_hash`."""
+def picture_parts(
+    records: Sequence[Record], folder: Path | None, *, store_images: bool = True, embeddings: str | None = None
+) -> list[Part]:
+    """Parts that `read_pictures` reads: train, val and test first, each in the order of `by_hash`."""
     names = {record.split for record in records}
     usual = [split for split in ("train", "val", "test") if split in names]
-    size = PICTURES_PER_SHARD if options.get("store_images", True) else EMBEDDINGS_PER_SHARD
+    size = PICTURES_PER_SHARD if store_images else EMBEDDINGS_PER_SHARD
     parts = []
     for split in usual + sorted(names.difference(usual)):
         chosen = by_hash([record for record in records if record.split == split], split, lambda record: record.image_id)
-        parts += [
-            Pictures(split, chosen[start : start + size], folder, **options) for start in range(0, len(chosen), size)
-        ]
+        for start in range(0, len(chosen), size):
+            some = chosen[start : start + size]
+            parts.append(
+                Part(split, functools.partial(read_pictures, some, folder, store_images, embeddings), len(some))
+            )
     return parts
 
 

@@ -25,7 +25,7 @@ class Summary:
       skipped: how often something was skipped, by reason, the most frequent first.
       problems: the first of what was skipped, one by one.
       notes: what else the user should know, such as fields that were not used.
-      origin: what it was prepared from.
+      found: where that lay which it was prepared from.
       already_prepared: nothing was written this time.
     """
 
@@ -37,7 +37,7 @@ class Summary:
     skipped: Mapping[str, int]
     problems: tuple[Problem, ...]
     notes: tuple[str, ...]
-    origin: Mapping[str, Any]
+    found: Mapping[str, Any]
     already_prepared: bool = False
 
     @property

@@ -5,7 +5,7 @@
 writes what is read here without TensorFlow. TFDS's usual tfrecord files are read too where TensorFlow is installed.
 """
 
-import dataclasses
+import functools
 import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +14,7 @@ import tensorflow_datasets as tfds
 
 from clipcap_jax.datasets import annotations, coco, schema
 from clipcap_jax.datasets.schema import Example
-from clipcap_jax.datasets.source import PICTURES_PER_SHARD, Problem, Source, broken_picture
+from clipcap_jax.datasets.source import PICTURES_PER_SHARD, Part, Problem, Source, broken_picture
 from clipcap_jax.errors import UserError
 
 _SPLITS = {"train": "train", "restval": "train", "val": "val", "test": "test"}
@@ -53,9 +53,15 @@ def tfds_coco_source(manual_dir: str | Path, store_images: bool = True) -> Sourc
     said = ", ".join(f"{split} {counts[split]:,} of {count:,}" for split, count in coco.COUNTS.items())
     return Source(
         name="coco",
-        origin={"tfds": info.full_name, "images": str(folder), "store_images": store_images, "sizes": sizes},
+        origin={"tfds": info.full_name, "store_images": store_images, "sizes": sizes},
+        found={"images": str(folder)},
         parts=[
-            Stretch(split, folder, name, start, min(start + PICTURES_PER_SHARD, sizes[name]), store_images)
+            Part(
+                split,
+                functools.partial(
+                    read_stretch, folder, name, start, min(start + PICTURES_PER_SHARD, sizes[name]), store_images
+                ),
+            )
             for name, split in _SPLITS.items()
             for start in range(0, sizes[name], PICTURES_PER_SHARD)
         ],
@@ -67,46 +73,38 @@ def tfds_coco_source(manual_dir: str | Path, store_images: bool = True) -> Sourc
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class Stretch:
-    """A part: the pictures `start` to `stop` of one of TFDS's splits."""
-
-    split: str
-    folder: Path
-    tfds_split: str
-    start: int
-    stop: int
-    store_images: bool
-
-    def __iter__(self) -> Iterator[Example | Problem]:
-        builder = schema.read_builder(self.folder)
-        stretch = f"{self.tfds_split}[{self.start}:{self.stop}]"
-        # Pictures are kept as they are encoded.
-        options = {"split": stretch, "decoders": {"image": tfds.decode.SkipDecoding()}}
-        if builder.info.file_format.value == schema.FILE_FORMAT:
-            rows = builder.as_data_source(**options)
-        else:
-            in_order = tfds.ReadConfig(interleave_cycle_length=1)
-            rows = tfds.as_numpy(builder.as_dataset(**options, read_config=in_order))
-        for number, row in enumerate(rows, start=self.start):
-            where = f"{builder.info.full_name}: {self.tfds_split}[{number}]"
-            texts = [" ".join(text.decode().split()) for text in row["captions"]["text"]]
-            captions = tuple(text for text in texts if text)
-            if problem := broken_picture(row["image"], where, row["image/filename"].decode()):
-                yield problem
-                continue
-            if len(captions) < max(len(texts), 1):
-                image_id = row["image/id"]
-                yield Problem(where, "empty caption" if texts else "no caption", f"image_id {image_id}")
-            if captions:
-                yield Example(
-                    image=row["image"] if self.store_images else None,
-                    embedding=None,
-                    image_path="",
-                    image_id=str(row["image/id"]),
-                    captions=captions,
-                    domain="",
-                )
+def read_stretch(
+    folder: Path, tfds_split: str, start: int, stop: int, store_images: bool
+) -> Iterator[Example | Problem]:
+    """The pictures `start` to `stop` of one of TFDS's splits."""
+    builder = schema.read_builder(folder)
+    stretch = f"{tfds_split}[{start}:{stop}]"
+    # Pictures are kept as they are encoded.
+    options = {"split": stretch, "decoders": {"image": tfds.decode.SkipDecoding()}}
+    if builder.info.file_format.value == schema.FILE_FORMAT:
+        rows = builder.as_data_source(**options)
+    else:
+        in_order = tfds.ReadConfig(interleave_cycle_length=1)
+        rows = tfds.as_numpy(builder.as_dataset(**options, read_config=in_order))
+    for number, row in enumerate(rows, start=start):
+        where = f"{builder.info.full_name}: {tfds_split}[{number}]"
+        texts = [" ".join(text.decode().split()) for text in row["captions"]["text"]]
+        captions = tuple(text for text in texts if text)
+        if problem := broken_picture(row["image"], where, row["image/filename"].decode()):
+            yield problem
+            continue
+        if len(captions) < max(len(texts), 1):
+            image_id = row["image/id"]
+            yield Problem(where, "empty caption" if texts else "no caption", f"image_id {image_id}")
+        if captions:
+            yield Example(
+                image=row["image"] if store_images else None,
+                embedding=None,
+                image_path="",
+                image_id=str(row["image/id"]),
+                captions=captions,
+                domain="",
+            )
 
 
 def _find(place: Path) -> Path:

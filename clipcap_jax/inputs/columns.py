@@ -38,7 +38,7 @@ class Ragged(Sequence[T]):
     """Items of different lengths that are made when asked for: item i of `values[offsets[i] : offsets[i + 1]]`."""
 
     def __init__(self, values: Any, offsets: np.ndarray, make: Callable[[Any], T]):
-        self.values, self.offsets, self._make = values, offsets, make
+        self.values, self.offsets, self.make = values, offsets, make
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -51,11 +51,11 @@ class Ragged(Sequence[T]):
         if isinstance(index, slice):
             return [self[i] for i in range(len(self))[index]]
         i = range(len(self))[index]
-        return self._make(self.values[int(self.offsets[i]) : int(self.offsets[i + 1])])
+        return self.make(self.values[int(self.offsets[i]) : int(self.offsets[i + 1])])
 
     def part(self, start: int, stop: int) -> "Ragged[T]":
         """Items `start` to `stop`, nothing copied."""
-        return Ragged(self.values, self.offsets[start : stop + 1], self._make)
+        return Ragged(self.values, self.offsets[start : stop + 1], self.make)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +90,8 @@ def open_columns(split: Split) -> Columns:
         homes.insert(0, Path(split.folder) / "columns")
     folder = files.once(name, homes, lambda temporary: _write(temporary, split))
 
+    root = split.root
+
     def texts(name: str) -> Ragged[str]:
         values, offsets = load(folder, name, f"{name}_offsets")
         return Ragged(values, offsets, lambda value: value.tobytes().decode())
@@ -97,12 +99,16 @@ def open_columns(split: Split) -> Columns:
     def part(name: str) -> Ragged[str]:
         return texts(name).part(split.start, split.stop)
 
+    def located(paths: Ragged[str]) -> Ragged[str]:
+        read = paths.make
+        return Ragged(paths.values, paths.offsets, lambda value: (path := read(value)) and os.path.join(root, path))
+
     (examples,) = load(folder, "examples_offsets")
     captions: Ragged[tuple[str, ...]] = Ragged(texts("captions"), examples, tuple)
     return Columns(
         embeddings=None if split.embedding_width is None else load(folder, "embeddings")[0][split.start : split.stop],
         image_ids=part("image_ids"),
-        image_paths=part("image_paths"),
+        image_paths=located(part("image_paths")),
         domains=part("domains"),
         captions=captions.part(split.start, split.stop),
         all_captions=captions,

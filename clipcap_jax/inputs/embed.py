@@ -183,19 +183,6 @@ def _finished(batch: list[Example], wait: Callable[[], np.ndarray]) -> Iterator[
         yield dataclasses.replace(example, embedding=embedding)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Rows:
-    """A part: these pictures of a split, embedded."""
-
-    embedder: _Embedder
-    pictures: Split
-    split: str
-    rows: range
-
-    def __iter__(self) -> Iterator[Example | Problem]:
-        return self.embedder(self.pictures, self.rows)
-
-
 def _source(embedder: _Embedder, name: str, output: str, data_dir: str, splits: dict[str, Split]) -> Source:
     encoder = embedder.encoder
     size = encoder.config.image_size
@@ -209,10 +196,13 @@ def _source(embedder: _Embedder, name: str, output: str, data_dir: str, splits: 
         name=f"embeddings/{output}",
         origin={"data": name, "fingerprint": fingerprint(open_builder(name, data_dir)), **made},
         parts=[
-            _Rows(embedder, held, split, range(start, min(start + EMBEDDINGS_PER_SHARD, len(held))))
+            Part(split, functools.partial(embedder, held, rows), len(rows))
             for split, held in splits.items()
             for start in range(0, len(held), EMBEDDINGS_PER_SHARD)
+            for rows in [range(start, min(start + EMBEDDINGS_PER_SHARD, len(held)))]
         ],
+        found={"data": name, **made},
+        root=next(iter(splits.values())).root,
         has_images=False,
         embedding_width=encoder.config.embedding_width,
         encoder=encoder.name,
@@ -223,12 +213,12 @@ def _source(embedder: _Embedder, name: str, output: str, data_dir: str, splits: 
 
 def _write(writer: Writer, indices: list[int]) -> None:
     """The shards of these parts, one after the other."""
-    parts: list[Any] = [writer.source.parts[index] for index in indices]
+    parts = [writer.source.parts[index] for index in indices]
     with progress.bar() as bar:
-        task = bar.add_task(f"Embedding {writer.source.name}", total=sum(len(part.rows) for part in parts))
+        task = bar.add_task(f"Embedding {writer.source.name}", total=sum(part.count for part in parts))
 
         def counted(part: Part) -> Iterator[Example | Problem]:
-            for example in part:
+            for example in part.read():
                 bar.advance(task)
                 yield example
 

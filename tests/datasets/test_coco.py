@@ -1,4 +1,6 @@
+import functools
 import json
+import os
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ from sources import read
 from clipcap_jax.datasets import coco
 from clipcap_jax.datasets.coco import coco_source
 from clipcap_jax.datasets.schema import Example
-from clipcap_jax.datasets.source import Pictures, Source
+from clipcap_jax.datasets.source import Source
 from clipcap_jax.errors import UserError
 
 # Captions of COCO's (CC BY 4.0), by number; the second has a line end and the first a space at its end.
@@ -92,7 +94,7 @@ def check(source: Source, folder: Path) -> None:
         assert examples[split, str(number)] == Example(
             image=path.read_bytes(),
             embedding=None,
-            image_path=str(path),
+            image_path=os.path.relpath(path, source.root),
             image_id=str(number),
             captions=tuple(" ".join(caption.split()) for caption in captions),
             domain="",
@@ -319,8 +321,8 @@ def check_published(source: Source, listed: dict[str, dict[int, str]], captions:
     assert (source.problems, source.notes) == ([], [])
     ids: dict[str, dict[int, Any]] = {"train": {}, "val": {}, "test": {}}
     for shard in source.parts:
-        assert isinstance(shard, Pictures)
-        ids[shard.split] |= {int(record.image_id): record for record in shard.records}
+        assert isinstance(shard.read, functools.partial)
+        ids[shard.split] |= {int(record.image_id): record for record in shard.read.args[0]}
     assert {split: len(records) for split, records in ids.items()} == coco.COUNTS
     for split in ("val", "test"):
         assert ids[split].keys() == listed[split].keys()

@@ -1,4 +1,6 @@
+import functools
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,6 @@ from sources import read
 from clipcap_jax.datasets import nocaps
 from clipcap_jax.datasets.nocaps import nocaps_source
 from clipcap_jax.datasets.schema import Example
-from clipcap_jax.datasets.source import Pictures
 from clipcap_jax.errors import UserError
 
 
@@ -89,7 +90,7 @@ def test_val_and_test(folder: Path) -> None:
         assert examples[key] == Example(
             image=path.read_bytes(),
             embedding=None,
-            image_path=str(path),
+            image_path=os.path.relpath(path, source.root),
             image_id=key[1],
             captions=captions.get(key, ()),
             domain=domain,
@@ -176,11 +177,11 @@ def test_real_captions_and_domains(shared: Path, tmp_path: Path) -> None:
     assert (source.problems, source.notes) == ([], [])
     records: dict[int, Any] = {}
     for part in source.parts:
-        assert isinstance(part, Pictures)
+        assert isinstance(part.read, functools.partial)
         assert part.split == "val"
-        records |= {int(record.image_id): record for record in part.records}
+        records |= {int(record.image_id): record for record in part.read.args[0]}
     assert records.keys() == corpus.keys()
     for number, record in records.items():
-        assert record.image == f"{names[number]}.jpg"
+        assert record.image == f"val/{names[number]}.jpg"
         assert record.captions == [" ".join(text.split()) for text in corpus[number]["caption"]]
         assert record.domain == corpus[number]["split"].replace("_", "-")

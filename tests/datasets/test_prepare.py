@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import json
 import os
 import pickle
@@ -20,40 +21,34 @@ import tensorflow_datasets as tfds
 
 from clipcap_jax.datasets import Example, open_split, prepare, prepare_shapes, shapes
 from clipcap_jax.datasets.shards import Writer
-from clipcap_jax.datasets.source import Problem, Source
+from clipcap_jax.datasets.source import Part, Problem, Source
 from clipcap_jax.datasets.summary import Summary
 from clipcap_jax.errors import UserError
 
 REPOSITORY = Path(prepare.__file__).parents[2]
 
 
-@dataclasses.dataclass(frozen=True)
-class Part:
+def read_ids(ids: tuple[str, ...], log: Path) -> Iterator[Example | Problem]:
     """Examples with these ids. Each time they are asked for, a line is added to `log`; at an id "kill" the process is
     killed, at "fail" it fails, unless the file `log` says that it did so before."""
-
-    split: str
-    ids: tuple[str, ...]
-    log: Path
-
-    def __iter__(self) -> Iterator[Example | Problem]:
-        before = self.log.read_text() if self.log.exists() else ""
-        with self.log.open("a") as file:
-            file.write(f"{self.ids}\n")
-        for image_id in self.ids:
-            if image_id.startswith("problem"):
-                yield Problem(image_id, "a reason", "a detail", count=3)
-                continue
-            if image_id == "kill" and str(self.ids) not in before:
-                os.kill(os.getpid(), signal.SIGKILL)
-            if image_id == "fail" and str(self.ids) not in before:
-                raise OSError("no more")
-            yield Example(None, None, "", image_id, (f"picture {image_id}", "a picture"), "")
+    before = log.read_text() if log.exists() else ""
+    with log.open("a") as file:
+        file.write(f"{ids}\n")
+    for image_id in ids:
+        if image_id.startswith("problem"):
+            yield Problem(image_id, "a reason", "a detail", count=3)
+            continue
+        if image_id == "kill" and str(ids) not in before:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if image_id == "fail" and str(ids) not in before:
+            raise OSError("no more")
+        yield Example(None, None, "", image_id, (f"picture {image_id}", "a picture"), "")
 
 
 def source(log: Path, *parts: tuple[str, ...], **changes: Any) -> Source:
     """One part of each tuple of ids, all in train but for the last, which is in test."""
-    made = [Part("train", ids, log) for ids in parts[:-1]] + [Part("test", parts[-1], log)]
+    splits = ["train"] * (len(parts) - 1) + ["test"]
+    made = [Part(split, functools.partial(read_ids, ids, log)) for split, ids in zip(splits, parts, strict=True)]
     fields: dict[str, Any] = {"name": "made", "origin": {}, "parts": made, "has_images": False}
     return Source(**(fields | changes))
 
@@ -157,7 +152,7 @@ def test_a_shard_of_another_plan_is_not_finished(tmp_path: Path) -> None:
         writer = Writer(source(log, *parts, origin={"x": x}), str(tmp_path))
         writer.unfinished.mkdir(parents=True, exist_ok=True)
         assert writer.finished(0) is None
-        writer.write(0, writer.source.parts[0])
+        writer.write(0, writer.source.parts[0].read())
         assert writer.finished(0) is not None
 
 
@@ -182,15 +177,11 @@ def test_too_many_problems_cost_only_the_shards_that_have_them(tmp_path: Path) -
 
 
 def test_an_error_of_the_source_is_not_taken_for_the_disks(tmp_path: Path) -> None:
-    @dataclasses.dataclass(frozen=True)
-    class Broken:
-        split: str = "train"
-
-        def __iter__(self) -> Iterator[Example]:
-            raise RuntimeError("a mistake in the program")
+    def broken() -> Iterator[Example]:
+        raise RuntimeError("a mistake in the program")
 
     with pytest.raises(RuntimeError, match="a mistake in the program"):
-        prepare.prepare(Source("made", {}, [Broken()], has_images=False), str(tmp_path))
+        prepare.prepare(Source("made", {}, [Part("train", broken)], has_images=False), str(tmp_path))
 
 
 def test_a_place_that_is_taken(tmp_path: Path) -> None:
@@ -224,22 +215,19 @@ def test_prepared_by_an_earlier_version(tmp_path: Path) -> None:
         prepare.prepare(made, str(tmp_path))
 
 
-@dataclasses.dataclass(frozen=True)
-class Slow:
+def read_slowly(go: Path) -> Iterator[Example]:
     """One example, given once the file `go` is there."""
-
-    go: Path
-    split: str = "train"
-
-    def __iter__(self) -> Iterator[Example]:
-        self.go.with_name("asked").touch()
-        while not self.go.exists():
-            time.sleep(0.01)
-        yield Example(None, None, "", "a", ("a picture",), "")
+    go.with_name("asked").touch()
+    while not go.exists():
+        time.sleep(0.01)
+    yield Example(None, None, "", "a", ("a picture",), "")
 
 
 def prepare_slowly(folder: Path) -> Summary:
-    return prepare.prepare(Source("made", {}, [Slow(folder / "go")], has_images=False), str(folder))
+    return prepare.prepare(
+        Source("made", {}, [Part("train", functools.partial(read_slowly, folder / "go"))], has_images=False),
+        str(folder),
+    )
 
 
 def test_two_processes_at_once(tmp_path: Path) -> None:
@@ -315,13 +303,13 @@ def test_the_page(tmp_path: Path) -> None:
 
 
 def test_the_page_names_the_source_and_the_tower(tmp_path: Path) -> None:
-    origin = {
+    found = {
         "annotations": ["<a>.json", "b.json"],
         "images": "/photos",
         "encoder": "ViT-B/32, weights 1f",
         "normalized": False,
     }
-    made = source(tmp_path / "log", ("a",), ("b",), origin=origin | {"x": None, "store_images": False})
+    made = source(tmp_path / "log", ("a",), ("b",), found=found | {"x": None})
     prepare.prepare(made, str(tmp_path))
     page = (tmp_path / "made" / "1.0.0" / "report.html").read_text()
     assert re.findall("<dt>(.*)</dt><dd>(.*)</dd>", page) == [

@@ -179,13 +179,10 @@ def test_damaged_metadata(tmp_path: Path, name: str, damage: Callable[[bytes], b
 
 
 def test_without_metadata(tmp_path: Path) -> None:
-    """Other builders than ours need not write any."""
     prepare_shapes(str(tmp_path), {"train": 2})
-    before = open_split("shapes", "train", str(tmp_path)).fingerprint
     (tmp_path / "shapes" / shards.VERSION / "metadata.json").unlink()
-    split = open_split("shapes", "train", str(tmp_path))
-    assert len(split) == 2
-    assert split.fingerprint != before
+    with pytest.raises(UserError, match=rf"{shards.VERSION} lacks its metadata.json"):
+        open_split("shapes", "train", str(tmp_path))
 
 
 def test_a_fingerprint_tells_what_was_prepared(tmp_path: Path) -> None:

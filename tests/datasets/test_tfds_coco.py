@@ -89,7 +89,7 @@ def test_all_splits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file_format
     monkeypatch.setattr(tfds_coco, "PICTURES_PER_SHARD", 2)
     prepare(tmp_path, file_format=file_format)
     source = tfds_coco_source(tmp_path)
-    assert [(part.split, part.tfds_split) for part in source.parts] == [  # type: ignore[attr-defined]
+    assert [(part.split, part.read.args[1]) for part in source.parts] == [  # type: ignore[attr-defined]
         ("train", "train"),
         ("train", "train"),
         ("train", "restval"),

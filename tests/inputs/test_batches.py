@@ -356,7 +356,7 @@ def test_a_truncated_picture_is_named(
         encoded = whole(index)
         return encoded[:60] if encoded and index == 2 else encoded
 
-    monkeypatch.setattr(pictures_module, "image", rotten)
+    monkeypatch.setattr(pictures, "image", rotten)
     assert len(pictures.inputs([1, 3])) == 2
     message = f"records/both/train, picture '{pictures.image_ids[2]}': The image is truncated or broken"
     with pytest.raises(UserError, match=message):

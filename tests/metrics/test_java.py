@@ -108,7 +108,7 @@ def test_a_script_that_starts_the_program_leaves_none_behind(fake_java: Callable
 @pytest.mark.parametrize("signal", ["INT", "TERM", "HUP"])
 def test_a_command_that_is_stopped_leaves_no_program_behind(fake_java: Callable[[str], Path], signal: str) -> None:
     code = (
-        "import signal, sys; from clipcap_jax import cli; from clipcap_jax.metrics import java\n"
+        "import signal, sys; from clipcap_jax.commands import cli; from clipcap_jax.metrics import java\n"
         # Whoever runs the tests may have them ignored.
         "signal.signal(signal.SIGINT, signal.default_int_handler); signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
         "cli.run_script(lambda: [print(line, flush=True) for line in java.run('X', sys.argv[1], [], seconds=60)])"
