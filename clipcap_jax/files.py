@@ -96,17 +96,34 @@ def is_remote(path: Any) -> bool:
     return "://" in os.fspath(path)
 
 
-def local_copy(path: Any) -> Path:
-    """The file itself, or the copy of a remote one, made once."""
+def local_copy(path: Any, digest: str) -> Path:
+    """The file itself, or the copy of a remote one, made once for all files with this SHA-256.
+
+    Raises:
+      UserError: the remote file has another one.
+    """
     if not is_remote(path):
         return Path(path)
-    stat = path.stat()
-    name = hashlib.sha256(f"{path} {stat.length} {stat.mtime}".encode()).hexdigest()[:16]
+    return (
+        once(digest[:32], [home() / "files"], lambda folder: copy_checked(path, folder / path.name, digest)) / path.name
+    )
 
-    def write(folder: Path) -> None:
-        path.copy(folder / path.name)
 
-    return once(name, [home() / "files"], write) / path.name
+def copy_checked(path: Any, target: Path, sha256: str) -> None:
+    """Copy a remote file.
+
+    Raises:
+      UserError: it has another SHA-256.
+    """
+    path.copy(target)
+    if digest(target) != sha256:
+        raise UserError(f"{path} is not what its data set says: it was damaged, or is being prepared anew. Try again.")
+
+
+def digest(path: Any) -> str:
+    """The SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextlib.contextmanager

@@ -56,12 +56,13 @@ def prepare(source: Source, data_dir: str, *, max_skipped: float = 0.01, process
         )
     writer = Writer(source, data_dir)
     try:
-        if done := find_prepared(source.name, data_dir, source.origin):
+        if done := find_prepared(source.name, data_dir, source.origin, source.found, source.renewed):
             return done
         with writer.locked():
-            if done := find_prepared(source.name, data_dir, source.origin):
+            if done := find_prepared(source.name, data_dir, source.origin, source.found, source.renewed):
                 return done  # by another process, just now
             writer.begin(alone=True)
+            writer.clear(range(len(source.parts)))
             shards = _write(writer, processes, max_skipped)
             return finish(writer, shards, max_skipped)
     except OSError as error:
@@ -85,7 +86,7 @@ def prepare_remote(source: Source, data_dir: str, work: Callable[[str], Any]) ->
     place = files.home() / "prepared" / hashlib.sha256(data_dir.encode()).hexdigest()[:16]
     folder = Path(source.name) / VERSION
     try:
-        if done := find_prepared(source.name, data_dir, source.origin):
+        if done := find_prepared(source.name, data_dir, source.origin, source.found, source.renewed):
             return done
         with Writer(source, str(place)).locked("upload"):
             work(str(place))
@@ -247,11 +248,17 @@ def _repeated(writer: Writer, indices: Sequence[int]) -> list[str]:
     return [image_id for image_id, count in found.items() if count > 1]
 
 
-def find_prepared(name: str, data_dir: str, origin: Mapping[str, Any]) -> Summary | None:
-    """The summary of the data set if it is prepared already, None if it is not.
+def find_prepared(
+    name: str,
+    data_dir: str,
+    origin: Mapping[str, Any],
+    found: Mapping[str, Any] | None = None,
+    renewed: Sequence[str] = (),
+) -> Summary | None:
+    """The summary of the data set if it is prepared already, None if it is not, or is to be replaced (see `Source`).
 
     Raises:
-      UserError: it was prepared from another `origin`.
+      UserError: it was prepared from another origin.
     """
     with schema.reachable(data_dir):
         folder = tfds.core.Path(data_dir).expanduser() / name / VERSION
@@ -259,22 +266,32 @@ def find_prepared(name: str, data_dir: str, origin: Mapping[str, Any]) -> Summar
             return None
     if not files.is_remote(data_dir):
         tidy(Path(folder))  # in case the process that finished it was killed before it had
+    schema.check_metadata(folder)
     builder = schema.read_builder(folder)
-    if "root" not in (builder.info.metadata or {}):
-        raise UserError(f"{folder} was prepared by an earlier version: delete it to prepare it again.")
-    before, now = builder.info.metadata["source"], json.loads(json.dumps(origin))
+    stored = builder.info.metadata or {}
+    if "pictures" not in stored:
+        raise UserError(
+            f"{folder} lacks its metadata.json, or was prepared by an earlier version: delete it to prepare it again."
+        )
+    before, now = stored["source"], json.loads(json.dumps(origin))
     if before != now:
+        if {**before, **dict.fromkeys(renewed)} == {**now, **dict.fromkeys(renewed)}:
+            return None
         raise UserError(
             f"{name} was prepared before, but from something else{changes(before, now)}. "
             f"Delete {folder} to prepare it again, or choose another name or --data-dir."
         )
-    return dataclasses.replace(_summary(builder), already_prepared=True)
+    summary = _summary(builder)
+    images = stored["found"].get("images")
+    moved = found is not None and images is not None and images != found.get("images")
+    told = [f"its pictures were read from {images}; those that lie elsewhere now were not looked at"] if moved else []
+    return dataclasses.replace(summary, notes=(*summary.notes, *told), already_prepared=True)
 
 
 def _summary(builder: tfds.core.DatasetBuilder) -> Summary:
     stored = builder.info.metadata
     return Summary(
-        name=builder.info.full_name.rsplit("/", 1)[0],
+        name=stored["name"],
         folder=str(builder.info.data_dir),
         images={split: builder.info.splits[split].num_examples for split in stored["captions"]},
         captions=dict(stored["captions"]),

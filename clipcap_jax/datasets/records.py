@@ -69,7 +69,9 @@ def prepare_records(source: RecordsSource, data_dir: str, max_skipped: float = 0
     _check_source(source)
     matrix = None if source.embeddings is None else open_embeddings(source.embeddings)
     origin = _origin(source)
-    if done := prepare.find_prepared(f"records/{source.name}", data_dir, origin):
+    folder = None if source.images is None else Path(source.images).resolve()
+    places = {"captions": source.captions, "images": folder and str(folder), "embeddings": source.embeddings}
+    if done := prepare.find_prepared(f"records/{source.name}", data_dir, origin, places):
         return done
 
     file = read_captions(Path(source.captions))
@@ -89,12 +91,11 @@ def prepare_records(source: RecordsSource, data_dir: str, max_skipped: float = 0
         found = check(kept)  # by image_id
         kept = [record for record in kept if record.image_id not in found]
         problems = problems + list(found.values())
-    folder = None if source.images is None else Path(source.images).resolve()
     return prepare.prepare(
         Source(
             name=f"records/{source.name}",
             origin=origin,
-            found={"captions": source.captions, "images": folder and str(folder), "embeddings": source.embeddings},
+            found=places,
             root=str(folder or ""),
             parts=picture_parts(kept, folder, store_images=_stores_images(source), embeddings=source.embeddings),
             has_images=_stores_images(source),

@@ -10,8 +10,12 @@ example holds:
     captions     any number of texts, none where the references are not public
     split        "train", "val", "test"
     domain       a group to score apart, such as nocaps' "out-domain"; "" where there are none
+    picture      the SHA-256 of the encoded picture, its first 32 hexadecimal digits; "" where there never was one
 
 What is absent is absent from the whole data set: its TFDS features say so before a single example is read.
+
+A data set is what it holds: `metadata.json` has the SHA-256 of every shard, and from these follows the `fingerprint`,
+by which everything made from a data set is filed. It has those of TFDS's two files too, and its own.
 """
 
 import bisect
@@ -19,7 +23,10 @@ import contextlib
 import dataclasses
 import hashlib
 import itertools
-from collections.abc import Iterator, Sequence
+import json
+import resource
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
 
@@ -36,9 +43,8 @@ FILE_FORMAT = "array_record"  # random access, and readable without TensorFlow
 
 READ_AT_ONCE = 1000  # examples, when all are read
 
-_OPEN_SHARDS = 256  # at the same time; a process may often have 1024 files open
-
-_TEXTS = ("image_path", "image_id", "split", "domain")
+_TEXTS = ("image_path", "image_id", "split", "domain", "picture")
+_DESCRIPTIONS = ("dataset_info.json", "features.json")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +57,7 @@ class Example:
     image_id: str
     captions: tuple[str, ...]
     domain: str
+    picture: str = ""  # filled in where the image is stored
 
 
 def features(has_images: bool, embedding_width: int | None) -> tfds.features.FeaturesDict:
@@ -78,9 +85,11 @@ def to_fields(example: Example, split: str) -> dict[str, Any]:
         "captions": example.captions,
         "split": split,
         "domain": example.domain,
+        "picture": example.picture,
     }
     if example.image is not None:
         fields["image"] = example.image
+        fields["picture"] = hashlib.sha256(example.image).hexdigest()[:32]
     if example.embedding is not None:
         fields["embedding"] = example.embedding
     return fields
@@ -89,7 +98,9 @@ def to_fields(example: Example, split: str) -> dict[str, Any]:
 class Split(Sequence[Example]):
     """One split of a prepared data set, read at random; any number of threads may read at once.
 
-    Opening it opens no file: shards are opened when an example of theirs is asked for.
+    Opening it opens no file: shards are opened when an example of theirs is asked for, and stay open. A shard is used
+    only if the data set is still the same after it was opened: where it was prepared anew in the meantime, shards that
+    are open still give the old examples, and another one is an error.
 
     Attributes:
       name: the data set, such as "records/flickr8k".
@@ -99,6 +110,7 @@ class Split(Sequence[Example]):
       encoder: what made the embeddings, such as "ViT-B/32"; None where that is not known or there are none.
       root: the folder that the pictures lay in, which `image_path` starts from; "" where they lie nowhere.
       fingerprint: of the data set, as `fingerprint` gives it.
+      pictures: the same of its pictures alone, whatever is said about them.
       folder: where the data set lies.
       whole: the split that it is, or that it is a part of.
       start, stop: its place in the whole split.
@@ -113,9 +125,11 @@ class Split(Sequence[Example]):
         self.embedding_width: int | None = (
             builder.info.features["embedding"].shape[0] if "embedding" in builder.info.features else None
         )
-        self.encoder: str | None = builder.info.metadata.get("encoder")
-        self.root: str = builder.info.metadata["root"]
-        self.fingerprint = fingerprint(builder)
+        metadata = builder.info.metadata
+        self.encoder: str | None = metadata["encoder"]
+        self.root: str = metadata["root"]
+        self.fingerprint = fingerprint(metadata)
+        self.pictures: str = metadata["pictures"]
         self.folder: tfds.core.Path = builder.data_path
         parts = tfds.core.ReadInstruction.from_spec(split).to_absolute(dict(builder.info.splits))
         if len(parts) > 1:
@@ -128,6 +142,8 @@ class Split(Sequence[Example]):
             raise ValueError("it holds no examples")
         self.shards: list[tfds.core.Path] = info.filepaths
         self.shard_lengths: list[int] = info.shard_lengths
+        self._digests: list[str] = metadata["shards"][self.whole]
+        _allow_open_files(len(self.shards))
         self._ends = list(itertools.accumulate(self.shard_lengths))
         self._opened: dict[int, ArrayRecordDataSource] = {}
 
@@ -144,33 +160,51 @@ class Split(Sequence[Example]):
         # The range: negative indices, and IndexError at the end.
         place = self.start + range(len(self))[index]
         shard = bisect.bisect_right(self._ends, place)
-        opened = self._opened.get(shard)
-        if opened is None:
-            if len(self._opened) >= _OPEN_SHARDS:
-                # Which closes it, once the threads that read it are done; unless another thread was first.
-                self._opened.pop(next(iter(self._opened), -1), None)
-            # If two threads come here at once, the second's is thrown away.
-            opened = self._opened.setdefault(shard, self._open(shard, files.local_copy(self.shards[shard])))
         with _reading(self.shards[shard]):
+            # If two threads come here at once, the second's is thrown away.
+            opened = self._opened.get(shard) or self._opened.setdefault(shard, self._open(shard))
             return _parse(opened[place - self._ends[shard] + self.shard_lengths[shard]])
 
-    def _open(self, shard: int, path: Path) -> ArrayRecordDataSource:
-        # With its length, it is opened when it is first read.
-        return ArrayRecordDataSource(f"{path}[0:{self.shard_lengths[shard]}]")
+    def _open(self, shard: int) -> ArrayRecordDataSource:
+        path = self.shards[shard]
+        local = files.local_copy(path, self._digests[shard])
+        opened = ArrayRecordDataSource(f"{local}[0:{self.shard_lengths[shard]}]")
+        opened[0]  # only now is the file open
+        if not files.is_remote(path):  # else it was compared with its digest
+            self._check_same()
+        return opened
 
-    def read_whole(self, scratch: Path) -> Iterator[list[Example]]:
-        """All examples of the whole split, at most `READ_AT_ONCE` at a time; remote shards pass through `scratch`."""
-        for shard, (path, length) in enumerate(zip(self.shards, self.shard_lengths, strict=True)):
-            remote = files.is_remote(path)
-            local = scratch / path.name if remote else Path(path)
-            if remote:
-                path.copy(local)
-            with _reading(path), self._open(shard, local) as records:
-                for start in range(0, length, READ_AT_ONCE):
-                    stop = min(start + READ_AT_ONCE, length)
-                    yield [_parse(record) for record in records.__getitems__(range(start, stop))]
-            if remote:
-                local.unlink()
+    def _check_same(self) -> None:
+        if fingerprint(_read_metadata(self.folder)) != self.fingerprint:
+            raise UserError(
+                f"{self.folder} was prepared anew while it was read, with other content. Start again to read that."
+            )
+
+    def read_whole(self) -> Iterator[list[Example]]:
+        """All examples of the whole split, at most `READ_AT_ONCE` at a time; remote shards pass through a temporary
+        folder."""
+        with tempfile.TemporaryDirectory() as scratch:
+            for shard, (path, length) in enumerate(zip(self.shards, self.shard_lengths, strict=True)):
+                local = Path(path)
+                if files.is_remote(path):
+                    local = Path(scratch) / path.name
+                    files.copy_checked(path, local, self._digests[shard])
+                with _reading(path), ArrayRecordDataSource(f"{local}[0:{length}]") as records:
+                    for start in range(0, length, READ_AT_ONCE):
+                        stop = min(start + READ_AT_ONCE, length)
+                        yield [_parse(record) for record in records.__getitems__(range(start, stop))]
+                if local != Path(path):
+                    local.unlink()
+        if not files.is_remote(self.folder):
+            self._check_same()
+
+
+def _allow_open_files(count: int) -> None:
+    """Raise this process's limit where shards might not fit; often it is 1024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < count + 256:
+        wanted = count + 256 if hard == resource.RLIM_INFINITY else min(hard, count + 256)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
 
 
 @contextlib.contextmanager
@@ -180,7 +214,7 @@ def _reading(shard: Any) -> Iterator[None]:
     except RuntimeError as error:  # array_record's word for whatever is wrong with a file
         raise UserError(
             f"The shard {shard} cannot be read: {error}. If it is missing or damaged, delete the folder it lies in and "
-            "prepare the data set again."
+            "prepare the data set again; if too many files are open, `ulimit -n` raises their number."
         ) from error
 
 
@@ -193,7 +227,9 @@ def _parse(record: bytes) -> Example:
 
     if "image_id" not in feature:  # array_record gives this for a file that ends after 64 KiB
         raise RuntimeError("a record is empty")
-    image_path, image_id, domain = (str(value(key) or b"", "utf-8") for key in ("image_path", "image_id", "domain"))
+    image_path, image_id, domain, picture = (
+        str(value(key) or b"", "utf-8") for key in ("image_path", "image_id", "domain", "picture")
+    )
     embedding = value("embedding")
     return Example(
         image=value("image"),
@@ -202,6 +238,7 @@ def _parse(record: bytes) -> Example:
         image_id=image_id,
         captions=tuple(caption.decode() for caption in feature["captions"].bytes_list.value),
         domain=domain,
+        picture=picture,
     )
 
 
@@ -233,6 +270,7 @@ def open_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
         versions = [version for version in versions if is_finished(folder / str(version))]
     if not versions:
         raise UserError(f"The data set {name!r} is not prepared in {data_dir}. {_how_to_prepare(name, data_dir)}")
+    check_metadata(folder / str(versions[-1]))
     builder = read_builder(folder / str(versions[-1]))
     info = builder.info
     missing = {*_TEXTS, "captions"} - set(info.features)
@@ -284,13 +322,47 @@ def is_finished(folder: Any) -> bool:
     return bool((folder / "dataset_info.json").exists())
 
 
-def fingerprint(builder: tfds.core.DatasetBuilder) -> str:
-    """A hash of what TFDS's metadata say of a data set, its source and the lengths of its shards among it."""
-    digest = hashlib.sha256()
-    for name in ("dataset_info.json", "metadata.json", "features.json"):
-        path = tfds.core.Path(builder.data_dir) / name
-        digest.update(path.read_bytes() if path.exists() else b"")  # not every builder writes metadata.json
-    return digest.hexdigest()[:16]
+def fingerprint(metadata: Mapping[str, Any]) -> str:
+    """What tells data sets apart: a hash of the digests of their shards, and of what made the embeddings."""
+    return hash_of([metadata["shards"], metadata["encoder"]])[:16]
+
+
+def hash_of(value: Any) -> str:
+    """The SHA-256 of a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def seal(folder: Path, metadata: Mapping[str, Any]) -> None:
+    """Write `metadata.json` with the digests of what lies beside it, and its own."""
+    described = {name: files.digest(folder / name) for name in _DESCRIPTIONS}
+    content = {**json.loads(json.dumps(metadata)), "descriptions": described}
+    (folder / "metadata.json").write_text(json.dumps(content | {"digest": hash_of(content)}, indent=1))
+
+
+def check_metadata(folder: Any) -> None:
+    """Raise a UserError if a file that describes a data set of ours has other bytes than it was given."""
+    content = _read_metadata(folder)
+    digest = content.pop("digest", None)
+    if "descriptions" not in content:
+        return  # it is none of ours, or an earlier version's
+    damaged = [name for name in _DESCRIPTIONS if files.digest(folder / name) != content["descriptions"].get(name)]
+    if hash_of(content) != digest:
+        damaged = ["metadata.json"]
+    if damaged:
+        raise UserError(
+            f"{folder} is damaged: its {damaged[0]} is not what was written. Delete it and prepare the data set again."
+        )
+
+
+def _read_metadata(folder: Any) -> dict[str, Any]:
+    path = folder / "metadata.json"
+    try:
+        content = json.loads(path.read_text()) if path.exists() else {}
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{folder} is damaged: its metadata cannot be read ({error}). Delete it and prepare the data set again."
+        ) from error
+    return content if isinstance(content, dict) else {}
 
 
 def _how_to_prepare(name: str, data_dir: str) -> str:

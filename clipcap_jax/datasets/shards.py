@@ -8,6 +8,7 @@ added and the folder gets its own name: whoever reads sees a whole data set or n
 import contextlib
 import copy
 import dataclasses
+import glob
 import hashlib
 import json
 import os
@@ -40,6 +41,8 @@ class Shard:
     Attributes:
       images, captions: how many.
       bytes: the size of the file.
+      sha256: of its bytes.
+      pictures: a hash of the examples' ids and pictures.
       words: how many captions have how many words.
       problems: what was skipped.
     """
@@ -47,46 +50,10 @@ class Shard:
     images: int
     captions: int
     bytes: int
+    sha256: str
+    pictures: str
     words: dict[int, int]
     problems: list[Problem]
-
-
-class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
-    """A source as TFDS sees it.
-
-    Not in TFDS's registry: `tfds.load("records/mine")` shall read what was written, not try to make one of these.
-    """
-
-    VERSION = tfds.core.Version(VERSION)
-
-    def __init__(self, source: Source, data_dir: str, metadata: Mapping[str, Any]) -> None:
-        self.name, _, config = source.name.partition("/")
-        self._source, self._metadata = source, metadata
-        super().__init__(
-            data_dir=data_dir,
-            file_format=schema.FILE_FORMAT,
-            config=tfds.core.BuilderConfig(name=config) if config else None,
-        )
-
-    def _create_builder_config(self, builder_config: Any, version: Any) -> Any:
-        return builder_config
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        source = self._source
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description=source.description,
-            homepage=source.homepage,
-            citation=source.citation,
-            features=schema.features(source.has_images, source.embedding_width),
-            metadata=tfds.core.MetadataDict(self._metadata),
-        )
-
-    def _split_generators(self, dl_manager: Any) -> Any:
-        raise NotImplementedError("written by clipcap_jax.datasets.prepare")
-
-    def _generate_examples(self) -> Any:
-        raise NotImplementedError("written by clipcap_jax.datasets.prepare")
 
 
 class Writer:
@@ -143,6 +110,8 @@ class Writer:
         Raises:
           UserError: it was begun for another one, or its place is taken.
         """
+        for left in self.folder.parent.glob(f"{VERSION}.*.tmp"):  # a data set that was replaced
+            shutil.rmtree(left, ignore_errors=True)
         if not schema.is_finished(self.folder) and any(self.folder.glob("*")):
             raise UserError(f"{self.folder} holds a part of a data set: delete it to prepare it again.")
         path = self.unfinished / "plan.json"
@@ -158,6 +127,12 @@ class Writer:
                 f"{self.source.name} was begun, but not finished, from something else"
                 f"{changes(begun['origin'], self._plan['origin'])}. Go on with that, or delete {self.unfinished}."
             )
+
+    def clear(self, indices: Iterable[int]) -> None:
+        """Remove what killed processes left of the shards of these parts; nobody else may be writing them."""
+        for index in indices:
+            for left in self.unfinished.glob(f"{glob.escape(self.names[index])}.*.tmp"):
+                left.unlink(missing_ok=True)
 
     def discard(self) -> None:
         """Remove what was written so far."""
@@ -203,6 +178,7 @@ class Writer:
         features = schema.features(self.source.has_images, self.source.embedding_width)
         serializer = example_serializer.ExampleSerializer(features.get_serialized_info())
         ids: list[str] = []
+        pictures = hashlib.sha256()
         words: Counter[int] = Counter()
         problems: list[Problem] = []
 
@@ -218,6 +194,7 @@ class Writer:
                 ids.append(example.image_id)
                 words.update(len(caption.split()) for caption in example.captions)
                 fields = schema.to_fields(example, split)
+                pictures.update(f"{example.image_id}\0{fields['picture']}\n".encode())
                 # As `serialize_example` does, but the same bytes every time: a proto's map has no order.
                 record = serializer.get_tf_example(features.encode_example(fields)).SerializeToString(
                     deterministic=True
@@ -236,7 +213,15 @@ class Writer:
                     raise
                 raise OSError(str(error)) from error
             _to_disk(temporary)
-            shard = Shard(len(ids), words.total(), temporary.stat().st_size, dict(words), problems)
+            shard = Shard(
+                images=len(ids),
+                captions=words.total(),
+                bytes=temporary.stat().st_size,
+                sha256=files.digest(temporary),
+                pictures=pictures.hexdigest(),
+                words=dict(words),
+                problems=problems,
+            )
             temporary.rename(path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -255,26 +240,39 @@ class Writer:
         by_split: dict[str, list[Shard]] = {}
         for part, shard in zip(self.source.parts, shards, strict=True):
             by_split.setdefault(part.split, []).append(shard)
-        builder = Builder(self.source, str(self.data_dir), metadata)
-        builder.info.set_splits(
-            tfds_splits.SplitDict(
-                [
-                    tfds_splits.SplitInfo(
-                        name=split,
-                        shard_lengths=[shard.images for shard in held],
-                        num_bytes=sum(shard.bytes for shard in held),
-                        filename_template=_template(self.source, self.unfinished, split),
-                    )
-                    for split, held in by_split.items()
-                    if any(shard.images for shard in held)  # TFDS cannot open a split of none
-                ]
-            )
+        by_split = {split: held for split, held in by_split.items() if any(shard.images for shard in held)}
+        tfds.folder_dataset.write_metadata(
+            data_dir=self.unfinished,
+            features=schema.features(self.source.has_images, self.source.embedding_width),
+            version=VERSION,
+            filename_template=_template(self.source, self.unfinished, next(iter(by_split))),
+            split_infos=[  # without those that hold nothing, which TFDS cannot open
+                tfds_splits.SplitInfo(
+                    name=split,
+                    shard_lengths=[shard.images for shard in held],
+                    num_bytes=sum(shard.bytes for shard in held),
+                    filename_template=_template(self.source, self.unfinished, split),
+                )
+                for split, held in by_split.items()
+            ],
+            check_data=False,  # it would need TensorFlow
+            description=self.source.description,
+            homepage=self.source.homepage,
+            citation=self.source.citation,
         )
-        builder.info.write_to_directory(self.unfinished)
+        digests = {split: [shard.sha256 for shard in held] for split, held in by_split.items()}
+        pictures = schema.hash_of({split: [shard.pictures for shard in held] for split, held in by_split.items()})[:16]
+        schema.seal(self.unfinished, {**metadata, "name": self.source.name, "shards": digests, "pictures": pictures})
 
     def publish(self) -> None:
-        """Give the folder its name."""
-        self.unfinished.rename(self.folder)
+        """Give the folder its name; what had it before, to be replaced, is removed."""
+        if self.folder.exists():
+            before = _temporary(self.folder)
+            self.folder.rename(before)
+            self.unfinished.rename(self.folder)
+            shutil.rmtree(before)
+        else:
+            self.unfinished.rename(self.folder)
         tidy(self.folder)
 
 
@@ -293,9 +291,10 @@ def upload(folder: Path, target: Any) -> None:
     Raises:
       OSError: a file could not be read or written.
     """
-    mark, digest = target / "upload.txt", schema.fingerprint(schema.read_builder(folder))
+    mark, digest = target / "upload.txt", files.digest(folder / "metadata.json")
     begun = mark.exists() and mark.read_text() == digest  # or what lies there may be of another data set
     target.mkdir(parents=True, exist_ok=True)
+    (target / "dataset_info.json").unlink(missing_ok=True)  # of a data set that is replaced
     mark.write_text(digest)
     paths = sorted(folder.iterdir(), key=lambda path: path.name == "dataset_info.json")
     for path in track(paths, f"Copying to {target}", total=len(paths)):

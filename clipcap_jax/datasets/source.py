@@ -78,6 +78,7 @@ class Source:
       name: the data set, as TFDS names it: "coco", or builder and config as in "records/mine".
       origin: all that decides the content, as JSON values; what was prepared from another origin is not mixed with it.
       found: where that was found, such as folders and file names, as JSON values; told, but it decides nothing.
+      renewed: names of `origin`'s values; a data set of which nothing but these differs is prepared anew, in its place.
       root: the folder that examples' `image_path` starts from; "" where they lie nowhere.
       parts: one for each shard; those of a split in the order that the split will have.
       has_images: whether examples hold the encoded picture.
@@ -97,6 +98,7 @@ class Source:
     parts: Sequence[Part]
     has_images: bool
     found: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    renewed: Sequence[str] = ()
     root: str = ""
     embedding_width: int | None = None
     encoder: str | None = None

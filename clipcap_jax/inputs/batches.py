@@ -22,11 +22,11 @@ from pathlib import Path
 import grain
 import numpy as np
 
-from clipcap_jax import files, pictures, progress
+from clipcap_jax import pictures, progress
 from clipcap_jax.config import Targets
 from clipcap_jax.datasets.schema import Split
 from clipcap_jax.errors import UserError
-from clipcap_jax.inputs.columns import ArrayWriter, load, open_columns
+from clipcap_jax.inputs.columns import ArrayWriter, load, made_once, open_columns
 from clipcap_jax.text.tokenizer import Tokenizer
 
 # What the caption lengths of a batch are rounded up to, as every length is compiled once. Of all computed positions, at
@@ -116,7 +116,7 @@ class CaptionData:
         chosen = json.dumps([tokenizer.to_dict(), max_tokens, targets])
         name = f"{self._columns.name}-tokens-{hashlib.sha256(chosen.encode()).hexdigest()[:16]}"
         captions = self._columns.all_captions
-        folder = files.once(
+        folder = made_once(
             name,
             self._columns.homes,
             lambda folder: _write_pairs(folder, captions, tokenizer, max_tokens, targets, f"Tokenising {self.name}"),

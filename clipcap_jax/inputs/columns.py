@@ -1,20 +1,20 @@
 """Raw copies of what a split holds, field by field, that are mapped into memory instead of read.
 
 array_record is compressed, and an example is read as a whole. So the first opening of a split writes, beside the data
-set, `columns/<split>-<fingerprint>/` with
+set, `columns/<split>-<fingerprint>-<format>/` with
 
     embeddings.npy                                float16 N E, where the data set stores embeddings
-    image_ids, image_paths, domains, captions     texts: `<name>.npy`, the UTF-8 bytes of all of them, and
-                                                  `<name>_offsets.npy`, int64 (texts + 1,), where each begins
+    image_ids, pictures, image_paths, domains,    texts: `<name>.npy`, the UTF-8 bytes of all of them, and
+    captions                                      `<name>_offsets.npy`, int64 (texts + 1,), where each begins
     examples_offsets.npy                          int64 (N + 1,), where each example's captions begin among all
 
 of the whole split; a part of one, such as "val[:100]", is a part of these. Where the data set cannot be written to, or
 lies on gs://, they go to `~/.cache/clipcap_jax/columns`. Columns may be deleted at any time.
+A file `sha256.json` has the digests of the others, which are held to it whenever they are opened.
 """
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -29,7 +29,9 @@ from clipcap_jax import files, progress
 from clipcap_jax.datasets.schema import Split
 from clipcap_jax.errors import UserError
 
-_FORMAT = "1"  # of the files; another one makes them anew
+_FORMAT = "2"  # of the files; another one makes them anew
+
+_DIGESTS = "sha256.json"
 
 T = TypeVar("T")
 
@@ -62,13 +64,14 @@ class Ragged(Sequence[T]):
 class Columns:
     """The columns of a split.
 
-    embeddings: float16 `N E`, read-only, or None where there are none; image_ids, image_paths, domains: a string per
-    example; captions: a tuple of strings per example; all_captions: those of the whole split; homes: the folders for
-    what else is made of the split once; name: with which its name begins there.
+    embeddings: float16 `N E`, read-only, or None where there are none; image_ids, pictures, image_paths, domains: a
+    string per example; captions: a tuple of strings per example; all_captions: those of the whole split; homes: the
+    folders for what else is made of the split once; name: with which its name begins there.
     """
 
     embeddings: np.ndarray | None
     image_ids: Ragged[str]
+    pictures: Ragged[str]
     image_paths: Ragged[str]
     domains: Ragged[str]
     captions: Ragged[tuple[str, ...]]
@@ -84,11 +87,11 @@ def open_columns(split: Split) -> Columns:
       UserError: the data set's files are not there, an embedding is not finite, the columns cannot be written, or are
         damaged.
     """
-    name = f"{split.whole}-{_fingerprint(split)}"
+    name = f"{split.whole}-{split.fingerprint}-{_FORMAT}"
     homes = [files.home() / "columns"]
     if not files.is_remote(split.folder):
         homes.insert(0, Path(split.folder) / "columns")
-    folder = files.once(name, homes, lambda temporary: _write(temporary, split))
+    folder = made_once(name, homes, lambda temporary: _write(temporary, split))
 
     root = split.root
 
@@ -108,6 +111,7 @@ def open_columns(split: Split) -> Columns:
     return Columns(
         embeddings=None if split.embedding_width is None else load(folder, "embeddings")[0][split.start : split.stop],
         image_ids=part("image_ids"),
+        pictures=part("pictures"),
         image_paths=located(part("image_paths")),
         domains=part("domains"),
         captions=captions.part(split.start, split.stop),
@@ -115,6 +119,35 @@ def open_columns(split: Split) -> Columns:
         homes=homes,
         name=name,
     )
+
+
+def made_once(name: str, homes: Sequence[Path], write: Callable[[Path], None]) -> Path:
+    """As `files.once`, with the digests of what was written, by which what is there is checked.
+
+    Raises:
+      UserError: a file is not what was written; or as `files.once`.
+    """
+
+    def sealed(folder: Path) -> None:
+        write(folder)
+        (folder / _DIGESTS).write_text(json.dumps(_digests(folder)))
+
+    folder = files.once(name, homes, sealed)
+    try:
+        written, there = json.loads((folder / _DIGESTS).read_text()), _digests(folder)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder} is damaged: {error}. Delete it; it is made again.") from error
+    if damaged := sorted(name for name in {**written, **there} if written.get(name) != there.get(name)):
+        raise UserError(
+            f"{folder / damaged[0]} is damaged: it is not what was written. Delete {folder}; it is made again."
+        )
+    return folder
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    paths = sorted(folder.glob("*.npy"))
+    with ThreadPoolExecutor() as pool:  # hashing needs no lock of Python's
+        return {path.name: digest for path, digest in zip(paths, pool.map(files.digest, paths), strict=True)}
 
 
 def load(folder: Path, *names: str) -> list[np.ndarray]:
@@ -130,35 +163,13 @@ def load(folder: Path, *names: str) -> list[np.ndarray]:
         raise UserError(f"{folder} is damaged: {error}. Delete it; it is made again.") from error
 
 
-def _fingerprint(split: Split) -> str:
-    """Another one when the data set is prepared again, even to files of the same sizes."""
-
-    def stat(path: Any) -> tuple[int, int]:
-        if files.is_remote(path):
-            found = path.stat()
-            return found.length, found.mtime
-        local = os.stat(path)
-        return local.st_size, local.st_mtime_ns
-
-    descriptions = [
-        path for path in (split.folder / "dataset_info.json", split.folder / "metadata.json") if path.exists()
-    ]
-    try:
-        with ThreadPoolExecutor(32) as pool:  # remote files take long to answer
-            stats = list(pool.map(stat, [*descriptions, *split.shards]))
-        described = [path.read_text() for path in descriptions]
-    except OSError as error:
-        raise UserError(f"{split.folder} is not complete: {error}. Delete it and prepare it again.") from error
-    return hashlib.sha256(json.dumps([_FORMAT, described, stats]).encode()).hexdigest()[:16]
-
-
 def _write(folder: Path, split: Split) -> None:
     """Write the columns of the whole split, of which never more than some examples are in memory."""
     name, width = f"{split.name}/{split.whole}", split.embedding_width
     with contextlib.ExitStack() as stack:
-        ids, paths, domains, captions = (
+        ids, pictures, paths, domains, captions = (
             stack.enter_context(TextWriter(folder, name))
-            for name in ("image_ids", "image_paths", "domains", "captions")
+            for name in ("image_ids", "pictures", "image_paths", "domains", "captions")
         )
         ends = stack.enter_context(ArrayWriter(folder / "examples_offsets.npy", np.int64))
         ends.extend([0])
@@ -167,7 +178,7 @@ def _write(folder: Path, split: Split) -> None:
         )
         bar = stack.enter_context(progress.bar())
         task = bar.add_task(f"Unpacking {name}", total=sum(split.shard_lengths))
-        for examples in split.read_whole(folder):
+        for examples in split.read_whole():
             if embeddings is not None:
                 rows = np.stack([np.asarray(example.embedding) for example in examples])
                 if len(bad := np.flatnonzero(~np.isfinite(rows).all(axis=1))):
@@ -177,6 +188,7 @@ def _write(folder: Path, split: Split) -> None:
                     )
                 embeddings.extend(rows)
             ids.extend([example.image_id for example in examples])
+            pictures.extend([example.picture for example in examples])
             paths.extend([example.image_path for example in examples])
             domains.extend([example.domain for example in examples])
             ends.extend(captions.count + np.cumsum([len(example.captions) for example in examples]))

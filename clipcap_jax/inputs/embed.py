@@ -14,16 +14,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tensorflow_datasets as tfds
 
 from clipcap_jax import files, parallel, pictures, progress
 from clipcap_jax.config import PRESETS
-from clipcap_jax.datasets import prepare
-from clipcap_jax.datasets.schema import Example, Split, fingerprint, open_builder, open_split
-from clipcap_jax.datasets.shards import Writer
+from clipcap_jax.datasets import prepare, schema
+from clipcap_jax.datasets.schema import Example, Split, open_builder, open_split
+from clipcap_jax.datasets.shards import VERSION, Writer
 from clipcap_jax.datasets.source import EMBEDDINGS_PER_SHARD, Part, Problem, Source
 from clipcap_jax.datasets.summary import Summary
 from clipcap_jax.errors import UserError
 from clipcap_jax.inputs.batches import fill
+from clipcap_jax.inputs.columns import open_columns
 from clipcap_jax.models.clip_vit import normalize_pixels
 from clipcap_jax.models.clipcap import ClipConfig, tower
 
@@ -72,8 +74,9 @@ def embed(
 ) -> Summary | None:
     """Embed a data set's pictures, and write "embeddings/<output>" into `data_dir` unless it is there already.
 
-    What an interrupted run finished is kept. Several hosts that see the same `data_dir` may each do a share; the one
-    that finds all shares finished puts them together.
+    What an interrupted run finished is kept. Where the data set was prepared anew since, the embeddings are made anew,
+    in place of the old ones; but not those of pictures that were embedded before. Several hosts that see the same
+    `data_dir` may each do a share; the one that finds all shares finished puts them together.
 
     Args:
       encoder: the tower.
@@ -97,7 +100,7 @@ def embed(
     splits = {split: open_split(name, split, data_dir) for split in open_builder(name, data_dir).info.splits}
     if not all(split.has_images for split in splits.values()):
         raise UserError(f"{name} holds no pictures: there is nothing to embed")
-    source = _source(_Embedder(encoder, batch_size, workers), name, output, data_dir, splits)
+    source = _source(_Embedder(encoder, batch_size, workers, f"embeddings/{output}", data_dir), output, splits)
     write = functools.partial(_embed, source, max_skipped)
     if not files.is_remote(data_dir):
         return write(share, data_dir)
@@ -107,7 +110,7 @@ def embed(
 
 
 def _embed(source: Source, max_skipped: float, share: tuple[int, int], data_dir: str) -> Summary | None:
-    if done := prepare.find_prepared(source.name, data_dir, source.origin):
+    if done := prepare.find_prepared(source.name, data_dir, source.origin, source.found, source.renewed):
         return done
     writer = Writer(source, data_dir)
     number, shares = share
@@ -115,10 +118,11 @@ def _embed(source: Source, max_skipped: float, share: tuple[int, int], data_dir:
         with writer.locked(f"share{number}of{shares}"):
             with writer.locked(wait=True):
                 writer.begin(alone=shares == 1)
+            writer.clear(range(number, len(source.parts), shares))
             mine = [i for i in range(number, len(source.parts), shares) if writer.finished(i) is None]
             _write(writer, mine)
         with writer.locked(wait=True):
-            if done := prepare.find_prepared(source.name, data_dir, source.origin):
+            if done := prepare.find_prepared(source.name, data_dir, source.origin, source.found, source.renewed):
                 return done  # another share was the last
             shards = [shard for i in range(len(source.parts)) if (shard := writer.finished(i))]
             return prepare.finish(writer, shards, max_skipped) if len(shards) == len(source.parts) else None
@@ -126,12 +130,33 @@ def _embed(source: Source, max_skipped: float, share: tuple[int, int], data_dir:
         raise UserError(f"{source.name} could not be written to {data_dir}: {error}") from error
 
 
+Known = dict[str, tuple[np.ndarray, int]]  # by a picture's digest: a matrix of embeddings, and its row there
+
+
+def _known(name: str, data_dir: str) -> Known:
+    """The embeddings of a data set that is to be replaced; none where there is no such data set."""
+    with schema.reachable(data_dir):
+        if not schema.is_finished(tfds.core.Path(data_dir).expanduser() / name / VERSION):
+            return {}
+    known: Known = {}
+    for split in open_builder(name, data_dir).info.splits:
+        columns = open_columns(open_split(name, split, data_dir))
+        assert columns.embeddings is not None
+        known |= {picture: (columns.embeddings, row) for row, picture in enumerate(columns.pictures)}
+    return known
+
+
 class _Embedder:
     """Embeds pictures of splits with one compiled program."""
 
-    def __init__(self, encoder: Encoder, batch_size: int, workers: int):
+    def __init__(self, encoder: Encoder, batch_size: int, workers: int, name: str, data_dir: str):
         self.encoder, self._workers = encoder, workers
+        self._name, self._data_dir = name, data_dir
         self._batch_size = parallel.round_up(batch_size)
+
+    @functools.cached_property
+    def _known(self) -> Known:
+        return _known(self._name, self._data_dir)
 
     @functools.cached_property  # not where all is there already
     def _begin(self) -> Callable[[np.ndarray], Callable[[], np.ndarray]]:
@@ -148,42 +173,53 @@ class _Embedder:
     def __call__(self, split: Split, rows: range) -> Iterator[Example | Problem]:
         """A batch is handed out when the next has begun, so that the devices need not wait for the host."""
         begun: Iterator[Example] = iter(())
-        batch: list[tuple[Example, np.ndarray]] = []
-        load = functools.partial(self._load, split)
+        batch: list[tuple[Example, np.ndarray | None]] = []
+        count = 0
+        load = functools.partial(self._load, self._known, split)
         for item in pictures.load_ahead(load, rows, workers=self._workers, ahead=2 * self._batch_size):
             if isinstance(item, Problem):
                 yield item
                 continue
             batch.append(item)
-            if len(batch) == self._batch_size:
-                before, begun, batch = begun, self._embedded(batch), []
+            count += item[1] is not None
+            if count == self._batch_size:
+                before, begun, batch, count = begun, self._embedded(batch), [], 0
                 yield from before
         last = self._embedded(batch) if batch else iter(())
         yield from begun
         yield from last
 
-    def _load(self, split: Split, index: int) -> tuple[Example, np.ndarray] | Problem:
+    def _load(self, known: Known, split: Split, index: int) -> tuple[Example, np.ndarray | None] | Problem:
+        """An example without its picture, and that in pixels; or with its embedding, where that is known."""
         example = split[index]
         assert example.image is not None
+        image, example = example.image, dataclasses.replace(example, image=None, embedding=None)
+        if example.picture in known:
+            embeddings, row = known[example.picture]
+            return dataclasses.replace(example, embedding=embeddings[row]), None
         try:
-            pixels = pictures.preprocess(pictures.decode(example.image), self.encoder.config.image_size)
+            pixels = pictures.preprocess(pictures.decode(image), self.encoder.config.image_size)
         except UserError as error:
             return Problem(f"{split.name}/{split.split}", "image broken", f"{example.image_id}: {error}")
-        return dataclasses.replace(example, image=None), pixels
+        return example, pixels
 
-    def _embedded(self, batch: list[tuple[Example, np.ndarray]]) -> Iterator[Example]:
-        filled = fill(np.stack([pixels for _, pixels in batch]), self._batch_size)  # one shape
-        return _finished([example for example, _ in batch], self._begin(filled))
+    def _embedded(self, batch: list[tuple[Example, np.ndarray | None]]) -> Iterator[Example]:
+        new = [pixels for _, pixels in batch if pixels is not None]
+        wait = self._begin(fill(np.stack(new), self._batch_size)) if new else None  # one shape
+        return _finished([example for example, _ in batch], wait)
 
 
-def _finished(batch: list[Example], wait: Callable[[], np.ndarray]) -> Iterator[Example]:
-    for example, embedding in zip(batch, wait()[: len(batch)].astype(np.float16), strict=True):
+def _finished(batch: list[Example], wait: Callable[[], np.ndarray] | None) -> Iterator[Example]:
+    made = iter(() if wait is None else wait().astype(np.float16))
+    for example in batch:
+        embedding = next(made) if example.embedding is None else example.embedding
         if not np.isfinite(embedding).all():
             raise UserError(f"the embedding of {example.image_id} is not finite: the tower's weights are broken")
         yield dataclasses.replace(example, embedding=embedding)
 
 
-def _source(embedder: _Embedder, name: str, output: str, data_dir: str, splits: dict[str, Split]) -> Source:
+def _source(embedder: _Embedder, output: str, splits: dict[str, Split]) -> Source:
+    first = next(iter(splits.values()))
     encoder = embedder.encoder
     size = encoder.config.image_size
     made = {
@@ -194,19 +230,20 @@ def _source(embedder: _Embedder, name: str, output: str, data_dir: str, splits: 
     }
     return Source(
         name=f"embeddings/{output}",
-        origin={"data": name, "fingerprint": fingerprint(open_builder(name, data_dir)), **made},
+        origin={"data": first.name, "fingerprint": first.fingerprint, **made},
+        renewed=["fingerprint"],
         parts=[
             Part(split, functools.partial(embedder, held, rows), len(rows))
             for split, held in splits.items()
             for start in range(0, len(held), EMBEDDINGS_PER_SHARD)
             for rows in [range(start, min(start + EMBEDDINGS_PER_SHARD, len(held)))]
         ],
-        found={"data": name, **made},
-        root=next(iter(splits.values())).root,
+        found={"data": first.name, **made},
+        root=first.root,
         has_images=False,
         embedding_width=encoder.config.embedding_width,
         encoder=encoder.name,
-        description=f"CLIP embeddings of {name}.",
+        description=f"CLIP embeddings of {first.name}.",
         metadata={"embeddings": made},
     )
 

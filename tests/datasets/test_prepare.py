@@ -211,7 +211,7 @@ def test_prepared_by_an_earlier_version(tmp_path: Path) -> None:
     prepare.prepare(made, str(tmp_path))
     path = tmp_path / "made" / "1.0.0" / "metadata.json"
     path.write_text(json.dumps({"source": {}, "captions": {"train": 2}, "problems": [], "notes": []}))
-    with pytest.raises(UserError, match=r"made/1.0.0 was prepared by an earlier version: delete it"):
+    with pytest.raises(UserError, match=r"made/1.0.0 lacks .*, or was prepared by an earlier version: delete it"):
         prepare.prepare(made, str(tmp_path))
 
 

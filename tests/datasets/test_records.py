@@ -2,6 +2,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -263,6 +264,23 @@ def test_the_summary_shows_everything(folder: Path) -> None:
     assert again.already_prepared
     assert (again.images, again.captions, again.problems) == (summary.images, summary.captions, summary.problems)
     rich.print(again)
+
+
+def test_where_files_lie_is_no_part_of_it(folder: Path) -> None:
+    """Photos that were moved, a captions file of another name: nothing to do, and said."""
+    first = prepare(folder)
+    (folder / "photos").rename(folder / "moved")
+    (folder / "c.jsonl").rename(folder / "other.jsonl")
+    again = prepare(folder, captions=str(folder / "other.jsonl"), images=str(folder / "moved"))
+    assert again.already_prepared
+    assert again.notes == (
+        f"its pictures were read from {folder}/photos; those that lie elsewhere now were not looked at",
+    )
+    fingerprint = open_split("records/mine", "train", first.folder.partition("/records")[0]).fingerprint
+    shutil.rmtree(first.folder)
+    anew = prepare(folder, captions=str(folder / "other.jsonl"), images=str(folder / "moved"))
+    assert not anew.already_prepared
+    assert open_split("records/mine", "train", first.folder.partition("/records")[0]).fingerprint == fingerprint
 
 
 def test_prepared_from_something_else(folder: Path) -> None:

@@ -1,7 +1,7 @@
 import dataclasses
 import json
-import os
 import pickle
+import resource
 import shutil
 import subprocess
 import sys
@@ -93,12 +93,20 @@ def test_what_is_not_there_is_said(data_dir: str, tmp_path: Path) -> None:
         open_split("koko", "train", data_dir)
 
 
+def reseal(folder: Path) -> None:
+    """As if what lies there now were what was written."""
+    metadata = json.loads((folder / "metadata.json").read_text())
+    del metadata["digest"]
+    schema.seal(folder, metadata)
+
+
 def test_another_schema_is_said(tmp_path: Path) -> None:
     prepare.prepare(listed("tiny", "train", [Example(None, None, captions=(), **TEXTS)]), str(tmp_path))
     folder = tmp_path / "tiny" / "1.0.0"
 
     info = json.loads((folder / "dataset_info.json").read_text())
     (folder / "dataset_info.json").write_text(json.dumps(info | {"fileFormat": "tfrecord"}))
+    reseal(folder)
     with pytest.raises(UserError, match="format tfrecord, which needs TensorFlow"):
         open_split("tiny", "train", str(tmp_path))
     (folder / "dataset_info.json").write_text(json.dumps(info))
@@ -106,6 +114,7 @@ def test_another_schema_is_said(tmp_path: Path) -> None:
     features = json.loads((folder / "features.json").read_text())
     del features["featuresDict"]["features"]["captions"]
     (folder / "features.json").write_text(json.dumps(features))
+    reseal(folder)
     with pytest.raises(UserError, match="not in the schema of clipcap_jax: it has no captions"):
         open_split("tiny", "train", str(tmp_path))
 
@@ -156,15 +165,17 @@ def test_a_damaged_shard_is_named(tmp_path: Path, damage: Callable[[bytes], byte
         open_split("shapes", "train", str(tmp_path))[0]
 
 
-def test_shards_are_not_all_open_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_shards_than_files_may_be_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shapes, "PICTURES_PER_SHARD", 3)
-    monkeypatch.setattr(schema, "_OPEN_SHARDS", 4)
     prepare_shapes(str(tmp_path), {"train": 60})
-    split = open_split("shapes", "train", str(tmp_path))
-    open_files = len(os.listdir("/proc/self/fd"))
-    for index in [*range(60), *range(0, 60, 7)]:
-        assert split[index].image_id.startswith("train-")
-        assert len(os.listdir("/proc/self/fd")) <= open_files + 5
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (270, limits[1]))
+    try:
+        split = open_split("shapes", "train", str(tmp_path))
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] >= 276
+        assert len({split[index].image_id for index in [*range(60), *range(0, 60, 7)]}) == 60
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 @pytest.mark.parametrize("name", ["dataset_info.json", "features.json", "metadata.json"])
@@ -202,4 +213,36 @@ def test_a_fingerprint_tells_what_was_prepared(tmp_path: Path) -> None:
         prepare.prepare(source, str(tmp_path / name))
     shutil.copytree(tmp_path / "one", tmp_path / "copied")
     assert fingerprint(tmp_path / "one") == fingerprint(tmp_path / "same") == fingerprint(tmp_path / "copied")
-    assert len({fingerprint(tmp_path / name) for name in ("one", "shorter", "other", "tower")}) == 4
+    assert fingerprint(tmp_path / "one") == fingerprint(tmp_path / "other")  # another file of the same content
+    assert len({fingerprint(tmp_path / name) for name in ("one", "shorter", "tower")}) == 3
+
+
+def test_exchanged_pictures_are_another_data_set(tmp_path: Path) -> None:
+    """Of which sizes, ids and captions say nothing."""
+    first, second = (
+        Example(bytes([i]) * 9, None, captions=("a dog.",), **(TEXTS | {"image_id": str(i)})) for i in (1, 2)
+    )
+    exchanged = [dataclasses.replace(first, image=second.image), dataclasses.replace(second, image=first.image)]
+    corrected = [dataclasses.replace(first, captions=("a cat.",)), second]
+    found = {}
+    for name, examples in (("one", [first, second]), ("exchanged", exchanged), ("corrected", corrected)):
+        prepare.prepare(listed("tiny", "train", examples), str(tmp_path / name))
+        found[name] = open_split("tiny", "train", str(tmp_path / name))
+    assert len({split.fingerprint for split in found.values()}) == 3
+    assert found["one"].pictures == found["corrected"].pictures != found["exchanged"].pictures
+
+
+def test_a_data_set_that_is_prepared_anew_under_its_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is open still gives the old examples, and the rest is an error."""
+    monkeypatch.setattr(shapes, "PICTURES_PER_SHARD", 10)
+    prepare_shapes(str(tmp_path), {"train": 60})
+    split = open_split("shapes", "train", str(tmp_path))
+    old = list(open_split("shapes", "train", str(tmp_path)))
+    assert split[0] == old[0]
+    shutil.rmtree(tmp_path / "shapes")
+    monkeypatch.setattr(shapes, "write_captions", lambda figures: ("another caption.",))
+    prepare_shapes(str(tmp_path), {"train": 60})
+    assert split[:10] == old[:10]
+    for index in range(10, 60):
+        with pytest.raises(UserError, match=r"shapes/1.0.0 was prepared anew while it was read"):
+            split[index]

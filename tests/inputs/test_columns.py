@@ -1,3 +1,4 @@
+import contextlib
 import os
 import shutil
 import signal
@@ -15,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sources import listed
 
-from clipcap_jax.datasets import Example, open_split, prepare, schema
+from clipcap_jax.datasets import Example, open_split, prepare, prepare_shapes, schema, shapes
 from clipcap_jax.errors import UserError
 from clipcap_jax.inputs import batches as data_lib
 from clipcap_jax.inputs.batches import CaptionData, make_pairs
@@ -201,10 +202,10 @@ def test_columns_that_an_administrator_made(
     read(tmp_path)
     open_path = Path.open
 
-    def refuse(path: Path, mode: str = "r", *options: Any) -> Any:
+    def refuse(path: Path, mode: str = "r", *options: Any, **named: Any) -> Any:
         if path.parent == folder / "columns" and mode == "a":  # as root may write everywhere
             raise PermissionError(13, "Permission denied")
-        return open_path(path, mode, *options)
+        return open_path(path, mode, *options, **named)
 
     monkeypatch.setattr(Path, "open", refuse)
     read(tmp_path).pairs(TOKENIZER, 9)
@@ -217,12 +218,12 @@ def test_a_full_disk(tmp_path: Path, folder: Path) -> None:
         pytest.skip("needs /dev/full")
     open_path = Path.open
 
-    def full(path: Path, *options: Any) -> Any:
-        return open_path(Path("/dev/full") if path.name == "captions.npy" else path, *options)
+    def full(path: Path, *options: Any, **named: Any) -> Any:
+        return open_path(Path("/dev/full") if path.name == "captions.npy" else path, *options, **named)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Path, "open", full)
-        with pytest.raises(UserError, match=r"val-\w+ could not be made: .*No space left on device.*make room"):
+        with pytest.raises(UserError, match=r"val-[\w-]+ could not be made: .*No space left on device.*make room"):
             read(tmp_path)
     assert finished(folder / "columns") == []
     assert not list((folder / "columns").glob(".*.tmp"))
@@ -243,10 +244,75 @@ def test_a_data_set_that_is_prepared_again(tmp_path: Path, folder: Path, home: P
     assert len(finished(home)) == 2
 
 
+def test_a_split_that_is_older_than_the_data_set(tmp_path: Path, folder: Path) -> None:
+    """Its columns are not made of the new one, nor filed under it."""
+    old = open_split("given", "val", str(tmp_path))
+    shutil.rmtree(folder)
+    write(tmp_path, embeddings=EMBEDDINGS[::-1])
+    with pytest.raises(UserError, match=r"given/1.0.0 was prepared anew while it was read"):
+        open_columns(old)
+    assert finished(folder / "columns") == []
+    data = read(tmp_path)
+    order = [int(image_id[1:]) for image_id in data.image_ids]
+    np.testing.assert_array_equal(data.inputs(range(6)), EMBEDDINGS[::-1][order])
+
+
+def test_prepared_anew_under_a_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose captions are mapped and whose pictures are read from shards, as in training from pixels: no wrong pair."""
+    monkeypatch.setattr(shapes, "PICTURES_PER_SHARD", 10)
+    prepare_shapes(str(tmp_path), {"train": 50})
+    data = CaptionData(open_split("shapes", "train", str(tmp_path)), 32)
+    old = {i: data.image(i) for i in range(10)}
+    expected = dict(zip(data.image_ids, data.captions, strict=True))
+    shutil.rmtree(tmp_path / "shapes")
+    prepare_shapes(str(tmp_path), {"train": 60})
+    read = 0
+    for i in range(50):
+        with contextlib.suppress(UserError):
+            assert data.image(i) == old[i]  # a KeyError where an unopened shard gave anything
+            assert data.captions[i] == expected[data.image_ids[i]]
+            read += 1
+    assert read == 10
+
+
+def test_a_copied_data_set_brings_its_columns(tmp_path: Path, folder: Path) -> None:
+    read(tmp_path).pairs(TOKENIZER, 9)
+    made = finished(folder / "columns")
+    shutil.copytree(tmp_path / "given", tmp_path / "copy" / "given")
+    read(tmp_path / "copy").pairs(TOKENIZER, 9)
+    assert finished(tmp_path / "copy" / "given" / "1.0.0" / "columns") == made
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_flipped_bits(tmp_path: Path, folder: Path, seed: int) -> None:
+    """At random places of every file that is read: an error that names the file, or the same examples."""
+    random = np.random.default_rng(seed)
+    read(tmp_path).pairs(TOKENIZER, 9)
+    kinds = (".npy", ".json")
+    paths = [path for path in folder.rglob("*") if path.suffix in kinds or ".array_record" in path.name]
+    assert len(paths) > 15
+    for path in paths:
+        before = path.read_bytes()
+        for place in random.integers(len(before), size=25):
+            damaged = bytearray(before)
+            damaged[place] ^= 1 << random.integers(8)
+            path.write_bytes(damaged)
+            message = ""
+            try:
+                data = read(tmp_path)
+                data.pairs(TOKENIZER, 9)
+                assert [example.image_id for example in open_split("given", "val", str(tmp_path))] == data.image_ids[:]
+                assert_whole(data)
+            except UserError as error:
+                message = str(error)
+            assert not message or path.name in message or str(path.parent) in message
+        path.write_bytes(before)
+
+
 def test_shards_that_are_gone(tmp_path: Path, folder: Path) -> None:
     (shard,) = folder.glob("*.array_record*")
     shard.unlink()
-    with pytest.raises(UserError, match=r"given/1.0.0 is not complete: .*No such file.*prepare it again"):
+    with pytest.raises(UserError, match=r"given-val\S+ cannot be read: .*No such file.*prepare the data set again"):
         read(tmp_path)
 
 
@@ -259,7 +325,7 @@ def test_damaged_columns(tmp_path: Path, folder: Path, name: str, damage: str) -
         file.unlink()
     else:
         os.truncate(file, 0 if damage == "empty" else file.stat().st_size - 1)
-    with pytest.raises(UserError, match=r"columns/val-\w+ is damaged: .* Delete it; it is made again"):
+    with pytest.raises(UserError, match=rf"columns/val-[\w-]+/{name}.npy is damaged: .* Delete \S+; it is made again"):
         read(tmp_path)
     shutil.rmtree(file.parent)
     assert_whole(read(tmp_path))

@@ -1,4 +1,5 @@
 import dataclasses
+import io
 import itertools
 import json
 import os
@@ -15,6 +16,7 @@ import jax
 import numpy as np
 import pytest
 from original import load_clip
+from PIL import Image
 from safetensors.numpy import save_file
 from sources import listed
 from tiny import SPLITS, Clipcap, Source, make_config, train
@@ -28,7 +30,7 @@ from clipcap_jax.datasets.shards import Writer
 from clipcap_jax.errors import UserError
 from clipcap_jax.evaluation.evaluate import open_data
 from clipcap_jax.inputs import embed as embed_module
-from clipcap_jax.inputs.embed import Encoder, embed, encoder_name
+from clipcap_jax.inputs.embed import Encoder, _Embedder, embed, encoder_name
 from clipcap_jax.models.clip_vit import normalize_pixels
 from clipcap_jax.models.clipcap import tower
 
@@ -230,6 +232,82 @@ def test_what_the_command_says_to_train_with(
     assert settings == {"data.name": "embeddings/records_pictures", "data.input": "embedding"}
     train(pictures / "run", make_config(pictures, settings))
     assert losses(pictures / "run")
+
+
+def prepare_anew(source: Source, data_dir: Path, captions: str) -> None:
+    shutil.rmtree(data_dir / "records" / "pictures")
+    changed = data_dir / "changed.jsonl"
+    changed.write_text(captions)
+    prepare_records(RecordsSource("pictures", str(changed), images=str(source.pictures)), str(data_dir))
+
+
+def test_embeddings_belong_to_pictures(
+    encoder: Encoder, pictures: Path, source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A corrected caption asks for none, a new picture for its own alone; the result is as if made anew."""
+    embed(encoder, "records/pictures", "mine", str(pictures))
+    seen: list[Any] = []
+    preprocess = pictures_module.preprocess
+
+    def counted(image: Any, size: int) -> np.ndarray:
+        seen.append(image)
+        return preprocess(image, size)
+
+    monkeypatch.setattr(pictures_module, "preprocess", counted)
+    lines = [json.loads(line) for line in source.captions.read_text().splitlines()]
+    key = "captions" if "captions" in lines[0] else "caption"
+    lines[0] |= {key: ["corrected."] if key == "captions" else "corrected."}
+    prepare_anew(source, pictures, "\n".join(map(json.dumps, lines)))
+    before = {example.image_id: example.embedding for split in read(pictures).values() for example in split}
+    summary = embed(encoder, "records/pictures", "mine", str(pictures))
+    assert summary is not None
+    assert not summary.already_prepared
+    assert seen == []
+    after = [example for split in read(pictures).values() for example in split]
+    assert any("corrected." in example.captions for example in after)
+    for example in after:
+        np.testing.assert_array_equal(example.embedding, before[example.image_id])
+    again = embed(encoder, "records/pictures", "mine", str(pictures))
+    assert again is not None
+    assert again.already_prepared
+
+    new = pictures / "new"
+    shutil.copytree(source.pictures, new)
+    first, second = sorted(new.iterdir())[:2]
+    first.write_bytes((source.pictures / second.name).read_bytes())
+    second.write_bytes((source.pictures / first.name).read_bytes())
+    third = sorted(new.iterdir())[2]
+    buffer = io.BytesIO()
+    Image.new("RGB", (40, 40), (1, 2, 3)).save(buffer, "PNG")
+    third.write_bytes(buffer.getvalue())
+    shutil.rmtree(pictures / "records" / "pictures")
+    prepare_records(RecordsSource("pictures", str(source.captions), images=str(new)), str(pictures))
+    embed(encoder, "records/pictures", "mine", str(pictures))
+    assert len(seen) == 1  # the exchanged ones are known, under each other's names
+    embed(encoder, "records/pictures", "whole", str(pictures))
+    for kept, made in zip(read(pictures).values(), read(pictures, "embeddings/whole").values(), strict=True):
+        for one, other in zip(kept, made, strict=True):
+            assert without_embedding(one) == without_embedding(other)
+            assert one.embedding is not None
+            assert other.embedding is not None
+            np.testing.assert_allclose(one.embedding, other.embedding, rtol=2e-3)  # other batches: the last bit
+
+
+def test_prepared_anew_while_it_is_embedded(
+    encoder: Encoder, pictures: Path, source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = _Embedder._load
+    done: list[bool] = []
+
+    def replaced(self: Any, *arguments: Any) -> Any:
+        if not done:
+            done.append(True)
+            prepare_anew(source, pictures, re.sub(r"\.\"", ' again."', source.captions.read_text()))
+        return load(self, *arguments)
+
+    monkeypatch.setattr(_Embedder, "_load", replaced)
+    with pytest.raises(UserError, match=r"records/pictures/1.0.0 was prepared anew while it was read"):
+        embed(encoder, "records/pictures", "mine", str(pictures), workers=1)
 
 
 def test_what_cannot_be_embedded(encoder: Encoder, pictures: Path, source: Source) -> None:
