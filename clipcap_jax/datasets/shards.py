@@ -110,6 +110,8 @@ class Writer:
         Raises:
           UserError: it was begun for another one, or its place is taken.
         """
+        for left in self.unfinished.glob("plan.json.*.tmp"):
+            left.unlink(missing_ok=True)
         for left in self.folder.parent.glob(f"{VERSION}.*.tmp"):  # a data set that was replaced
             shutil.rmtree(left, ignore_errors=True)
         if not schema.is_finished(self.folder) and any(self.folder.glob("*")):

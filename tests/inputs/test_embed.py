@@ -431,6 +431,7 @@ embed.embed(embed.Encoder(*load_clip({str(weights)!r})), "shapes", "killed", {st
         kills += started.poll() is None
         started.kill()
         started.communicate()
+        assert len(list(finished.parent.glob("1.0.0.unfinished/*.tmp"))) <= 2
         if finished.exists() and kills < 20:
             shutil.rmtree(finished)
     if not finished.exists():
