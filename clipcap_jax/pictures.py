@@ -13,7 +13,7 @@ As there, transparency is dropped: what a transparent pixel shows is the colour 
 
 import io
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -94,8 +94,14 @@ def preprocess(image: Image.Image, size: int) -> np.ndarray:
 
 def load_ahead(
     load: Callable[[_Item], _Loaded], items: Iterable[_Item], *, workers: int, ahead: int
-) -> Iterator[_Loaded]:
-    """`load(item)` of each item, in order, by threads that are up to `ahead` items ahead of whoever takes them."""
+) -> Generator[_Loaded]:
+    """`load(item)` of each item, in order, by threads that are up to `ahead` items ahead of whoever takes them.
+
+    Without `workers`, each is loaded when it is asked for. The threads end with the last item, or when it is closed.
+    """
+    if not workers:
+        yield from map(load, items)
+        return
     waiting: deque[Future[_Loaded]] = deque()
     pool = ThreadPoolExecutor(workers)
     try:

@@ -1,6 +1,7 @@
 import contextlib
 import io
 import struct
+import threading
 import time
 import zlib
 from pathlib import Path
@@ -203,9 +204,9 @@ def test_preprocess_equals_transformers_on_photos(shared: Path) -> None:
     assert compared >= 60
 
 
-@pytest.mark.parametrize("workers", [1, 3])
-def test_loading_ahead(workers: int) -> None:
-    """In order, and not further ahead than told."""
+@pytest.mark.parametrize(("workers", "begun_first"), [(0, 1), (1, 5), (3, 5)])
+def test_loading_ahead(workers: int, begun_first: int) -> None:
+    """In order, and not further ahead than told; without threads, not at all."""
     begun: list[int] = []
 
     def load(item: int) -> int:
@@ -215,9 +216,19 @@ def test_loading_ahead(workers: int) -> None:
 
     for taken, loaded in enumerate(pictures.load_ahead(load, range(20), workers=workers, ahead=4)):
         assert loaded == -taken
-        assert len(begun) <= taken + 5
+        assert len(begun) <= taken + begun_first
     assert sorted(begun) == list(range(20))
     assert list(pictures.load_ahead(load, [], workers=workers, ahead=4)) == []
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_what_is_closed_early_leaves_no_threads(workers: int) -> None:
+    before = threading.active_count()
+    loaded = pictures.load_ahead(abs, range(1000), workers=workers, ahead=20)
+    assert [next(loaded) for _ in range(3)] == [0, 1, 2]
+    assert (threading.active_count() > before) == (workers > 0)
+    loaded.close()
+    assert threading.active_count() == before
 
 
 def test_an_error_ends_loading_ahead() -> None:

@@ -6,20 +6,19 @@ hosts.
 
 Memory on each host: what is mapped (the system takes it back when it needs to) is the embeddings, 2 bytes a number; the
 tokens, 2 or 4 bytes each; and 16 bytes a pair. Beside it are two epochs' orders, 4 bytes a pair each, and up to 24
-bytes a pair more while one is drawn.
+bytes a pair more while the next is drawn.
 """
 
 import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import tempfile
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 
-import grain
 import numpy as np
 
 from clipcap_jax import pictures, progress
@@ -266,44 +265,6 @@ def make_batch(
     }
 
 
-class _TrainingBatches:
-    """The steps from `start` on, as batches: what Grain iterates over."""
-
-    def __init__(
-        self,
-        data: CaptionData,
-        pairs: Pairs,
-        *,
-        batch_size: int,
-        pool_batches: int,
-        seed: int,
-        start: int,
-        steps: int,
-        host: int,
-        hosts: int,
-    ):
-        self._data, self._pairs, self._host, self._hosts = data, pairs, host, hosts
-        self._numbers = range(start, steps)
-        self._per_epoch = steps_per_epoch(len(pairs), batch_size)
-        self._lock = threading.Lock()  # the threads that read ahead all come to a new epoch at once
-
-        # Two: around an epoch's end, threads that read ahead need both.
-        @functools.lru_cache(maxsize=2)
-        def order(epoch: int) -> np.ndarray:
-            return training_order(pairs.lengths, batch_size, pool_batches, seed, epoch)
-
-        self._order = order
-
-    def __len__(self) -> int:
-        return len(self._numbers)
-
-    def __getitem__(self, index: int) -> Batch:
-        epoch, batch = divmod(self._numbers[index], self._per_epoch)
-        with self._lock:
-            rows = self._order(epoch)[batch]
-        return make_batch(self._data, self._pairs, rows, host=self._host, hosts=self._hosts)
-
-
 def steps_per_epoch(pairs: int, batch_size: int) -> int:
     """Batches that hold every pair once, the last perhaps not full."""
     return -(-pairs // batch_size)
@@ -321,8 +282,8 @@ def training_batches(
     start: int = 0,
     host: int = 0,
     hosts: int = 1,
-) -> Iterator[Batch]:
-    """The batches of the steps `start` to `steps`, read ahead by `workers` threads.
+) -> Generator[Batch]:
+    """The batches of the steps `start` to `steps`, read ahead by `workers` threads, which end when it is closed.
 
     Of each batch a host reads its own share (see `make_batch`); put together, the hosts' are what one host would read.
     A batch depends on the number of its step alone: a run that has taken `start` steps goes on with the next batch,
@@ -337,20 +298,22 @@ def training_batches(
       start: steps already taken.
       host, hosts: which of how many hosts this is.
     """
-    source = _TrainingBatches(
-        data,
-        pairs,
-        batch_size=batch_size,
-        pool_batches=pool_batches,
-        seed=seed,
-        start=start,
-        steps=steps,
-        host=host,
-        hosts=hosts,
+    per_epoch = steps_per_epoch(len(pairs), batch_size)
+    first = start // per_epoch
+    orders = pictures.load_ahead(
+        functools.partial(training_order, pairs.lengths, batch_size, pool_batches, seed),
+        range(first, -(-steps // per_epoch)),
+        workers=min(workers, 1),
+        ahead=1,  # an epoch's order is drawn while the epoch before is read: seconds, for millions of pairs
     )
-    options = grain.ReadOptions(num_threads=workers, prefetch_buffer_size=2 * workers)
-    batches: Iterator[Batch] = iter(grain.MapDataset.source(source).to_iter_dataset(options))
-    return batches
+    with contextlib.closing(orders):
+        rows = itertools.chain.from_iterable(orders)
+        yield from pictures.load_ahead(
+            functools.partial(make_batch, data, pairs, host=host, hosts=hosts),
+            itertools.islice(rows, start - first * per_epoch, steps - first * per_epoch),
+            workers=workers,
+            ahead=2 * workers,
+        )
 
 
 def validation_batches(data: CaptionData, pairs: Pairs, batch_size: int, *, permuted: bool = False) -> Iterator[Batch]:

@@ -137,6 +137,7 @@ class _Run:
             )
             stack.enter_context(contextlib.closing(monitor))
             stop = stack.enter_context(_stop_signals())
+            stack.enter_context(contextlib.closing(self.batches))  # and with them their threads
             batches = parallel.send_ahead(self.batches)
             step, stopping = self.start, False
             while step < self.total and not stopping:

@@ -1,6 +1,7 @@
 import json
+import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -195,7 +196,7 @@ BATCH_SIZE, STEPS_PER_EPOCH = 8, 5  # 33 pairs: the last batch of an epoch holds
 STEPS = 2 * STEPS_PER_EPOCH + 2
 
 
-def batches(data: CaptionData, pairs: Pairs, workers: int = 0, seed: int = 3, **options: int) -> Iterator[Batch]:
+def batches(data: CaptionData, pairs: Pairs, workers: int = 0, seed: int = 3, **options: int) -> Generator[Batch]:
     settings = {"batch_size": BATCH_SIZE, "pool_batches": 2, "seed": seed, "steps": STEPS, "workers": workers}
     return training_batches(data, pairs, **(settings | options))
 
@@ -223,6 +224,33 @@ def test_going_on_gives_the_batches_that_would_have_come(
     assert len(rest) == len(whole) - taken
     for batch, expected in zip(rest, whole[taken:], strict=True):
         assert_same(batch, expected)
+
+
+def test_the_next_epochs_order_is_drawn_while_this_one_is_read(
+    embeddings: CaptionData, pairs: Pairs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = [threading.Event() for _ in range(3)]
+
+    def noted(lengths: np.ndarray, batch_size: int, pool_batches: int, seed: int, epoch: int) -> np.ndarray:
+        drawn[epoch].set()
+        return training_order(lengths, batch_size, pool_batches, seed, epoch)
+
+    monkeypatch.setattr(data_lib, "training_order", noted)
+    read = batches(embeddings, pairs, workers=2, steps=3 * 50, batch_size=1, start=1)  # 33 steps an epoch
+    next(read)
+    assert drawn[1].wait(60)
+    assert not drawn[2].is_set()  # no more than one ahead: there is memory for two
+    read.close()
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_training_that_stops_leaves_no_threads(embeddings: CaptionData, pairs: Pairs, workers: int) -> None:
+    before = threading.active_count()
+    read = batches(embeddings, pairs, workers)
+    next(read)
+    assert (threading.active_count() > before) == (workers > 0)
+    read.close()
+    assert threading.active_count() == before
 
 
 @pytest.mark.parametrize("hosts", [1, 2, 4, 8])
