@@ -60,6 +60,7 @@ def _evaluate(console: Console, workdir: Path, which: str) -> None:
     spice = SpiceConfig(_SPICE_JARS.value) if _SPICE.value else None
     for name, reason in unavailable(meteor=False, spice=spice).items():  # METEOR is computed where it can be
         console.print(f"{name} will not be computed: {reason}", style="yellow", markup=False, soft_wrap=True)
+    data = evaluate.embed_all(captioner, data, batch_size=batch_size, console=console)
     captions = evaluate.caption_all(captioner, data, batch_size=batch_size, console=console)
     evaluate.write_captions(data, captions, folder)
     if not any(data.captions):

@@ -31,6 +31,24 @@ class Caption:
     score: float
 
 
+class BatchEmbedder:
+    """Lets a model's vision tower look at pictures on all devices, with whatever parameters it is given.
+
+    The rest of the model does with an embedding what it would do with the picture. So whoever needs a picture more than
+    once, to caption it and for each of its references, has it decoded and looked at once.
+    """
+
+    def __init__(self, model: ClipCap):
+        self._embed = parallel.map_rows(lambda params, images: model.apply({"params": params}, images, method="embed"))
+
+    def all(
+        self, params: Any, data: CaptionData, indices: np.ndarray, batch_size: int, workers: int
+    ) -> Iterator[np.ndarray]:
+        """Embed the given examples, in order, each once; `workers` threads decode ahead of the devices."""
+        for rows, images in input_batches(data, indices, parallel.round_up(min(batch_size, len(indices))), workers):
+            yield from self._embed(params, images)[:rows]
+
+
 class BatchCaptioner:
     """Captions batches on all devices, with whatever parameters it is given."""
 
@@ -73,6 +91,7 @@ class Captioner:
         self.params = parallel.replicate(params)
         self.decode = decode or metadata.config.evaluate.decode
         self.generate = BatchCaptioner(self.model, metadata.tokenizer, self.decode)
+        self.embed = BatchEmbedder(self.model)
 
     @classmethod
     def load(cls, run: str | Path, which: str = "best", decode: DecodeConfig | None = None) -> "Captioner":

@@ -48,6 +48,26 @@ class Evaluation:
     loss_permuted: float
 
 
+def embed_all(captioner: Captioner, data: CaptionData, *, batch_size: int, console: Console) -> CaptionData:
+    """Look at every picture of a split once: what this gives, `caption_all` and `evaluate` take in its place.
+
+    They take the split itself too, but then a picture is decoded and looked at anew whenever it is needed, twice for
+    each reference. A split of embeddings stays as it is.
+
+    Args:
+      captioner, data, batch_size, console: as `caption_all` takes them.
+
+    Raises:
+      UserError: as `caption_all`; a picture cannot be decoded.
+    """
+    _check(data)
+    if data.embedding_width is not None:
+        return data
+    indices, workers = np.arange(len(data)), captioner.metadata.config.data.workers
+    embeddings = captioner.embed.all(captioner.params, data, indices, batch_size, workers)
+    return data.embedded(indices, track(embeddings, f"Looking at {data.name}", total=len(data), console=console))
+
+
 def caption_all(captioner: Captioner, data: CaptionData, *, batch_size: int, console: Console) -> list[Caption]:
     """Caption every example of a split once, in its order, on all devices.
 
@@ -60,13 +80,17 @@ def caption_all(captioner: Captioner, data: CaptionData, *, batch_size: int, con
     Raises:
       UserError: some examples have references and some have none, or ids occur twice.
     """
+    _check(data)
+    captions = captioner.generate.all(captioner.params, data, np.arange(len(data)), batch_size)
+    return list(track(captions, f"Captioning {data.name}", total=len(data), console=console))
+
+
+def _check(data: CaptionData) -> None:
     bare = sum(not captions for captions in data.captions)
     if 0 < bare < len(data):
         raise UserError(f"{data.name} has {bare} examples without references: there is nothing to score against")
     if len(set(data.image_ids)) < len(data):
         raise UserError(f"{data.name} has image ids that occur twice")
-    captions = captioner.generate.all(captioner.params, data, np.arange(len(data)), batch_size)
-    return list(track(captions, f"Captioning {data.name}", total=len(data), console=console))
 
 
 def evaluate(

@@ -10,13 +10,14 @@ bytes a pair more while the next is drawn.
 """
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import hashlib
 import itertools
 import json
 import tempfile
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -70,7 +71,8 @@ class CaptionData:
         self.fingerprint = split.fingerprint
         self._split = split
         self._image_size = image_size
-        # A picture comes up once for each of its captions, and in every epoch.
+        # In training a picture comes up once for each of its captions, and in every epoch. Those of a small split, such
+        # as the drawings of shapes, all stay; of a large one a few do, which costs the memory and gains little.
         cached = _CACHED_BYTES // (3 * image_size**2) if image_size else 0
         self._pixels = functools.lru_cache(cached)(self._decode)
         self._columns = columns = open_columns(split)
@@ -101,6 +103,15 @@ class CaptionData:
             return pictures.preprocess(pictures.decode(image), self._image_size)
         except UserError as error:
             raise UserError(f"{self.name}, picture {self.image_ids[index]!r}: {error}") from error
+
+    def embedded(self, indices: np.ndarray, embeddings: Iterable[np.ndarray]) -> "CaptionData":
+        """The same split, with the model's own embeddings of these examples, each `E`, in the place of the pictures."""
+        rows = np.stack(list(embeddings))
+        other = copy.copy(self)
+        other.embedding_width = rows.shape[1]
+        other._embeddings = np.full((len(self), rows.shape[1]), np.nan, rows.dtype)  # no number, where none was given
+        other._embeddings[indices] = rows
+        return other
 
     def image(self, index: int) -> bytes | None:
         """The encoded picture, where the data set holds it."""
@@ -320,22 +331,34 @@ def validation_batches(data: CaptionData, pairs: Pairs, batch_size: int, *, perm
     """Every pair once, shortest captions first; the last batch is filled up with rows of length 0.
 
     With `permuted`, every caption is shown with another picture, always the same: a model that reads its pictures has
-    a clearly higher loss then.
+    a clearly higher loss then. A picture is read for each of its captions: see `CaptionData.embedded`.
     """
     order = np.argsort(pairs.lengths, kind="stable")
     order = np.concatenate([order, np.full(-len(order) % batch_size, -1)])
     for rows in order.reshape(-1, batch_size):
         examples = pairs.examples[np.maximum(rows, 0)]
         if permuted:
-            examples = (examples + len(data) // 2) % len(data)
+            examples = other_pictures(examples, data)
         yield make_batch(data, pairs, rows, examples)
 
 
-def input_batches(data: CaptionData, indices: np.ndarray, batch_size: int) -> Iterator[tuple[int, np.ndarray]]:
-    """The inputs of the given examples in order, as (real rows, batch); the last batch is filled up to its size."""
-    for start in range(0, len(indices), batch_size):
-        rows = indices[start : start + batch_size]
-        yield len(rows), data.inputs(fill(rows, batch_size))
+def other_pictures(examples: np.ndarray, data: CaptionData) -> np.ndarray:
+    """Those that permuted validation shows with the captions of `examples`."""
+    return (examples + len(data) // 2) % len(data)
+
+
+def input_batches(
+    data: CaptionData, indices: np.ndarray, batch_size: int, workers: int = 0
+) -> Generator[tuple[int, np.ndarray]]:
+    """The inputs of the given examples in order, as (real rows, batch); the last batch is filled up to its size.
+
+    They are read by `workers` threads, up to two batches ahead; 0: when asked for.
+    """
+    with contextlib.closing(
+        pictures.load_ahead(lambda i: data.inputs([i])[0], indices, workers=workers, ahead=2 * batch_size)
+    ) as inputs:
+        while batch := list(itertools.islice(inputs, batch_size)):
+            yield len(batch), fill(np.stack(batch), batch_size)
 
 
 def fill(rows: np.ndarray, count: int) -> np.ndarray:

@@ -7,10 +7,10 @@ import jax
 import numpy as np
 
 from clipcap_jax import parallel
-from clipcap_jax.captioning.captioner import BatchCaptioner
+from clipcap_jax.captioning.captioner import BatchCaptioner, BatchEmbedder
 from clipcap_jax.config import Config, Targets
 from clipcap_jax.errors import UserError
-from clipcap_jax.inputs.batches import CaptionData, Pairs, validation_batches
+from clipcap_jax.inputs.batches import CaptionData, Pairs, other_pictures, validation_batches
 from clipcap_jax.metrics import References
 from clipcap_jax.models.clipcap import ClipCap
 from clipcap_jax.text.tokenizer import Tokenizer
@@ -63,17 +63,21 @@ class Validator:
     def __init__(self, model: ClipCap, tokenizer: Tokenizer, data: CaptionData, pairs: Pairs, config: Config):
         if not len(pairs):
             raise UserError(f"{data.name} holds no captions to validate on")
-        self._data, self._batch_size = data, config.evaluate.batch_size
+        self._data, self._batch_size, self._workers = data, config.evaluate.batch_size, config.data.workers
         count = min(config.evaluate.images, len(data))
         self._indices = np.linspace(0, len(data) - 1, count).round().astype(int)
         self._pairs = pairs.select(np.isin(pairs.examples, self._indices))
+        self._shown = np.union1d(self._indices, other_pictures(self._pairs.examples, data))
         self._references = References({data.image_ids[i]: data.captions[i] for i in self._indices})
         self._loss = LossMeter(model, config.train.targets)
+        self._embed = BatchEmbedder(model)
         self._generate = BatchCaptioner(model, tokenizer, config.evaluate.decode)
 
     def __call__(self, params: Any) -> Validation:
         """Loss, scores and captions with these parameters."""
         data, size = self._data, self._batch_size
+        if data.embedding_width is None:
+            data = data.embedded(self._shown, self._embed.all(params, data, self._shown, size, self._workers))
         loss = self._loss(params, data, self._pairs, size)
         permuted = self._loss(params, data, self._pairs, size, permuted=True)
         captions = list(self._generate.all(params, data, self._indices, size))

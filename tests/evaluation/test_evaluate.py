@@ -1,7 +1,9 @@
 import io
 import json
 import re
+import threading
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -9,12 +11,14 @@ from clip_files import write_clip
 from rich.console import Console
 from tiny import SPLITS, Source
 
+from clipcap_jax import pictures
 from clipcap_jax.captioning.captioner import Caption, Captioner
 from clipcap_jax.datasets import RecordsSource, open_split, prepare_records, shapes
 from clipcap_jax.errors import UserError
 from clipcap_jax.evaluation import evaluate
 from clipcap_jax.evaluation.clipscore import ClipScorer
 from clipcap_jax.evaluation.evaluate import Evaluation
+from clipcap_jax.inputs import batches
 from clipcap_jax.inputs.batches import CaptionData
 from clipcap_jax.inputs.embed import encoder_name
 from clipcap_jax.metrics import References
@@ -114,6 +118,24 @@ def test_the_right_scenes_of_shapes_are_counted(pixels_run: Path, tmp_path: Path
     assert re.search(r"exact scenes\W+0.6667", printed)
 
 
+def test_pictures_are_decoded_and_looked_at_once(pixels_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And give the losses and the captions that they would give anew each time."""
+    monkeypatch.setattr(batches, "_CACHED_BYTES", 0)
+    captioner = Captioner.load(pixels_run)
+    pixels = evaluate.open_data(captioner, "", "test", "")
+    threads, console = threading.active_count(), Console(file=io.StringIO())
+    with mock.patch.object(pictures, "decode", wraps=pictures.decode) as decode:
+        seen = evaluate.embed_all(captioner, pixels, batch_size=4, console=console)
+        once = evaluate_all(captioner, seen)
+        assert decode.call_count == SPLITS["test"]
+        anew = evaluate_all(captioner, pixels)
+    assert decode.call_count > 5 * SPLITS["test"]
+    assert threading.active_count() == threads
+    assert [caption.text for caption in once.captions] == [caption.text for caption in anew.captions]
+    np.testing.assert_allclose([once.loss, once.loss_permuted], [anew.loss, anew.loss_permuted], rtol=1e-6)
+    assert evaluate.embed_all(captioner, seen, batch_size=4, console=console) is seen
+
+
 def test_embeddings_of_another_encoder(captioner: Captioner, source: Source, tmp_path: Path) -> None:
     other = RecordsSource("other", str(source.captions), embeddings=str(source.embeddings), encoder="ViT-B/32")
     prepare_records(other, str(tmp_path))
@@ -157,6 +179,8 @@ def test_a_split_without_references(captioner: Captioner, data: CaptionData, mon
     monkeypatch.setattr(data, "captions", [*data.captions[:-1], ()])
     with pytest.raises(UserError, match="1 examples without references"):
         caption_all(captioner, data)
+    with pytest.raises(UserError, match="1 examples without references"):
+        evaluate.embed_all(captioner, data, batch_size=4, console=Console(file=io.StringIO()))
     monkeypatch.setattr(data, "captions", [()] * len(data))
     assert len(caption_all(captioner, data)) == len(data)
 

@@ -338,10 +338,11 @@ def test_permuted_validation_shows_every_caption_with_another_picture(embeddings
         assert_same(batch, expected)
 
 
+@pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("count", [0, 1, 4, 5, 8])
-def test_inputs_come_in_order(embeddings: CaptionData, count: int) -> None:
+def test_inputs_come_in_order(embeddings: CaptionData, count: int, workers: int) -> None:
     indices = np.random.default_rng(0).permutation(17)[:count]
-    read = list(data_lib.input_batches(embeddings, indices, batch_size=4))
+    read = list(data_lib.input_batches(embeddings, indices, 4, workers))
     assert {inputs.shape for _, inputs in read} <= {(4, 5)}
     real = [row for rows, inputs in read for row in inputs[:rows]]
     np.testing.assert_array_equal(real, embeddings.inputs(indices) if count else [])
@@ -354,6 +355,18 @@ def test_pictures_are_decoded_and_resized(pictures: CaptionData, embeddings: Cap
     assert inputs.shape == (2, IMAGE_SIZE, IMAGE_SIZE, 3)
     colours = np.broadcast_to(embeddings.inputs([3, 0])[:, None, None, :3], inputs.shape)
     np.testing.assert_allclose(inputs / 255, colours, atol=1e-3)
+
+
+def test_embeddings_in_the_place_of_pictures(pictures: CaptionData) -> None:
+    indices = np.array([3, 0])
+    rows = np.array([[1, 2], [3, 4]], np.float32)
+    data = pictures.embedded(indices, iter(rows))
+    assert data.embedding_width == 2
+    assert data.inputs([0, 3, 0]).tolist() == [[3, 4], [1, 2], [3, 4]]
+    assert np.isnan(data.inputs([1])).all()  # so that a loss is not finite, rather than wrong
+    assert (data.captions, data.image(3)) == (pictures.captions, pictures.image(3))
+    assert pictures.embedding_width is None
+    assert pictures.inputs([0]).ndim == 4
 
 
 def test_texts_and_the_encoder(source: Source, pictures: CaptionData, embeddings: CaptionData) -> None:

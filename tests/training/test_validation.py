@@ -1,17 +1,22 @@
+import threading
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from random_models import random_params
-from tiny import make_config, train_until
+from tiny import IMAGE_SIZE, make_config, train_until
 
+from clipcap_jax import pictures
+from clipcap_jax.captioning.captioner import BatchCaptioner
 from clipcap_jax.captioning.decode import beam_search
 from clipcap_jax.config import Config
 from clipcap_jax.datasets import open_split
 from clipcap_jax.errors import UserError
+from clipcap_jax.inputs import batches
 from clipcap_jax.inputs.batches import CaptionData, Pairs, make_pairs
 from clipcap_jax.metrics import References
 from clipcap_jax.models.clipcap import ClipCap
@@ -118,6 +123,36 @@ def test_a_subset_is_evenly_spaced(
     assert validation.metrics.keys() == {"loss", "loss_permuted", *scores}
     assert {name: validation.metrics[name] for name in scores} == scores
     assert "CIDEr" in scores
+
+
+@pytest.mark.parametrize(("images", "seen"), [(5, 5), (2, 4)])  # also those that permuted validation shows
+@pytest.mark.parametrize("workers", [0, 2])
+def test_pictures_are_decoded_and_looked_at_once(
+    data_dir: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, images: int, seen: int, workers: int
+) -> None:
+    """And give the losses and the captions that they would give anew each time."""
+    settings = make_config(data_dir, {"evaluate.images": images, "data.workers": workers}, "pixels")
+    model = ClipCap(settings.model)
+    monkeypatch.setattr(batches, "_CACHED_BYTES", 0)
+    data = CaptionData(open_split("records/both", "val", str(data_dir)), IMAGE_SIZE)
+    pairs = make_pairs(data.captions, tokenizer, MAX_TOKENS)
+    params = random_params(model, 0, data.inputs([0]), np.zeros((1, 1), np.int32))
+    validate = Validator(model, tokenizer, data, pairs, settings)
+    threads = threading.active_count()
+    with mock.patch.object(pictures, "decode", wraps=pictures.decode) as decode:
+        validation = validate(params)
+    assert decode.call_count == seen
+    assert threading.active_count() == threads
+
+    chosen = np.linspace(0, 4, images).round().astype(int)
+    some, loss = pairs.select(np.isin(pairs.examples, chosen)), LossMeter(model)
+    anew = [loss(params, data, some, 4), loss(params, data, some, 4, permuted=True)]
+    np.testing.assert_allclose([validation.metrics["loss"], validation.metrics["loss_permuted"]], anew, rtol=1e-6)
+    captions = BatchCaptioner(model, tokenizer, settings.evaluate.decode).all(params, data, chosen, 4)
+    assert list(validation.captions.values()) == [caption.text for caption in captions]
+    assert validation.distinct >= images // 2
+    other = jax.tree.map(lambda x: 2 * x, params)  # of a tower that has learnt
+    assert validate(other).metrics["loss"] == pytest.approx(loss(other, data, some, 4), rel=1e-5)
 
 
 def test_nothing_to_validate_on(data_dir: Path, model: ClipCap, data: CaptionData, tokenizer: Tokenizer) -> None:
