@@ -8,11 +8,13 @@ measures
     embeddings   batches of 256 pairs, against a data set that pads one pair at a time and a loader that stacks them,
                  as the original does
     pictures     batches of decoded JPEG files, against Pillow alone with as many threads; and what decoding them at a
-                 smaller scale (`Image.draft`) would gain and change
+                 smaller scale (`Image.draft`) would gain and change; and the pictures that an evaluation reads, of
+                 five captions each: by threads and once, against in turn and anew for each caption
     opening      a data set, after preparing it, for the first and the second time, and the memory that an epoch takes
 """
 
 import argparse
+import collections
 import itertools
 import json
 import multiprocessing
@@ -106,6 +108,10 @@ def measure_embeddings(folder: Path, name: str, seconds: float) -> None:
         print(f"  {workers} workers: {ours:,.0f} pairs/s, stacked one by one {theirs:,.0f}, ratio {ours / theirs:.1f}")
 
 
+def consume(batches: Iterable[object]) -> None:
+    collections.deque(batches, maxlen=0)
+
+
 def pillow(file: Path, draft: bool) -> np.ndarray:
     """Decode, resize and crop as CLIP does, with nothing around."""
     image: Image.Image = Image.open(file)
@@ -122,7 +128,7 @@ def pillow(file: Path, draft: bool) -> np.ndarray:
 
 def measure_pictures(folder: Path, photos: Path, workers: int, seconds: float) -> None:
     files = sorted(photos.glob("*.jpg"))
-    lines = [{"image": file.name, "captions": ["a"], "split": "train"} for file in files]
+    lines = [{"image": file.name, "captions": list("abcde"), "split": "train"} for file in files]
     (folder / "photos.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     prepare_records(RecordsSource("photos", str(folder / "photos.jsonl"), images=str(photos)), str(folder))
     data_lib._CACHED_BYTES = 0  # or they would be decoded once
@@ -132,6 +138,20 @@ def measure_pictures(folder: Path, photos: Path, workers: int, seconds: float) -
 
     def batches() -> Iterable[object]:
         return training_batches(data, pairs, batch_size=size, pool_batches=1, seed=0, steps=10**9, workers=workers)
+
+    def evaluation() -> float:
+        """Seconds, as it is."""
+        start = time.perf_counter()
+        consume(data_lib.input_batches(data, np.arange(len(data)), size, workers))
+        return time.perf_counter() - start
+
+    def evaluation_anew() -> float:
+        """Seconds, if nothing were kept or read ahead: to caption, for the loss and for that with other pictures."""
+        start = time.perf_counter()
+        consume(data_lib.input_batches(data, np.arange(len(data)), size))
+        consume(data_lib.validation_batches(data, pairs, size))
+        consume(data_lib.validation_batches(data, pairs, size, permuted=True))
+        return time.perf_counter() - start
 
     def bare(draft: bool) -> float:
         start, count = time.perf_counter(), 0
@@ -145,6 +165,11 @@ def measure_pictures(folder: Path, photos: Path, workers: int, seconds: float) -
     ours, theirs, drafted = map(max, zip(*rates, strict=True))
     print(f"pictures: {len(files)} JPEG files, {SIZE} pixels, batches of {size}, {workers} threads")
     print(f"  {ours:,.0f} pictures/s, Pillow alone {theirs:,.0f}, ratio {ours / theirs:.2f}")
+    ours, anew = map(min, zip(*[(evaluation(), evaluation_anew()) for _ in range(3)], strict=True))
+    print(
+        f"  evaluation of {len(files)} pictures with {len(pairs)} captions: {ours:.2f} s, one after the other and anew "
+        f"for each caption {anew:.2f} s, ratio {anew / ours:.1f}"
+    )
     differences = [np.abs(pillow(file, True).astype(int) - pillow(file, False)) for file in files]
     mean, largest = np.mean([each.mean() for each in differences]), max(each.max() for each in differences)
     print(
