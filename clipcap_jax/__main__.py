@@ -16,7 +16,10 @@ def main() -> None:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for module in (caption, data, score, convert):
         module.add(commands)
-    arguments = parser.parse_args()
+    arguments, others = parser.parse_known_args()
+    if others and not getattr(arguments, "beam", False):
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
+    arguments.others = others
     cli.run_script(lambda: arguments.run(arguments))
 
 

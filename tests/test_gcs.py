@@ -16,7 +16,7 @@ from original import load_clip
 from tiny import IMAGE_SIZE
 
 from clipcap_jax import files
-from clipcap_jax.datasets import open_split, prepare_shapes, shapes
+from clipcap_jax.datasets import beam, open_split, prepare_shapes, schema, shapes
 from clipcap_jax.errors import UserError
 from clipcap_jax.inputs.batches import CaptionData
 from clipcap_jax.inputs.embed import Encoder, embed
@@ -110,6 +110,30 @@ def test_prepared_on_gs(bucket: str, tmp_path: Path) -> None:
     assert (summary.already_prepared, summary.folder) == (True, str(there))
     with pytest.raises(UserError, match=r"scenes was .*'val': 4.*, is now .*'val': 5"):
         prepare_shapes(bucket, sizes | {"val": 5})
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("apache_beam") is None, reason="needs Apache Beam: the extra beam")
+@pytest.mark.parametrize("bucket", ["emulator"], indirect=True)  # which Beam's workers, processes of their own, see too
+def test_prepared_on_gs_by_beam(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a failed job has written is not written again, even from another machine."""
+    monkeypatch.setattr(shapes, "PICTURES_PER_SHARD", 10)
+    sizes = {"train": 35, "val": 4}
+    prepare_shapes(str(tmp_path / "here"), sizes)
+    there, here = (tfds.core.Path(at) / "shapes" / "1.0.0" for at in (bucket, tmp_path / "here"))
+    options = ("--direct_num_workers=2", "--direct_running_mode=multi_processing")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(beam.RemoteWriter, "publish", lambda self: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            prepare_shapes(bucket, sizes, beam=options)
+    assert not schema.is_finished(there)
+    shutil.rmtree(files.home())
+    monkeypatch.setattr(beam, "_job", None)  # no other job
+    assert not prepare_shapes(bucket, sizes, beam=options).already_prepared
+    assert contents(there) == contents(here)
+    assert [path.name for path in there.parent.iterdir()] == ["1.0.0"]
+    assert prepare_shapes(bucket, sizes, beam=options).already_prepared
 
 
 def test_stopped_while_it_is_copied_to_gs(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

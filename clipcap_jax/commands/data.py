@@ -56,6 +56,11 @@ def add(commands: Any) -> None:
         command.add_argument(
             "--processes", type=positive, default=os.cpu_count() or 1, help="how many write shards [one per core]"
         )
+        command.add_argument(
+            "--beam",
+            action="store_true",
+            help="have Apache Beam's workers write them; all other options are Beam's, such as --runner=FlinkRunner",
+        )
 
     embed = commands.add_parser("embed", help="run a CLIP tower over a prepared data set's pictures, once")
     embed.set_defaults(run=_embed)
@@ -96,6 +101,11 @@ def _share(text: str) -> tuple[int, int]:
     return int(number), int(shares)
 
 
+def _workers(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Who writes the shards."""
+    return {"processes": arguments.processes, "beam": arguments.others if arguments.beam else None}
+
+
 def _prepare_published(arguments: argparse.Namespace) -> None:
     from clipcap_jax.datasets import coco as karpathy
     from clipcap_jax.datasets import conceptual, downloads, flickr, nocaps, prepare, tfds_coco
@@ -119,15 +129,13 @@ def _prepare_published(arguments: argparse.Namespace) -> None:
         source = flickr.flickr_source(name, folder)
     else:
         source = conceptual.conceptual_source(name, folder)
-    console.print(
-        prepare.prepare(source, arguments.data_dir, max_skipped=arguments.max_skipped, processes=arguments.processes)
-    )
+    console.print(prepare.prepare(source, arguments.data_dir, max_skipped=arguments.max_skipped, **_workers(arguments)))
 
 
 def _prepare_shapes(arguments: argparse.Namespace) -> None:
     from clipcap_jax import datasets  # importing it takes seconds, which `clipcap --help` should not
 
-    Console().print(datasets.prepare_shapes(arguments.data_dir, processes=arguments.processes))
+    Console().print(datasets.prepare_shapes(arguments.data_dir, **_workers(arguments)))
 
 
 def _prepare_records(arguments: argparse.Namespace) -> None:
@@ -142,7 +150,7 @@ def _prepare_records(arguments: argparse.Namespace) -> None:
         encoder=arguments.encoder,
         **given,
     )
-    summary = datasets.prepare_records(source, arguments.data_dir, arguments.max_skipped, processes=arguments.processes)
+    summary = datasets.prepare_records(source, arguments.data_dir, arguments.max_skipped, **_workers(arguments))
     Console().print(summary)
 
 

@@ -6,11 +6,8 @@ import dataclasses
 import hashlib
 import json
 import multiprocessing
-import os
 import re
 import shutil
-import signal
-import threading
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -20,7 +17,9 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from clipcap_jax import files
+from clipcap_jax.datasets import beam as on_beam
 from clipcap_jax.datasets import page, schema
+from clipcap_jax.datasets.processes import end_with_parent
 from clipcap_jax.datasets.shards import VERSION, Shard, Writer, changes, tidy, upload
 from clipcap_jax.datasets.source import Part, Problem, Source, first_problems
 from clipcap_jax.datasets.summary import Summary
@@ -31,7 +30,14 @@ _SAMPLES = 12  # pictures of each split on the page
 _STORED_PROBLEMS = 100  # in metadata.json, which is read whenever the data set is opened; problems.jsonl has all
 
 
-def prepare(source: Source, data_dir: str, *, max_skipped: float = 0.01, processes: int = 1) -> Summary:
+def prepare(
+    source: Source,
+    data_dir: str,
+    *,
+    max_skipped: float = 0.01,
+    processes: int = 1,
+    beam: Sequence[str] | None = None,
+) -> Summary:
     """Write a data set into `data_dir`, unless it is there already; what an interrupted preparation finished is kept.
 
     Args:
@@ -40,6 +46,7 @@ def prepare(source: Source, data_dir: str, *, max_skipped: float = 0.01, process
       max_skipped: how many problems to put up with, as a share of the records.
       processes: how many write shards at the same time. With more than one, a script that calls this needs the usual
         `if __name__ == "__main__":`.
+      beam: options of Apache Beam, whose workers then write the shards instead (see `beam.run`).
 
     Returns:
       What was kept and what was skipped.
@@ -48,13 +55,18 @@ def prepare(source: Source, data_dir: str, *, max_skipped: float = 0.01, process
       UserError: there are more problems than `max_skipped` allows, or ids that occur twice; a data set of this name was
         prepared from something else, or is just being prepared; a file could not be read or written.
     """
-    if files.is_remote(data_dir):
+    if files.is_remote(data_dir) and beam is None:
         return prepare_remote(
             source,
             data_dir,
             lambda folder: prepare(source, folder, max_skipped=max_skipped, processes=processes),
         )
-    writer = Writer(source, data_dir)
+    if files.is_remote(data_dir):
+        writer: Writer = on_beam.RemoteWriter(source, data_dir)
+    elif beam is None:
+        writer = Writer(source, data_dir)
+    else:  # workers start in other folders
+        writer = Writer(source, str(Path(data_dir).expanduser().absolute()))
     try:
         if done := find_prepared(source.name, data_dir, source.origin, source.found, source.renewed):
             return done
@@ -63,7 +75,7 @@ def prepare(source: Source, data_dir: str, *, max_skipped: float = 0.01, process
                 return done  # by another process, just now
             writer.begin(alone=True)
             writer.clear(range(len(source.parts)))
-            shards = _write(writer, processes, max_skipped)
+            shards = _write(writer, processes, beam, max_skipped)
             return finish(writer, shards, max_skipped)
     except OSError as error:
         raise UserError(f"{source.name} could not be prepared in {data_dir}: {error}") from error
@@ -100,12 +112,13 @@ def prepare_remote(source: Source, data_dir: str, work: Callable[[str], Any]) ->
     return _summary(schema.read_builder(tfds.core.Path(data_dir) / folder))
 
 
-def _write(writer: Writer, processes: int, max_skipped: float) -> list[Shard]:
+def _write(writer: Writer, processes: int, beam: Sequence[str] | None, max_skipped: float) -> list[Shard]:
     source = writer.source
     shards = {index: shard for index in range(len(source.parts)) if (shard := writer.finished(index))}
     left = [index for index in range(len(source.parts)) if index not in shards]
     problems = 0
-    with contextlib.closing(run(writer, left, processes)) as tasks:
+    work = run(writer, left, processes) if beam is None else on_beam.run(writer, left, beam)
+    with contextlib.closing(work) as tasks:
         description = f"Preparing the shards of {source.name}"
         for index, shard in track(tasks, description, total=len(source.parts), done=len(shards)):
             shards[index] = shard
@@ -152,18 +165,9 @@ _writer: Writer  # of a worker
 
 
 def _begin_worker(writer: Writer) -> None:
-    """In a worker: end when the process that started it does, whatever ended that, and say nothing at Ctrl-C."""
     global _writer
     _writer = writer
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def wait() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    end_with_parent()
 
 
 def _write_shard(index: int, part: Part) -> Shard:
@@ -212,8 +216,7 @@ def finish(writer: Writer, shards: list[Shard], max_skipped: float) -> Summary:
         },
     )
     _write_page(writer)
-    writer.publish()
-    return _summary(schema.read_builder(writer.folder))
+    return _summary(schema.read_builder(writer.publish()))
 
 
 def _check_share(writer: Writer, shards: Mapping[int, Shard], records: int, max_skipped: float) -> None:
@@ -308,6 +311,7 @@ def _write_page(writer: Writer) -> None:
     summary, samples = _summary(builder), {}
     for split, images in summary.images.items():
         opened = schema.Split(summary.name, split, builder)
+        opened.shards = [writer.shards / path.name for path in opened.shards]
         samples[split] = [opened[int(i)] for i in np.linspace(0, images - 1, min(images, _SAMPLES))]
     page.write_page(writer.unfinished / "report.html", summary, writer.source.root, samples)
 

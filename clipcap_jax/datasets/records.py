@@ -50,14 +50,21 @@ class RecordsSource:
     split: str | Mapping[str, float] = dataclasses.field(default_factory=SHARES.copy)
 
 
-def prepare_records(source: RecordsSource, data_dir: str, max_skipped: float = 0.01, *, processes: int = 1) -> Summary:
+def prepare_records(
+    source: RecordsSource,
+    data_dir: str,
+    max_skipped: float = 0.01,
+    *,
+    processes: int = 1,
+    beam: Sequence[str] | None = None,
+) -> Summary:
     """Check everything and write "records/<name>" into `data_dir`, unless it is there already.
 
     Args:
       source: what to prepare.
       data_dir: the folder of prepared data sets.
       max_skipped: how many problems to put up with, as a share of the records.
-      processes: see `prepare.prepare`.
+      processes, beam: see `prepare.prepare`.
 
     Returns:
       What was kept and what was skipped.
@@ -109,6 +116,7 @@ def prepare_records(source: RecordsSource, data_dir: str, max_skipped: float = 0
         data_dir,
         max_skipped=max_skipped,
         processes=processes,
+        beam=beam,
     )
 
 

@@ -247,13 +247,15 @@ def _parts(split: str, count: int) -> list[Part]:
     ]
 
 
-def prepare_shapes(data_dir: str, scenes: Mapping[str, int] = SCENES, *, processes: int = 1) -> Summary:
+def prepare_shapes(
+    data_dir: str, scenes: Mapping[str, int] = SCENES, *, processes: int = 1, beam: Sequence[str] | None = None
+) -> Summary:
     """Draw the data set into `data_dir`, unless it is there already.
 
     Args:
       data_dir: the folder of prepared data sets.
       scenes: how many scenes to draw for train, val and test.
-      processes: see `prepare.prepare`.
+      processes, beam: see `prepare.prepare`.
 
     Raises:
       UserError: it is there with other numbers of scenes.
@@ -269,4 +271,4 @@ def prepare_shapes(data_dir: str, scenes: Mapping[str, int] = SCENES, *, process
         has_images=True,
         description="Scenes of one to three coloured shapes, drawn on the spot, with five captions each.",
     )
-    return prepare.prepare(source, data_dir, processes=processes)
+    return prepare.prepare(source, data_dir, processes=processes, beam=beam)

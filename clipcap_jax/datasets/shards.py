@@ -67,6 +67,7 @@ class Writer:
         self.data_dir = Path(data_dir).expanduser()
         self.folder = self.data_dir / source.name / VERSION
         self.unfinished = self.folder.with_name(f"{VERSION}.unfinished")
+        self.shards = self.notes = tfds.core.Path(self.unfinished)  # where those lie
         counts = Counter(part.split for part in source.parts)
         numbers: Counter[str] = Counter()
         self._splits = [part.split for part in source.parts]
@@ -153,7 +154,7 @@ class Writer:
             fields["words"] = {int(length): count for length, count in fields["words"].items()}
             fields["problems"] = [Problem(**problem) for problem in fields["problems"]]
             shard = Shard(**fields)
-            whole = (self.unfinished / self.names[index]).stat().st_size == shard.bytes
+            whole = (self.shards / self.names[index]).stat().length == shard.bytes
         except (FileNotFoundError, ValueError, TypeError, KeyError):
             return None
         return shard if whole and note["plan"] == self._digest else None  # the plan: it may be left of another one
@@ -163,8 +164,12 @@ class Writer:
         ids: list[str] = json.loads(self._note(index).read_text())["ids"]
         return ids
 
-    def _note(self, index: int) -> Path:
-        return self.unfinished / f"{self.names[index]}.note.json"
+    def _note(self, index: int) -> tfds.core.Path:
+        return self.notes / f"{self.names[index]}.note.json"
+
+    def part_file(self, index: int) -> tfds.core.Path:
+        """Where a process on another machine finds the part that it shall write."""
+        return self.notes / f"{self.names[index]}.part"
 
     def write(self, index: int, examples: Iterable[Example | Problem]) -> Shard:
         """Write the shard of a part.
@@ -228,7 +233,7 @@ class Writer:
         finally:
             temporary.unlink(missing_ok=True)
         _write_whole(
-            self._note(index), json.dumps({"plan": self._digest, "shard": dataclasses.asdict(shard), "ids": ids})
+            Path(self._note(index)), json.dumps({"plan": self._digest, "shard": dataclasses.asdict(shard), "ids": ids})
         )
         return shard
 
@@ -266,8 +271,8 @@ class Writer:
         pictures = schema.hash_of({split: [shard.pictures for shard in held] for split, held in by_split.items()})[:16]
         schema.seal(self.unfinished, {**metadata, "name": self.source.name, "shards": digests, "pictures": pictures})
 
-    def publish(self) -> None:
-        """Give the folder its name; what had it before, to be replaced, is removed."""
+    def publish(self) -> Any:
+        """Give the folder its name; what had it before, to be replaced, is removed. Returns the folder."""
         if self.folder.exists():
             before = _temporary(self.folder)
             self.folder.rename(before)
@@ -276,11 +281,12 @@ class Writer:
         else:
             self.unfinished.rename(self.folder)
         tidy(self.folder)
+        return self.folder
 
 
 def tidy(folder: Path) -> None:
     """Remove from a finished data set what was of use while it was written."""
-    for pattern in ("*.tmp", "*.note.json", "plan.json"):
+    for pattern in ("*.tmp", "*.note.json", "*.part", "plan.json"):
         for path in folder.glob(pattern):
             path.unlink(missing_ok=True)
 

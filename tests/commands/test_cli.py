@@ -5,11 +5,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from tiny import SPLITS, Clipcap, Source
 
+from clipcap_jax import datasets
 from clipcap_jax.captioning.captioner import Captioner
 from clipcap_jax.commands import cli
 from clipcap_jax.commands.caption import find_pictures
@@ -162,6 +164,22 @@ def test_prepare_records(clipcap: Clipcap, source: Source, tmp_path: Path, capsy
     assert clipcap("prepare", "records", "--name", "mine", *files) == 0
     assert f"records/mine is prepared: {tmp_path}" in capsys.readouterr().out
     assert {split: len(open_split("records/mine", split, str(tmp_path))) for split in SPLITS} == SPLITS
+
+
+def test_options_of_beam(clipcap: Clipcap, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """What the command does not know is Beam's if that is to run, and otherwise an error."""
+    given: list[Any] = []
+    monkeypatch.setattr(datasets, "prepare_shapes", lambda data_dir, **options: given.append((data_dir, options)))
+    others = ("--runner", "FlinkRunner", "--parallelism=4")
+    assert clipcap("prepare", "shapes", *others, "--beam", "--data-dir", "there", "--processes", "3") == 0
+    assert clipcap("prepare", "shapes", "--processes", "3") == 0
+    assert given == [
+        ("there", {"processes": 3, "beam": list(others)}),
+        ("data", {"processes": 3, "beam": None}),
+    ]
+    assert clipcap("prepare", "shapes", *others) == 2
+    assert "error: unrecognized arguments: --runner FlinkRunner --parallelism=4" in capsys.readouterr().err
+    assert len(given) == 2
 
 
 def test_a_script_that_is_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
