@@ -1,6 +1,7 @@
 """What the `clipcap` command and the two scripts share."""
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -63,3 +64,10 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 on")
     return int(text)
+
+
+def cpus() -> int:
+    """How many CPUs this process may use: a batch system or `taskset` may leave it fewer than the machine has."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

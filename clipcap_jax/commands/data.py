@@ -1,12 +1,11 @@
 """`clipcap prepare` and `clipcap embed`."""
 
 import argparse
-import os
 from typing import Any
 
 from rich.console import Console
 
-from clipcap_jax.commands.cli import positive
+from clipcap_jax.commands.cli import cpus, positive
 from clipcap_jax.errors import UserError
 
 # Data sets that are read from their owners' files; docs/ has a page for each.
@@ -54,7 +53,7 @@ def add(commands: Any) -> None:
     for command in kinds.choices.values():
         _add_options(command)
         command.add_argument(
-            "--processes", type=positive, default=os.cpu_count() or 1, help="how many write shards [one per core]"
+            "--processes", type=positive, default=cpus(), help="how many write shards [one per CPU that it may use]"
         )
         command.add_argument(
             "--beam",
@@ -70,7 +69,7 @@ def add(commands: Any) -> None:
     embed.add_argument("--name", help='the new data set will be "embeddings/<name>" [the old one\'s, with _ for /]')
     embed.add_argument("--batch-size", type=positive, default=256, help="pictures a step, over all devices [256]")
     embed.add_argument(
-        "--workers", type=positive, default=os.cpu_count() or 1, help="threads that decode [one per core]"
+        "--workers", type=positive, default=cpus(), help="threads that decode [one per CPU that it may use]"
     )
     embed.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="to compute in [float32]")
     embed.add_argument(

@@ -1,6 +1,7 @@
 import csv
 import dataclasses
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -164,6 +165,16 @@ def test_prepare_records(clipcap: Clipcap, source: Source, tmp_path: Path, capsy
     assert clipcap("prepare", "records", "--name", "mine", *files) == 0
     assert f"records/mine is prepared: {tmp_path}" in capsys.readouterr().out
     assert {split: len(open_split("records/mine", split, str(tmp_path))) for split in SPLITS} == SPLITS
+
+
+def test_cpus_that_the_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    if hasattr(os, "sched_getaffinity"):
+        code = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})"
+        code += "; from clipcap_jax.commands import cli; print(cli.cpus())"
+        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert run.stdout.strip() == "1"
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    assert cli.cpus() == os.cpu_count()
 
 
 def test_options_of_beam(clipcap: Clipcap, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
