@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import tensorflow_datasets as tfds
-from tensorflow_datasets.core import example_serializer, file_adapters, naming
+from tensorflow_datasets.core import dataset_info, example_serializer, file_adapters, naming
 from tensorflow_datasets.core import splits as tfds_splits
 
 from clipcap_jax import files
@@ -247,26 +247,38 @@ class Writer:
         by_split: dict[str, list[Shard]] = {}
         for part, shard in zip(self.source.parts, shards, strict=True):
             by_split.setdefault(part.split, []).append(shard)
+        # TFDS cannot open a split of none.
         by_split = {split: held for split, held in by_split.items() if any(shard.images for shard in held)}
-        tfds.folder_dataset.write_metadata(
-            data_dir=self.unfinished,
+        dataset, _, config = self.source.name.partition("/")
+        # As TFDS's own folder_dataset.write_metadata does, which wants all shards in one folder with the metadata.
+        info = tfds.core.DatasetInfo(
+            builder=dataset_info.DatasetIdentity(
+                name=dataset,
+                version=tfds.core.Version(VERSION),
+                data_dir=str(self.folder),
+                module_name="",
+                config_name=config or None,
+            ),
             features=schema.features(self.source.has_images, self.source.embedding_width),
-            version=VERSION,
-            filename_template=_template(self.source, self.unfinished, next(iter(by_split))),
-            split_infos=[  # without those that hold nothing, which TFDS cannot open
-                tfds_splits.SplitInfo(
-                    name=split,
-                    shard_lengths=[shard.images for shard in held],
-                    num_bytes=sum(shard.bytes for shard in held),
-                    filename_template=_template(self.source, self.unfinished, split),
-                )
-                for split, held in by_split.items()
-            ],
-            check_data=False,  # it would need TensorFlow
             description=self.source.description,
             homepage=self.source.homepage,
             citation=self.source.citation,
         )
+        info.set_file_format(schema.FILE_FORMAT)
+        info.set_splits(
+            tfds_splits.SplitDict(
+                [
+                    tfds_splits.SplitInfo(
+                        name=split,
+                        shard_lengths=[shard.images for shard in held],
+                        num_bytes=sum(shard.bytes for shard in held),
+                        filename_template=_template(self.source, self.unfinished, split),
+                    )
+                    for split, held in by_split.items()
+                ]
+            )
+        )
+        info.write_to_directory(self.unfinished)
         digests = {split: [shard.sha256 for shard in held] for split, held in by_split.items()}
         pictures = schema.hash_of({split: [shard.pictures for shard in held] for split, held in by_split.items()})[:16]
         schema.seal(self.unfinished, {**metadata, "name": self.source.name, "shards": digests, "pictures": pictures})
