@@ -7,9 +7,9 @@ import hashlib
 import re
 from pathlib import Path
 
-from clipcap_jax.datasets import annotations
-from clipcap_jax.datasets.annotations import OwnersFile, find_file
-from clipcap_jax.datasets.source import Problem, Record, Source, picture_parts
+from clipcap_jax.datasets.readers import TextFile, find_file, join_captions, make_record, not_there, read_karpathy
+from clipcap_jax.datasets.source import Problem, Record, Source
+from clipcap_jax.datasets.tidy import check_counts, find_pictures, published, tidy
 from clipcap_jax.errors import UserError
 
 COUNTS = {"train": 113_287, "val": 5000, "test": 5000}
@@ -35,22 +35,22 @@ LISTING = """\
   dataset_coco.json                               from, or still in,
       https://cs.stanford.edu/people/karpathy/deepimagesent/caption_datasets.zip
 
-or, in place of dataset_coco.json, all of
+The pictures may also lie in train2017/ and val2017/ (000000000009.jpg ...), or all in one folder.
+
+Or, in place of dataset_coco.json, all of
   captions_train2014.json, captions_val2014.json  from, or still in,
-      http://images.cocodataset.org/annotations/annotations_trainval2014.zip
+      http://images.cocodataset.org/annotations/annotations_trainval2014.zip (or those of 2017)
   karpathy_val_images.txt, karpathy_test_images.txt, a picture a line:
       val2014/COCO_val2014_000000391895.jpg 391895
 
 --download fetches dataset_coco.json, --download-images the pictures."""
 
 
-def coco_source(manual_dir: str | Path, images: str | Path | None = None, store_images: bool = True) -> Source:
+def coco_source(manual_dir: str | Path) -> Source:
     """COCO Captions, as the data set "coco".
 
     Args:
       manual_dir: a folder with the files in `LISTING`; captions are taken from dataset_coco.json if it is there.
-      images: the folder that train2014/ and val2014/ lie in, if that is another one.
-      store_images: whether to copy the pictures into the data set.
 
     Returns:
       Its image_id is COCO's number.
@@ -58,50 +58,55 @@ def coco_source(manual_dir: str | Path, images: str | Path | None = None, store_
     Raises:
       UserError: a file is missing, or is not what its name says.
     """
-    folder = Path(manual_dir)
+    folder = Path(manual_dir).resolve()
     if file := find_file(folder, "dataset_coco.json", "caption_datasets.zip"):
         files = [file]
-        rows = annotations.read_karpathy(file, "coco")
+        rows = read_karpathy(file, "coco")
     else:
-        archive = "annotations_trainval2014.zip"
-        found = [find_file(folder, f"captions_{part}.json", archive) for part in ("train2014", "val2014")]
-        found += [find_file(folder, f"karpathy_{split}_images.txt") for split in ("val", "test")]
-        files = [file for file in found if file is not None]
-        if len(files) < len(found):
-            raise annotations.not_there(folder, "COCO Captions", LISTING)
-        rows = _read_official(*files)
-    records, problems = annotations.tidy(rows)
-    notes = annotations.check_counts("COCO", records, COUNTS)
+        files, parts = _official_files(folder)
+        rows = _read_official(parts, *files)
+    records, problems, notes = tidy([_numbered(row) for row in rows], splits=COUNTS)
+    notes += check_counts("COCO", records, COUNTS)
     _check_ids(records)
-    where = Path(images or folder).resolve()
-    for part in ("train2014", "val2014"):
-        if any(record.image.startswith(part) for record in records) and not (where / part).is_dir():
-            raise annotations.not_there(where, f"COCO's pictures of {part}", LISTING)
-    return Source(
-        name="coco",
-        origin={
-            "annotations": [file.digest() for file in files],
-            "store_images": store_images,
-        },
-        found={"annotations": [file.name for file in files], "images": str(where)},
-        root=str(where),
-        parts=picture_parts(records, where, store_images=store_images),
-        has_images=store_images,
-        problems=problems,
-        notes=notes,
+    places = [record.image.partition("/")[0] for record in records]
+    records, missing, more = find_pictures(records, folder)
+    for place in {*places}:
+        left = sum(record.image.startswith(f"{place}/") for record in records)
+        if left == places.count(place) and not (folder / place).is_dir():
+            raise not_there(folder, f"COCO's pictures of {place}", LISTING)
+    return published(
+        "coco",
+        files,
+        folder,
+        records,
+        [*problems, *missing],
+        [*notes, *more],
         description=DESCRIPTION,
         homepage=HOMEPAGE,
         citation=CITATION,
     )
 
 
-def _read_official(train: OwnersFile, val: OwnersFile, *lists: OwnersFile) -> list[Record | Problem]:
+def _official_files(folder: Path) -> tuple[list[TextFile], tuple[str, str]]:
+    """COCO's captions of train and val with Karpathy's lists of val and test, and the two folders of the former."""
+    lists = [find_file(folder, f"karpathy_{split}_images.txt") for split in ("val", "test")]
+    for year in ("2014", "2017"):
+        parts = (f"train{year}", f"val{year}")
+        archive = f"annotations_trainval{year}.zip"
+        found = [find_file(folder, f"captions_{part}.json", archive) for part in parts] + lists
+        files = [file for file in found if file is not None]
+        if len(files) == len(found):
+            return files, parts
+    raise not_there(folder, "COCO Captions", LISTING)
+
+
+def _read_official(parts: tuple[str, str], train: TextFile, val: TextFile, *lists: TextFile) -> list[Record | Problem]:
     """COCO's own captions, with the splits of two lists: val's and test's."""
     splits: dict[str, str] = {}
     listed: dict[str, str] = {}  # where each id is listed
     for split, file in zip(("val", "test"), lists, strict=True):
         for where, line in file.lines():
-            if not (number := re.search(r"(\d+)(\.jpg)?\s*$", line)):
+            if not (number := re.search(r"([0-9]{1,18})(\.jpg)?\s*$", line)):
                 raise UserError(f"{where}: {line!r} does not end with the number of a picture of COCO's.")
             image_id = str(int(number[1]))
             if image_id in splits:
@@ -109,21 +114,26 @@ def _read_official(train: OwnersFile, val: OwnersFile, *lists: OwnersFile) -> li
             splits[image_id], listed[image_id] = split, where
     rows: list[Record | Problem] = []
     known: set[str] = set()
-    for part, file in (("train2014", train), ("val2014", val)):
-        content = file.json()
-        images, captions = (file.objects(content, key) for key in ("images", "annotations"))
-        by_id, problems = annotations.join_captions(file, images, captions)
+    for part, file in zip(parts, (train, val), strict=True):
+        images, problems = join_captions(file, file.json())
         rows += problems
-        known.update(by_id)
-        for index, image in enumerate(images):
-            where = f"{file.name}: images[{index}]"
+        for where, image, captions in images:
             name, image_id = str(image.get("file_name")), str(image.get("id"))
-            if not name.startswith(f"COCO_{part}_"):
+            if not re.match(r"\d{12}\.jpg$" if "2017" in part else f"COCO_{part}_", name):
                 raise UserError(f"{where}: {name!r} is not one of the pictures COCO_{part}_*. Is it another file?")
-            rows.append(Record(where, f"{part}/{name}", image_id, by_id[image_id], splits.get(image_id, "train")))
-    unknown = splits.keys() - known
-    rows += [Problem(listed[image_id], "listed image unknown", image_id) for image_id in sorted(unknown)]
+            known.add(image_id)
+            fields = {"image": f"{part}/{name}", "image_id": image.get("id"), "captions": captions}
+            rows.append(make_record(where, fields | {"split": splits.get(image_id, "train")}))
+    rows += [Problem(listed[number], "listed image unknown", number) for number in sorted(splits.keys() - known)]
     return rows
+
+
+def _numbered(row: Record | Problem) -> Record | Problem:
+    """The row, or the problem that its id is no number."""
+    if isinstance(row, Problem) or re.fullmatch("[0-9]{1,18}", row.image_id):
+        return row
+    reason = "wrong id" if row.image_id else "missing field"
+    return Problem(row.where, reason, f"the number of a picture of COCO's, not {row.image_id!r}")
 
 
 def _check_ids(records: list[Record]) -> None:

@@ -20,10 +20,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from clipcap_jax.datasets import img2dataset
-from clipcap_jax.datasets.annotations import not_there
 from clipcap_jax.datasets.img2dataset import Sample
+from clipcap_jax.datasets.readers import not_there
 from clipcap_jax.datasets.schema import Example
-from clipcap_jax.datasets.source import PICTURES_PER_SHARD, Part, Problem, Source, broken_picture
+from clipcap_jax.datasets.source import PICTURES_PER_SHARD, Part, Problem, Source, broken_picture, read_file
+from clipcap_jax.datasets.tidy import clean_captions
 from clipcap_jax.errors import UserError
 
 _DEAD = ("dead link", "link to no picture")
@@ -71,7 +72,7 @@ _CITATIONS = {
 }
 
 
-def conceptual_source(name: str, manual_dir: str | Path, store_images: bool = True) -> Source:
+def conceptual_source(name: str, manual_dir: str | Path) -> Source:
     """CC3M or CC12M, as the data set of that name, read piece by piece while it is prepared.
 
     A picture of train whose link or whose bytes are among validation's is left out of train.
@@ -79,7 +80,6 @@ def conceptual_source(name: str, manual_dir: str | Path, store_images: bool = Tr
     Args:
       name: "cc3m" or "cc12m".
       manual_dir: a folder with the files in `LISTINGS`.
-      store_images: whether to copy the pictures into the data set.
 
     Returns:
       Its image_id is img2dataset's key, or the row in eight digits.
@@ -88,8 +88,8 @@ def conceptual_source(name: str, manual_dir: str | Path, store_images: bool = Tr
       UserError: there is no such file, or a list is another's.
     """
     folder = Path(manual_dir).resolve()
-    val = _shards(name, folder, "val", store_images)
-    train = _shards(name, folder, "train", store_images, held_out=tuple(val))
+    val = _shards(name, folder, "val")
+    train = _shards(name, folder, "train", held_out=tuple(val))
     pieces = train + val
     if not train:
         raise not_there(folder, f"training data of {name}", LISTINGS[name])
@@ -100,14 +100,11 @@ def conceptual_source(name: str, manual_dir: str | Path, store_images: bool = Tr
         raise UserError(f"{folder} holds more for validation than for training. Are the two exchanged?")
     return Source(
         name=name,
-        origin={
-            "files": _described(pieces, folder),
-            "store_images": store_images,
-        },
+        origin={"files": _described(pieces, folder)},
         found={"images": str(folder)},
         root=str(folder),
         parts=[Part(piece.split, functools.partial(read_piece, piece, folder)) for piece in pieces],
-        has_images=store_images,
+        has_images=True,
         problems=problems,
         expected=EXPECTED,
         notes=notes,
@@ -145,14 +142,12 @@ class Piece:
     Attributes:
       split: "train" or "val".
       path: of the tar, the folder or the list.
-      store_images: whether examples hold the pictures.
       held_out: shards whose links and pictures this one must not have.
       rows: which part of the list; None where there is none.
     """
 
     split: str
     path: Path
-    store_images: bool
     held_out: tuple["Piece", ...] = ()
     rows: Rows | None = None
 
@@ -171,13 +166,18 @@ def read_piece(piece: Piece, folder: Path) -> Iterator[Example | Problem]:
         if problem is not None:
             yield problem
             continue
+        texts = [] if sample.caption is None else [sample.caption]
+        captions, problems = clean_captions(texts, sample.where, sample.key)
+        yield from problems
+        if not captions:
+            continue
         keys.add(sample.key)
         yield Example(
-            image=sample.image if piece.store_images else None,
+            image=sample.image,
             embedding=None,
             image_path=os.path.relpath(sample.image_path, folder) if sample.image_path else "",
             image_id=sample.key,
-            captions=(" ".join((sample.caption or "").split()),),
+            captions=tuple(captions),
             domain="",
         )
 
@@ -189,10 +189,6 @@ def _fault(sample: Sample) -> Problem | None:
         return Problem(sample.where, "download failed", sample.fault)
     if sample.image is None:
         return Problem(sample.where, sample.missing, sample.image_path or sample.key)
-    if sample.caption is None:
-        return Problem(sample.where, "no caption", f"{sample.key} has no .txt")
-    if not sample.caption.split():
-        return Problem(sample.where, "empty caption", sample.key)
     return broken_picture(sample.image, sample.where, sample.image_path or sample.key)
 
 
@@ -217,7 +213,7 @@ def _mark(data: bytes) -> bytes:
     return hashlib.sha256(data).digest()[:16]
 
 
-def _shards(name: str, folder: Path, split: str, store_images: bool, held_out: tuple[Piece, ...] = ()) -> list[Piece]:
+def _shards(name: str, folder: Path, split: str, held_out: tuple[Piece, ...] = ()) -> list[Piece]:
     candidates = [folder / candidate for candidate in _FOLDERS[split]]
     place = next((candidate for candidate in candidates if candidate.is_dir()), folder)
     listed = folder / _LISTS[name].get(split, "none")
@@ -233,16 +229,14 @@ def _shards(name: str, folder: Path, split: str, store_images: bool, held_out: t
     if len({path.stem for path in paths}) < len(paths):
         raise UserError(f"{place} holds shards both as .tar and as folders. Leave one of them there.")
     if paths:
-        return [Piece(split, path, store_images, held_out) for path in sorted(paths)]
+        return [Piece(split, path, held_out) for path in sorted(paths)]
     if not listed.is_file():
         return []
     if place == folder and split == "val":
         raise not_there(folder, f"the pictures of {listed.name}", LISTINGS[name])
     if not has_pictures:
         raise not_there(place, "pictures such as 00000000.jpg", LISTINGS[name])
-    return [
-        Piece(split, listed, store_images, held_out, rows) for rows in _index_list(listed, _URL_COLUMN[name], place)
-    ]
+    return [Piece(split, listed, held_out, rows) for rows in _index_list(listed, _URL_COLUMN[name], place)]
 
 
 def _split_of(name: str, path: str) -> str:
@@ -308,15 +302,13 @@ def _read_rows(path: Path, rows: Rows) -> Iterator[Sample | Problem]:
                 yield Problem(where, "bad line", f"not two columns of UTF-8: {data[:80]!r}")
                 continue
             key = f"{rows.first + index:08}"
-            picture = rows.pictures / f"{key}.jpg"
             url, caption = columns[rows.url_column], columns[1 - rows.url_column]
-            sample = Sample(where, key, None, str(picture), caption, url, missing="dead link")
-            try:
-                sample.image = picture.read_bytes()
-            except FileNotFoundError:
-                pass
-            except (PermissionError, IsADirectoryError) as error:
-                sample.fault = str(error)
+            image = read_file(rows.pictures, f"{key}.jpg", where)
+            sample = Sample(where, key, None, str(rows.pictures / f"{key}.jpg"), caption, url, missing="dead link")
+            if not isinstance(image, Problem):
+                sample.image = image
+            elif image.reason != "image missing":
+                sample.fault = image.detail
             yield sample
 
 

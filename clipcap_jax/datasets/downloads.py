@@ -30,7 +30,7 @@ from rich.progress import (
 
 from clipcap_jax import files, pictures
 from clipcap_jax.datasets import nocaps
-from clipcap_jax.datasets.annotations import find_file, not_there
+from clipcap_jax.datasets.readers import find_file, not_there
 from clipcap_jax.datasets.source import Problem
 from clipcap_jax.errors import UserError
 from clipcap_jax.progress import track

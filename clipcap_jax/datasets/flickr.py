@@ -7,9 +7,9 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from clipcap_jax.datasets import annotations
-from clipcap_jax.datasets.annotations import OwnersFile, find_file
-from clipcap_jax.datasets.source import Problem, Record, Source, picture_parts
+from clipcap_jax.datasets.readers import TextFile, find_file, make_record, not_there, read_karpathy
+from clipcap_jax.datasets.source import Problem, Record, Source
+from clipcap_jax.datasets.tidy import check_counts, find_pictures, published, tidy
 from clipcap_jax.errors import UserError
 
 COUNTS = {
@@ -67,16 +67,12 @@ _CITATIONS = {
 }
 
 
-def flickr_source(
-    name: str, manual_dir: str | Path, images: str | Path | None = None, store_images: bool = True
-) -> Source:
+def flickr_source(name: str, manual_dir: str | Path) -> Source:
     """Flickr8k or Flickr30k, as the data set of that name.
 
     Args:
       name: "flickr8k" or "flickr30k".
       manual_dir: a folder with the files in `LISTINGS`; captions are taken from Karpathy's file if it is there.
-      images: the folder with the pictures, if that is none of those in `LISTINGS`.
-      store_images: whether to copy the pictures into the data set.
 
     Returns:
       Its image_id is the file name without ".jpg".
@@ -84,43 +80,39 @@ def flickr_source(
     Raises:
       UserError: a file is missing, or is not what its name says.
     """
-    folder, listing = Path(manual_dir), LISTINGS[name]
+    folder = Path(manual_dir).resolve()
     notes: list[str] = []
     if file := find_file(folder, f"dataset_{name}.json", "caption_datasets.zip"):
         files = [file]
-        rows = annotations.read_karpathy(file, name)
+        rows = read_karpathy(file, name)
     else:
         captions = [find_file(folder, candidate, "Flickr8k_text.zip") for candidate in _CAPTIONS[name]]
         found = [next(filter(None, captions), None)]
         found += [find_file(folder, candidate, "Flickr8k_text.zip") for candidate in _LISTS[name].values()]
         files = [file for file in found if file is not None]
         if len(files) < len(found):
-            raise annotations.not_there(folder, name, listing)
+            raise not_there(folder, name, LISTINGS[name])
         rows, notes = _read_official(*files)
-    records, problems = annotations.tidy(rows)
-    candidates = [Path(images)] if images else [folder / candidate for candidate in _FOLDERS[name]]
-    where = next((candidate for candidate in candidates if candidate.is_dir()), None)
+    records, problems, more = tidy(rows, splits=COUNTS[name])
+    notes += more + check_counts(name, records, COUNTS[name])
+    where = next((folder / candidate for candidate in _FOLDERS[name] if (folder / candidate).is_dir()), None)
     if where is None:
-        raise annotations.not_there(Path(images or folder), f"the pictures of {name}", listing)
-    return Source(
-        name=name,
-        origin={
-            "annotations": [file.digest() for file in files],
-            "store_images": store_images,
-        },
-        found={"annotations": [file.name for file in files], "images": str(where.resolve())},
-        root=str(where.resolve()),
-        parts=picture_parts(records, where.resolve(), store_images=store_images),
-        has_images=store_images,
-        problems=problems,
-        notes=notes + annotations.check_counts(name, records, COUNTS[name]),
+        raise not_there(folder, f"the pictures of {name}", LISTINGS[name])
+    records, missing, more = find_pictures(records, where)
+    return published(
+        name,
+        files,
+        where,
+        records,
+        [*problems, *missing],
+        [*notes, *more],
         description=f"{name.capitalize()} with the usual splits.",
         homepage="https://hockenmaier.cs.illinois.edu",
         citation=_CITATIONS[name],
     )
 
 
-def _read_official(captions: OwnersFile, *lists: OwnersFile) -> tuple[list[Record | Problem], list[str]]:
+def _read_official(captions: TextFile, *lists: TextFile) -> tuple[list[Record | Problem], list[str]]:
     """The pictures that the lists of train, val and test name, and a note on those that none names."""
     rows: list[Record | Problem] = []
     by_name: dict[str, list[str]] = {}
@@ -135,7 +127,7 @@ def _read_official(captions: OwnersFile, *lists: OwnersFile) -> tuple[list[Recor
             name = line.split()[0].rpartition("/")[2]
             name = name if name.endswith(".jpg") else f"{name}.jpg"
             named.add(name)
-            rows.append(Record(where, name, name.removesuffix(".jpg"), by_name.get(name, []), split))
+            rows.append(make_record(where, {"image": name, "captions": by_name.get(name, []), "split": split}))
     if not named & by_name.keys():
         raise UserError(f"{captions} and {lists[0]} have no picture in common: they are not of one data set.")
     # Flickr8k has 91 pictures (one under a name that does not exist) in no split, Flickr30k 769.
@@ -143,7 +135,7 @@ def _read_official(captions: OwnersFile, *lists: OwnersFile) -> tuple[list[Recor
     return rows, [f"pictures of {captions.name} that are in no split: {unused:,}"] if unused else []
 
 
-def _caption_lines(file: OwnersFile) -> Iterator[tuple[str, str, str]]:
+def _caption_lines(file: TextFile) -> Iterator[tuple[str, str, str]]:
     """Where, file name and caption of each line; no file name where the line is wrong."""
     for where, line in file.lines():
         if file.name == "results.csv":

@@ -13,6 +13,8 @@ from pathlib import Path
 
 from clipcap_jax.datasets.source import Problem
 
+_PICTURES = ("jpg", "jpeg", "png", "webp")
+
 
 @dataclasses.dataclass
 class Sample:
@@ -108,13 +110,12 @@ def _read_folder(path: Path) -> Iterator[Sample | Problem]:
     keys = sorted({name.partition(".")[0] for name in os.listdir(path)} - {""})
     for key in keys:
         sample = Sample(f"{where(path)}/{key}", _image_id(path, key))
-        for suffix in ("json", "txt", "jpg", "jpeg", "png", "webp"):
+        for suffix in ("json", "txt", *_PICTURES):
             file = path / f"{key}.{suffix}"
             if file.is_file():
                 _add(sample, suffix, file.read_bytes())
-                if sample.image is not None:
+                if sample.image is not None and not sample.image_path:
                     sample.image_path = str(file)
-                    break
         yield sample
     if (lost := stats(path).get("successes", 0) - len(keys)) > 0:
         yield Problem(
@@ -141,7 +142,9 @@ def _add(sample: Sample, suffix: str, data: bytes) -> None:
             sample.url.encode()  # JSON can spell half a character
             if fields.get("status", "success") != "success":
                 sample.fault = f"{fields['status']}: {fields.get('error_message')}"
-        elif suffix in ("jpg", "jpeg", "png", "webp"):
+        elif suffix in _PICTURES:
+            if sample.image is not None:
+                sample.fault = "it has two pictures"
             sample.image = data
     except (ValueError, RecursionError) as error:
         sample.url = ""

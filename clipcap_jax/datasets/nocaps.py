@@ -7,9 +7,9 @@ or "out-domain". test has 10,600 pictures; its captions are on the evaluation se
 import os
 from pathlib import Path
 
-from clipcap_jax.datasets import annotations
-from clipcap_jax.datasets.annotations import OwnersFile, find_file
-from clipcap_jax.datasets.source import Problem, Record, Source, picture_parts
+from clipcap_jax.datasets.readers import TextFile, find_file, join_captions, make_record, not_there
+from clipcap_jax.datasets.source import Problem, Record, Source
+from clipcap_jax.datasets.tidy import check_counts, find_pictures, published, tidy
 from clipcap_jax.errors import UserError
 
 COUNTS = {"val": 4500, "test": 10_600}
@@ -26,13 +26,11 @@ LISTING = """\
 The two .json files name the pictures' addresses; --download-images fetches them."""
 
 
-def nocaps_source(manual_dir: str | Path, images: str | Path | None = None, store_images: bool = True) -> Source:
+def nocaps_source(manual_dir: str | Path) -> Source:
     """nocaps, as the data set "nocaps"; test only where its file is there.
 
     Args:
       manual_dir: a folder with the files in `LISTING`.
-      images: the folder that val/ and test/ lie in, or all pictures, if that is another one.
-      store_images: whether to copy the pictures into the data set.
 
     Returns:
       Its image_id is the number that the evaluation server asks for, its domain the field that the val file has.
@@ -40,32 +38,28 @@ def nocaps_source(manual_dir: str | Path, images: str | Path | None = None, stor
     Raises:
       UserError: a file is missing, or is not what its name says.
     """
-    folder = Path(manual_dir)
-    place = Path(images or folder).resolve()
+    folder = Path(manual_dir).resolve()
     files = {split: file for split, name in FILES.items() if (file := find_file(folder, name))}
     if not files:
-        raise annotations.not_there(folder, "nocaps", LISTING)
-    parts, problems, notes = [], [], []
-    for split, file in files.items():
-        where = picture_folder(place, split) or (place if images and place.is_dir() else None)
+        raise not_there(folder, "nocaps", LISTING)
+    records, problems, notes = [], [], []
+    for split, file in files.items():  # each by itself, as ids of val and test are numbers from 0
+        where = picture_folder(folder, split)
         if where is None:
-            raise annotations.not_there(place, f"the pictures of nocaps {split}", LISTING)
-        records, found = annotations.tidy(_read(file, split, where, place), captioned=split == "val")
-        notes += annotations.check_counts("nocaps", records, {split: COUNTS[split]})
-        problems += found
-        parts += picture_parts(records, place, store_images=store_images)
-    return Source(
-        name="nocaps",
-        origin={
-            "annotations": [file.digest() for file in files.values()],
-            "store_images": store_images,
-        },
-        found={"annotations": [file.name for file in files.values()], "images": str(place)},
-        root=str(place),
-        parts=parts,
-        has_images=store_images,
-        problems=problems,
-        notes=notes,
+            raise not_there(folder, f"the pictures of nocaps {split}", LISTING)
+        tidied, found, more = tidy(_read(file, split, where), captioned=split == "val")
+        notes += more + check_counts("nocaps", tidied, {split: COUNTS[split]})
+        tidied, missing, more = find_pictures(tidied, folder)
+        records += tidied
+        problems += found + missing
+        notes += more
+    return published(
+        "nocaps",
+        [*files.values()],
+        folder,
+        records,
+        problems,
+        notes,
         description="nocaps: novel object captioning at scale.",
         homepage="https://nocaps.org",
         citation="""\
@@ -84,7 +78,7 @@ def picture_folder(place: Path, split: str) -> Path | None:
     return next((place / name for name in _FOLDERS[split] if (place / name).is_dir()), None)
 
 
-def _read(file: OwnersFile, split: str, where: Path, place: Path) -> list[Record | Problem]:
+def _read(file: TextFile, split: str, where: Path) -> list[Record | Problem]:
     """COCO's format with `open_images_id` and, in val, `domain` and `annotations`; see https://nocaps.org/download."""
     content = file.json()
     has_captions = "annotations" in content
@@ -93,19 +87,15 @@ def _read(file: OwnersFile, split: str, where: Path, place: Path) -> list[Record
             f"{file} {'has' if has_captions else 'lacks'} the list 'annotations': val has captions, test has none. "
             "Are the files exchanged?"
         )
-    images = file.objects(content, "images")
-    captions = file.objects(content, "annotations") if has_captions else []
-    by_id, problems = annotations.join_captions(file, images, captions)
+    images, problems = join_captions(file, {"annotations": [], **content})
     rows: list[Record | Problem] = [*problems]
-    for index, image in enumerate(images):
-        location = f"{file.name}: images[{index}]"
-        image_id, domain = str(image.get("id")), image.get("domain", "")
+    for location, image, captions in images:
+        name, other, domain = image.get("file_name"), image.get("open_images_id"), image.get("domain", "")
         if split == "val" and domain not in DOMAINS:
             rows.append(Problem(location, "wrong domain", f"{domain!r} is none of {', '.join(DOMAINS)}"))
             continue
-        name = image.get("file_name") or ""
-        if isinstance(image.get("open_images_id"), str) and not os.path.isfile(where / str(name)):
-            name = f"{image['open_images_id']}.jpg"
-        path = os.path.relpath(where / name, place) if isinstance(name, str) and name else name
-        rows.append(Record(location, path, image_id, by_id[image_id], split, domain=domain))
+        if isinstance(other, str) and not (isinstance(name, str) and os.path.isfile(where / name)):
+            name = f"{other}.jpg"
+        fields = {"image": f"{where.name}/{name}" if name else None, "image_id": image.get("id"), "captions": captions}
+        rows.append(make_record(location, fields | {"split": split, "domain": domain}))
     return rows

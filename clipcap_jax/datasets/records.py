@@ -3,22 +3,23 @@
     source = RecordsSource(name="mine", captions="captions.jsonl", images="photos")
     rich.print(prepare_records(source, data_dir))
 
-prepares the data set `records/mine`. `clipcap_jax.datasets.captions_file` says what a captions file looks like.
+prepares the data set `records/mine`. `clipcap_jax.datasets.readers` says what a captions file looks like.
 What is wrong is skipped and named with file and line, and too much of it is an error.
 """
 
 import dataclasses
 import hashlib
-import os
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from clipcap_jax.datasets import prepare
-from clipcap_jax.datasets.captions_file import CaptionsFile, read_captions
+from clipcap_jax.datasets.readers import read_captions
 from clipcap_jax.datasets.source import Problem, Record, Source, first_problems, open_embeddings, picture_parts
 from clipcap_jax.datasets.summary import Summary
+from clipcap_jax.datasets.tidy import find_pictures, name_pictures, tidy, usual_split, without_suffix
 from clipcap_jax.errors import UserError
 
 SHARES = {"train": 0.9, "val": 0.05, "test": 0.05}
@@ -30,7 +31,7 @@ class RecordsSource:
 
     Attributes:
       name: the data set will be "records/<name>".
-      captions: a file as `clipcap_jax.datasets.captions_file` describes.
+      captions: a file as `clipcap_jax.datasets.readers` describes.
       images: the folder in which the captions file's `image` is looked up.
       embeddings: a `.npy` file, float, shape (rows, E), one row a picture; stored as float16. The captions file's
         `embedding_row` says which, or else they come in the order in which that file first names the pictures.
@@ -39,6 +40,7 @@ class RecordsSource:
         where there are no embeddings. Their paths are stored in any case, so that pages can show the pictures.
       split: of pictures whose record names none: one split for all, or a share for each. Shares are drawn by a hash of
         the image_id, so that a picture stays in its split when others are added.
+      image_field, caption_field: what the captions file calls them, where that cannot be guessed.
     """
 
     name: str
@@ -48,6 +50,8 @@ class RecordsSource:
     encoder: str | None = None
     store_images: bool | None = None
     split: str | Mapping[str, float] = dataclasses.field(default_factory=SHARES.copy)
+    image_field: str | None = None
+    caption_field: str | None = None
 
 
 def prepare_records(
@@ -81,35 +85,33 @@ def prepare_records(
     if done := prepare.find_prepared(f"records/{source.name}", data_dir, origin, places):
         return done
 
-    file = read_captions(Path(source.captions))
-    if not file.records and not file.problems:
+    rows, notes = read_captions(Path(source.captions), source.image_field, source.caption_field)
+    if not rows:
         raise UserError(f"{source.captions} holds no captions.")
-    notes = _assign_splits(file.records, source.split)
-    if file.unused_fields:
-        notes.append(f"fields of {source.captions} that were not used: {', '.join(file.unused_fields)}")
-    if odd := sorted({record.split for record in file.records} - {"train", "val", "test"}):
-        notes.append(f"splits that are none of train, val and test: {', '.join(odd)}")
-    kept, problems = [record for record in file.records if record.captions], file.problems
-    checks = [_check_files_differ]
     if matrix is not None:
-        notes += _assign_rows(file, len(matrix), source)
-        checks.append(lambda records: _check_rows(records, len(matrix)))
-    for check in checks:
-        found = check(kept)  # by image_id
-        kept = [record for record in kept if record.image_id not in found]
-        problems = problems + list(found.values())
+        notes += _assign_rows(rows, len(matrix), source)
+    records, problems, more = tidy(rows)
+    notes += more + _assign_splits(records, source.split)
+    if odd := sorted({record.split for record in records} - {"train", "val", "test"}):
+        notes.append(f"splits that are none of train, val and test: {', '.join(odd)}")
+    if matrix is not None:
+        records, found = _check_rows(records, len(matrix))
+        problems += found
+    if folder is not None:
+        records, found, more = find_pictures(records, folder)
+        problems, notes = problems + found, notes + more
     return prepare.prepare(
         Source(
             name=f"records/{source.name}",
             origin=origin,
             found=places,
             root=str(folder or ""),
-            parts=picture_parts(kept, folder, store_images=_stores_images(source), embeddings=source.embeddings),
+            parts=picture_parts(records, folder, store_images=_stores_images(source), embeddings=source.embeddings),
             has_images=_stores_images(source),
             embedding_width=None if matrix is None else matrix.shape[1],
             encoder=source.encoder,
             problems=problems,
-            records=len(file.records) + len(file.problems),
+            records=len(records) + sum(problem.count for problem in problems),
             notes=notes,
             description="Pictures or embeddings with captions of the user's own.",
         ),
@@ -141,6 +143,7 @@ def _check_source(source: RecordsSource) -> None:
     for split in shares:
         if not re.fullmatch(r"[A-Za-z]\w*", split):
             raise UserError(f"A split's name must be a word such as train, val or test, not {split!r}.")
+        usual_split(split, "--split")
 
 
 def _origin(source: RecordsSource) -> dict[str, Any]:
@@ -159,6 +162,8 @@ def _origin(source: RecordsSource) -> dict[str, Any]:
         "encoder": source.encoder,
         "store_images": _stores_images(source),
         "split": source.split if isinstance(source.split, str) else dict(source.split),
+        "image_field": source.image_field,
+        "caption_field": source.caption_field,
     }
 
 
@@ -168,10 +173,14 @@ def _not_there(path: str) -> str:
 
 def _assign_splits(records: Sequence[Record], split: str | Mapping[str, float]) -> list[str]:
     """Gives a split to the records that have none; returns a note where there were any."""
-    shares = {split: 1.0} if isinstance(split, str) else split
+    shares: Counter[str] = Counter()
+    for name, share in ({split: 1.0} if isinstance(split, str) else split).items():
+        shares[usual_split(name, "--split")] += share  # type: ignore[assignment]  # not whole numbers
     without = [record for record in records if not record.split]
     for record in without:
-        draw = int.from_bytes(hashlib.sha256(record.image_id.encode()).digest()[:8]) / 2**64  # uniform in [0, 1)
+        # By the id without its suffix, so that a.jpg stays where it is when a.png is added.
+        digest = hashlib.sha256(without_suffix(record.image_id).encode()).digest()
+        draw = int.from_bytes(digest[:8]) / 2**64  # uniform in [0, 1)
         for name, share in shares.items():
             record.split = name
             draw -= share
@@ -181,50 +190,43 @@ def _assign_splits(records: Sequence[Record], split: str | Mapping[str, float]) 
     return [f"{len(without):,} pictures had no split and were given one: {shown}"] if without else []
 
 
-def _assign_rows(file: CaptionsFile, rows: int, source: RecordsSource) -> list[str]:
+def _assign_rows(rows: Sequence[Record | Problem], count: int, source: RecordsSource) -> list[str]:
     """Gives every record its row of the matrix where the file names none; returns a note on rows that nothing uses."""
-    if all(record.embedding_row is None for record in file.records):
-        if not file.in_order:
+    name_pictures(rows)
+    records = [row for row in rows if isinstance(row, Record)]
+    if all(record.embedding_row is None for record in records):
+        places: dict[str, int] = {}  # of pictures, in the order in which the file names them first
+        faults = [row for row in rows if isinstance(row, Problem)]
+        for record in records:
+            if record.image_id in places and not record.joins:
+                faults.append(Problem(record.where, "duplicate image_id", record.image_id))
+            record.embedding_row = places.setdefault(record.image_id, len(places))
+        if faults:
             raise UserError(
                 f"{source.captions} names no embedding_row, and has lines that cannot be used, so pictures and rows do "
-                f"not match by their order. Mend these lines or add embedding_row:\n{first_problems(file.problems)}"
+                f"not match by their order. Mend these lines or add embedding_row:\n{first_problems(faults)}"
             )
-        if len(file.records) != rows:
+        if len(places) != count:
             raise UserError(
-                f"{source.captions} names {len(file.records):,} pictures, but {source.embeddings} has {rows:,} rows. "
+                f"{source.captions} names {len(places):,} pictures, but {source.embeddings} has {count:,} rows. "
                 "Give each record its embedding_row."
             )
-        for row, record in enumerate(file.records):
-            record.embedding_row = row
-    unused = rows - len({record.embedding_row for record in file.records})
+    unused = count - len({record.embedding_row for record in records})
     return [f"rows of {source.embeddings} that no picture uses: {unused:,}"] if unused > 0 else []
 
 
-def _check_files_differ(records: list[Record]) -> dict[str, Problem]:
-    """One picture under two ids would be counted twice, or be both trained on and tested on."""
-    found: dict[str, Problem] = {}
-    by_file: dict[str, Record] = {}
-    for record in records:
-        first = by_file.setdefault(os.path.normpath(record.image), record)
-        if first is not record:
-            reason = "image under two ids" if record.split == first.split else "image in two splits"
-            detail = f"{record.image} in {record.split} is in {first.split} as {first.image_id} in {first.where}"
-            found[record.image_id] = Problem(record.where, reason, detail)
-    return found
-
-
-def _check_rows(records: list[Record], rows: int) -> dict[str, Problem]:
-    found: dict[str, Problem] = {}
-    by_row: dict[int, Record] = {}
+def _check_rows(records: Sequence[Record], count: int) -> tuple[list[Record], list[Problem]]:
+    """The records whose row of the matrix is their own, and what is wrong with the others."""
+    kept: dict[int, Record] = {}
+    problems = []
     for record in records:
         row = record.embedding_row
         if row is None:
             detail = f"{record.image_id} names none, though others do"
-            found[record.image_id] = Problem(record.where, "no embedding_row", detail)
-        elif not 0 <= row < rows:
-            detail = f"row {row} of {rows}"
-            found[record.image_id] = Problem(record.where, "embedding_row out of range", detail)
-        elif (first := by_row.setdefault(row, record)) is not record:
+            problems.append(Problem(record.where, "no embedding_row", detail))
+        elif not 0 <= row < count:
+            problems.append(Problem(record.where, "embedding_row out of range", f"row {row} of {count}"))
+        elif (first := kept.setdefault(row, record)) is not record:
             detail = f"row {row} belongs to {first.image_id} in {first.where}"
-            found[record.image_id] = Problem(record.where, "embedding_row used twice", detail)
-    return found
+            problems.append(Problem(record.where, "embedding_row used twice", detail))
+    return list(kept.values()), problems

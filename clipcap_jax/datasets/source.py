@@ -7,6 +7,8 @@ are sent to the processes that write them, so they say where pictures lie rather
 import dataclasses
 import errno
 import functools
+import os
+import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -48,11 +50,12 @@ class Record:
 
     where: str  # file and line it starts at
     image: str  # file name
-    image_id: str
+    image_id: str  # "" where not given, until `tidy.name_pictures` has made one
     captions: list[str]
     split: str  # "" where not given
     embedding_row: int | None = None  # None where not given
     domain: str = ""
+    joins: bool = dataclasses.field(default=False, compare=False)  # whether it may be one of several of a picture
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +132,7 @@ def read_pictures(
         if embedding is not None and (fault := _embedding_fault(embedding)):
             yield Problem(record.where, fault[0], f"row {record.embedding_row} {fault[1]}")
             continue
-        image = None if folder is None else read_picture(folder / record.image, record.where)
+        image = None if folder is None else read_picture(folder, record.image, record.where)
         if isinstance(image, Problem):
             yield image
             continue
@@ -170,23 +173,42 @@ def picture_parts(
     return parts
 
 
-def read_picture(path: Path, where: str) -> bytes | Problem:
+def leads_out(name: str) -> bool:
+    """Whether a file name may lead out of the folder in which it is looked up; links that lie there are the user's."""
+    return os.path.isabs(name) or ".." in name.split("/")
+
+
+def read_picture(folder: Path, name: str, where: str) -> bytes | Problem:
     """The bytes of a picture file that can be decoded, or why there are none.
 
     Raises:
       OSError: the disk or the network failed, so that another time it may be there.
     """
+    data = read_file(folder, name, where)
+    return data if isinstance(data, Problem) else broken_picture(data, where, str(folder / name)) or data
+
+
+def read_file(folder: Path, name: str, where: str) -> bytes | Problem:
+    """The bytes of a file, or why there are none.
+
+    Raises:
+      OSError: the disk or the network failed, so that another time it may be there.
+    """
+    if leads_out(name):
+        return Problem(where, "image outside the folder", name)
+    path = folder / name
     try:
-        data = path.read_bytes()
+        if not stat.S_ISREG(path.stat().st_mode):  # to open a pipe may wait for ever, a device may never end
+            return Problem(where, "image unreadable", f"{path} is not a file, but a folder, a pipe or a device")
+        return path.read_bytes()
     except FileNotFoundError:
         return Problem(where, "image missing", str(path))
-    except (IsADirectoryError, NotADirectoryError, PermissionError, ValueError) as error:
+    except (NotADirectoryError, PermissionError, ValueError) as error:
         return Problem(where, "image unreadable", str(error))
     except OSError as error:
         if error.errno not in (errno.ENAMETOOLONG, errno.ELOOP):
             raise
         return Problem(where, "image unreadable", str(error))
-    return broken_picture(data, where, str(path)) or data
 
 
 def broken_picture(data: bytes, where: str, name: str) -> Problem | None:

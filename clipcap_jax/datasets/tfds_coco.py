@@ -12,9 +12,11 @@ from pathlib import Path
 
 import tensorflow_datasets as tfds
 
-from clipcap_jax.datasets import annotations, coco, schema
+from clipcap_jax.datasets import coco, schema
+from clipcap_jax.datasets.readers import not_there
 from clipcap_jax.datasets.schema import Example
 from clipcap_jax.datasets.source import PICTURES_PER_SHARD, Part, Problem, Source, broken_picture
+from clipcap_jax.datasets.tidy import clean_captions
 from clipcap_jax.errors import UserError
 
 _SPLITS = {"train": "train", "restval": "train", "val": "val", "test": "test"}
@@ -23,12 +25,11 @@ LISTING = """\
   coco_captions/2014/1.1.0/dataset_info.json ...   written by: tfds build coco_captions --file_format=array_record"""
 
 
-def tfds_coco_source(manual_dir: str | Path, store_images: bool = True) -> Source:
+def tfds_coco_source(manual_dir: str | Path) -> Source:
     """TFDS's `coco_captions`, as the data set "coco".
 
     Args:
       manual_dir: TFDS's data_dir, in which `LISTING` lies, or the folder that holds dataset_info.json itself.
-      store_images: whether to copy the pictures into the data set.
 
     Returns:
       Its image_id is COCO's number; the order is TFDS's, "train" before "restval".
@@ -53,19 +54,17 @@ def tfds_coco_source(manual_dir: str | Path, store_images: bool = True) -> Sourc
     said = ", ".join(f"{split} {counts[split]:,} of {count:,}" for split, count in coco.COUNTS.items())
     return Source(
         name="coco",
-        origin={"tfds": info.full_name, "store_images": store_images, "sizes": sizes},
+        origin={"tfds": info.full_name, "sizes": sizes},
         found={"images": str(folder)},
         parts=[
             Part(
                 split,
-                functools.partial(
-                    read_stretch, folder, name, start, min(start + PICTURES_PER_SHARD, sizes[name]), store_images
-                ),
+                functools.partial(read_stretch, folder, name, start, min(start + PICTURES_PER_SHARD, sizes[name])),
             )
             for name, split in _SPLITS.items()
             for start in range(0, sizes[name], PICTURES_PER_SHARD)
         ],
-        has_images=store_images,
+        has_images=True,
         notes=[] if counts == coco.COUNTS else [f"this is not the COCO that was published: {said}"],
         description=coco.DESCRIPTION,
         homepage=coco.HOMEPAGE,
@@ -73,9 +72,7 @@ def tfds_coco_source(manual_dir: str | Path, store_images: bool = True) -> Sourc
     )
 
 
-def read_stretch(
-    folder: Path, tfds_split: str, start: int, stop: int, store_images: bool
-) -> Iterator[Example | Problem]:
+def read_stretch(folder: Path, tfds_split: str, start: int, stop: int) -> Iterator[Example | Problem]:
     """The pictures `start` to `stop` of one of TFDS's splits."""
     builder = schema.read_builder(folder)
     stretch = f"{tfds_split}[{start}:{stop}]"
@@ -88,21 +85,19 @@ def read_stretch(
         rows = tfds.as_numpy(builder.as_dataset(**options, read_config=in_order))
     for number, row in enumerate(rows, start=start):
         where = f"{builder.info.full_name}: {tfds_split}[{number}]"
-        texts = [" ".join(text.decode().split()) for text in row["captions"]["text"]]
-        captions = tuple(text for text in texts if text)
         if problem := broken_picture(row["image"], where, row["image/filename"].decode()):
             yield problem
             continue
-        if len(captions) < max(len(texts), 1):
-            image_id = row["image/id"]
-            yield Problem(where, "empty caption" if texts else "no caption", f"image_id {image_id}")
+        image_id = str(row["image/id"])
+        captions, problems = clean_captions([text.decode() for text in row["captions"]["text"]], where, image_id)
+        yield from problems
         if captions:
             yield Example(
-                image=row["image"] if store_images else None,
+                image=row["image"],
                 embedding=None,
                 image_path="",
-                image_id=str(row["image/id"]),
-                captions=captions,
+                image_id=image_id,
+                captions=tuple(captions),
                 domain="",
             )
 
@@ -113,5 +108,5 @@ def _find(place: Path) -> Path:
     folder = place / "coco_captions" / "2014"
     versions = tfds.core.utils.version.list_all_versions(tfds.core.Path(folder)) if folder.is_dir() else []
     if not versions:
-        raise annotations.not_there(place, "TFDS's coco_captions", LISTING)
+        raise not_there(place, "TFDS's coco_captions", LISTING)
     return (folder / str(versions[-1])).resolve()

@@ -83,8 +83,8 @@ def test_what_img2dataset_writes(tmp_path: Path, name: str, kind: str, val: str)
 
 def test_img2datasets_own_folder(tmp_path: Path) -> None:
     write_tar(tmp_path / "00000.tar", keyed(1))
-    examples, _ = read(conceptual_source("cc12m", tmp_path, store_images=False))
-    assert examples["train", "000000001"] == Example(None, None, "", "000000001", ("Picture 1.",), "")
+    examples, _ = read(conceptual_source("cc12m", tmp_path))
+    assert examples["train", "000000001"] == Example(jpeg(1), None, "", "000000001", ("Picture 1.",), "")
 
 
 def write_lists(folder: Path, name: str, rows: Mapping[str, list[tuple[str, str]]]) -> None:

@@ -101,12 +101,12 @@ def test_karpathy_file(tmp_path: Path, dataset: str) -> None:
 @pytest.mark.parametrize("windows", [False, True])
 @pytest.mark.parametrize(("dataset", "captions_file"), CAPTION_FILES)
 def test_official_files(tmp_path: Path, dataset: str, captions_file: str, windows: bool) -> None:
-    draw(tmp_path, "elsewhere")
+    draw(tmp_path, "images")
     write_official(tmp_path, dataset, captions_file)
     if windows:
         for path in tmp_path.glob("*.*"):
             path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
-    check(flickr_source(dataset, tmp_path, images=tmp_path / "elsewhere"), tmp_path / "elsewhere")
+    check(flickr_source(dataset, tmp_path), tmp_path / "images")
 
 
 def test_owners_zip_and_lists_of_ids(tmp_path: Path) -> None:
@@ -152,11 +152,11 @@ def test_problems_in_official_files(tmp_path: Path) -> None:
     assert examples.keys() == {("train", Path(first).stem), ("test", Path(third).stem)}
     assert [str(problem).replace(str(tmp_path), "") for problem in problems] == [
         "Flickr8k.token.txt:7: bad line: no tab",
+        "Flickr_8k.trainImages.txt:1: empty caption: image_id 1000268201_693b08cb0e",
+        "Flickr_8k.trainImages.txt:3: no caption: image_id 3",
         "Flickr_8k.trainImages.txt:4: duplicate image_id: 1000268201_693b08cb0e, as in Flickr_8k.trainImages.txt:1",
         "Flickr_8k.trainImages.txt:2: image in two splits: "
         "1002674143_1b742ab4b8 is in 'train', but in 'test' in Flickr_8k.testImages.txt:1",
-        "Flickr_8k.trainImages.txt:1: empty caption: image_id 1000268201_693b08cb0e",
-        "Flickr_8k.trainImages.txt:3: no caption: image_id 3",
         f"Flickr_8k.devImages.txt:1: image missing: /Images/{second}",
     ]
 

@@ -101,9 +101,10 @@ def test_val_and_test(folder: Path) -> None:
     ]
 
 
-def test_val_alone_and_pictures_elsewhere(folder: Path) -> None:
+def test_val_alone(folder: Path) -> None:
     (folder / nocaps.FILES["test"]).unlink()
-    examples, problems = read(nocaps_source(folder, images=folder / "validation"))
+    (folder / "validation").rename(folder / "images")
+    examples, problems = read(nocaps_source(folder))
     assert problems == []
     assert examples.keys() == {("val", "0"), ("val", "1")}
 
@@ -137,8 +138,8 @@ def test_problems(folder: Path) -> None:
         (f"{name}: annotations[3]", "caption of an unknown image"),
         (f"{name}: images[2]", "wrong domain"),
         (f"{name}: images[3]", "duplicate image_id"),
-        (f"{name}: images[6]", "wrong domain"),
         (f"{name}: images[4]", "no caption"),
+        (f"{name}: images[6]", "wrong domain"),
         (f"{name}: images[5]", "image missing"),
     ]
 

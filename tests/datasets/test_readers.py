@@ -1,21 +1,31 @@
 import contextlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clipcap_jax.datasets.captions_file import CaptionsFile, read_captions
-from clipcap_jax.datasets.source import Record
+from clipcap_jax.datasets.readers import read_captions
+from clipcap_jax.datasets.source import Problem, Record
+from clipcap_jax.datasets.tidy import tidy
 from clipcap_jax.errors import UserError
 
 
-def read(folder: Path, name: str, text: str | bytes) -> CaptionsFile:
+class File(NamedTuple):
+    records: list[Record]
+    problems: list[Problem]
+    notes: list[str]
+
+
+def read(folder: Path, name: str, text: str | bytes, **fields: str) -> File:
+    """What is made of a captions file."""
     path = folder / name
     path.write_bytes(text.encode() if isinstance(text, str) else text)
-    return read_captions(path)
+    rows, notes = read_captions(path, **fields)
+    records, problems, more = tidy(rows)
+    return File(records, problems, [note.replace(f"{folder}/", "") for note in notes + more])
 
 
 def lines(*records: Any) -> str:
@@ -41,7 +51,7 @@ def test_jsonl(tmp_path: Path) -> None:
         Record("c.jsonl:1", "a/1.jpg", "a/1", ["A dog.", "Ein Hund."], "val", 7, "in"),
         Record("c.jsonl:2", "42", "42", ["A cat."], "", None, ""),
     ]
-    assert (file.problems, file.in_order, file.unused_fields) == ([], True, [])
+    assert (file.problems, file.notes) == ([], [])
 
 
 def test_rows_of_one_picture_are_joined(tmp_path: Path) -> None:
@@ -57,7 +67,7 @@ def test_rows_of_one_picture_are_joined(tmp_path: Path) -> None:
 
     tsv = read(tmp_path, "c.tsv", "image_id\tcaption\tembedding_row\tlicense\n1.jpg\tA dog, running.\t3\tCC\n")
     assert tsv.records == [Record("c.tsv:2", "1.jpg", "1.jpg", ["A dog, running."], "", 3, "")]
-    assert tsv.unused_fields == ["license"]
+    assert tsv.notes == ["fields of c.tsv that were not used: license"]
 
 
 def test_coco(tmp_path: Path) -> None:
@@ -78,7 +88,7 @@ def test_coco(tmp_path: Path) -> None:
         Record("c.json: images[0]", "9.jpg", "9", ["A dog."], "", None, ""),
         Record("c.json: images[1]", "3.jpg", "3", ["A cat.", "A kitten."], "val", 0, "near-domain"),
     ]
-    assert (file.problems, file.in_order) == ([], True)
+    assert file.problems == []
 
 
 GOOD = {"image": "1.jpg", "caption": "A dog."}
@@ -137,7 +147,7 @@ def test_problems_are_named_and_the_rest_is_kept(tmp_path: Path, second: Any, re
     [("2.jpg,A cat, sitting.", "too many columns"), ("2.jpg", "too few columns"), ("2.jpg,", "empty caption")],
 )
 def test_problems_in_csv(tmp_path: Path, row: str, reason: str) -> None:
-    file = read(tmp_path, "c.csv", f'image,caption\n1.jpg,"two\nlines"\n{row}\n3.jpg,A bird.\n')
+    file = read(tmp_path, "c.csv", f"image,caption\n1.jpg,A dog.\n\n{row}\n3.jpg,A bird.\n")
     (problem,) = file.problems
     assert (problem.where, problem.reason) == ("c.csv:4", reason)
     assert [record.image for record in file.records if record.captions] == ["1.jpg", "3.jpg"]
@@ -152,32 +162,25 @@ def test_problems_in_coco(tmp_path: Path) -> None:
     ]
     file = read(tmp_path, "c.json", json.dumps({"images": images, "annotations": annotations}))
     assert [str(problem) for problem in file.problems] == [
-        "c.json: annotations[1]: caption of an unknown image: image_id 5, id 77",
-        "c.json: annotations[2]: caption of an unknown image: image_id None, id None",
+        "c.json: annotations[1]: caption of an unknown image: image_id 5",
+        "c.json: annotations[2]: caption of an unknown image: image_id None",
         "c.json: images[1]: duplicate image_id: 1, as in c.json: images[0]",
         "c.json: images[2]: no caption: image_id c",
     ]
-    assert [record.image_id for record in file.records] == ["1", "c"]
-
-
-def test_only_what_keeps_the_order_counts_as_in_order(tmp_path: Path) -> None:
-    empty = {"image": "2.jpg", "caption": ""}
-    assert read(tmp_path, "c.jsonl", lines(GOOD, empty)).in_order
-    assert not read(tmp_path, "c.jsonl", lines(GOOD, {"image": "2.jpg"})).in_order
-    assert not read(tmp_path, "c.jsonl", lines(LIST, LIST)).in_order
+    assert [record.image_id for record in file.records] == ["1"]
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("c.txt", "", "a captions file is .jsonl, .csv, .tsv"),
+        ("c.xml", "", "a captions file is .jsonl, .json, .csv"),
         ("c.jsonl", b'{"image": "1.jpg"}\n\xff\n', "c.jsonl:2: not UTF-8"),
         ("c.csv", "file,text\n1.jpg,A dog.\n", "name the columns.*It has: file, text"),
         ("c.csv", "", "It has: nothing"),
-        ("c.csv", 'image,caption\n1.jpg,"A dog.\n', "c.csv is not CSV near line 1"),
         ("c.json", '{"images": [\n}', "is not JSON.*line 2"),
-        ("c.json", "[]", "lacks the list of objects 'images'"),
-        ("c.json", '{"images": [], "annotations": [1]}', "lacks the list of objects 'annotations'"),
+        ("c.json", "7", "holds neither a list of objects, nor .* but something else"),
+        ("c.json", '{"data": [{"url": 1}]}', "but an object with the keys data"),
+        ("c.json", '{"images": [], "annotations": [1]}', "has no list of objects 'annotations'"),
     ],
 )
 def test_files_that_are_not_captions(tmp_path: Path, name: str, content: str | bytes, message: str) -> None:

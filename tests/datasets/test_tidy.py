@@ -7,12 +7,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sources import read
 
-from clipcap_jax.datasets.annotations import tidy
 from clipcap_jax.datasets.coco import coco_source
 from clipcap_jax.datasets.conceptual import conceptual_source
 from clipcap_jax.datasets.flickr import flickr_source
 from clipcap_jax.datasets.nocaps import nocaps_source
 from clipcap_jax.datasets.source import Record
+from clipcap_jax.datasets.tidy import tidy
 from clipcap_jax.errors import UserError
 
 json_values = st.recursive(
@@ -48,7 +48,7 @@ records = st.builds(
 @given(st.lists(records, max_size=6), st.booleans())
 def test_each_picture_once_and_none_both_trained_and_tested_on(rows: list[Record], captioned: bool) -> None:
     named = {row.image_id for row in rows}
-    kept, problems = tidy(rows, captioned)
+    kept, problems, _ = tidy(rows, captioned)
     assert len({record.image_id for record in kept}) == len(kept)
     assert len({record.image for record in kept}) == len(kept)
     assert len(kept) + len(problems) >= len(rows)
@@ -65,7 +65,7 @@ def test_a_picture_that_two_of_train_are() -> None:
         return Record("file", image, image_id, ["A cat."], split)
 
     test = record("2.jpg", "1", "test")
-    kept, problems = tidy([record("1.jpg", "1", "train"), record("2.jpg", "2", "train"), test])
+    kept, problems, _ = tidy([record("1.jpg", "1", "train"), record("2.jpg", "2", "train"), test])
     assert kept == [test]
     assert [problem.reason for problem in problems] == ["image in two splits"] * 2
 
