@@ -30,8 +30,10 @@ def add(commands: Any) -> None:
     records = kinds.add_parser("records", help="your own pictures or embeddings, with a captions file")
     records.set_defaults(run=_prepare_records)
     records.add_argument("--name", required=True, help='the data set will be "records/<name>"')
-    records.add_argument("--captions", required=True, help=".jsonl, .csv, .tsv or COCO .json")
+    records.add_argument("--captions", required=True, help="a .jsonl, .json, .csv, .tsv or .txt file; see docs/data.md")
     records.add_argument("--images", help="the folder that the captions file's image names are looked up in")
+    records.add_argument("--image-field", help="what the captions file calls the file name [image or file_name]")
+    records.add_argument("--caption-field", help="what it calls the caption [caption, captions or text]")
     records.add_argument("--embeddings", help=".npy matrix, one row per picture")
     records.add_argument("--encoder", help="what made the embeddings, such as ViT-B/32")
     records.add_argument(
@@ -147,6 +149,8 @@ def _prepare_records(arguments: argparse.Namespace) -> None:
         images=arguments.images,
         embeddings=arguments.embeddings,
         encoder=arguments.encoder,
+        image_field=arguments.image_field,
+        caption_field=arguments.caption_field,
         **given,
     )
     summary = datasets.prepare_records(source, arguments.data_dir, arguments.max_skipped, **_workers(arguments))

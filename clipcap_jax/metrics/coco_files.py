@@ -94,8 +94,10 @@ def read_images(path: Path) -> list[str]:
 
 
 def write_results(path: Path, captions: dict[str, str]) -> None:
-    """Writes a results file; ids that are whole numbers as such, as the servers take nothing else."""
-    entries = [{"image_id": coco_id(image), "caption": caption} for image, caption in captions.items()]
+    """Writes a results file; ids as numbers, as the servers take nothing else, or as texts where one is no number."""
+    ids = [coco_id(image) for image in captions]
+    ids = ids if all(isinstance(image_id, int) for image_id in ids) else list(captions)
+    entries = [{"image_id": image_id, "caption": text} for image_id, text in zip(ids, captions.values(), strict=True)]
     path.write_text(json.dumps(entries, ensure_ascii=False, indent=0), encoding="utf-8")
 
 

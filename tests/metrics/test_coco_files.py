@@ -86,10 +86,11 @@ def test_what_is_no_captions_file(file: Path, content: Any, message: str) -> Non
 
 
 def test_written_results_are_read_back(file: Path) -> None:
-    captions = {"12": "a dog", "x.jpg": 'a "cät"'}
-    coco_files.write_results(file, captions)
-    assert coco_files.read_results(file) == captions
-    assert [entry["image_id"] for entry in json.loads(file.read_text())] == [12, "x.jpg"]
+    for other, ids in {"98": [12, 98], "x.jpg": ["12", "x.jpg"], "098": ["12", "098"]}.items():
+        captions = {"12": "a dog", other: 'a "cät"'}
+        coco_files.write_results(file, captions)
+        assert coco_files.read_results(file) == captions
+        assert [entry["image_id"] for entry in json.loads(file.read_text())] == ids  # never both kinds in one file
 
 
 @pytest.mark.parametrize(
