@@ -422,9 +422,11 @@ def _karpathy(file: TextFile, content: Mapping[str, Any]) -> Iterator[_Fields]:
         folder, name, sentences = image.get("filepath"), image.get("filename"), image.get("sentences")
         fields["image"] = f"{folder}/{name}" if folder and isinstance(name, str) else name
         fields["image_id"] = image.get("cocoid")
-        fields["captions"] = (
-            [sentence.get("raw") if isinstance(sentence, dict) else sentence for sentence in sentences]
-            if isinstance(sentences, list)
-            else sentences
-        )
+        fields["captions"] = [*map(_raw, sentences)] if isinstance(sentences, list) else sentences
         yield f"{file.name}: images[{index}]", image if isinstance(image, _Doubled) else fields
+
+
+def _raw(sentence: Any) -> Any:
+    if isinstance(sentence, _Doubled):
+        return None  # either of its texts may be meant
+    return sentence.get("raw") if isinstance(sentence, dict) else sentence

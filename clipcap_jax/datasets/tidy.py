@@ -29,13 +29,13 @@ _SPLITS = {
 }
 
 # The text of a list, as Python, JSON or NumPy write it.
-_LIST = r"\s*(?:array\()?[\[({]\s*(?:['\"].*)?[\])}](?:, dtype=\w+)?\)?\s*"
+_LIST = r"\s*(?:array\()?(?:[\[{]\s*(?:['\"].*|[\]}]\s*)|\(\s*['\"].*['\"]\s*,?\s*\)\s*)"
 # What a caption may be, but seldom is.
 _ODD = {
     "are the text of a list": rf"^{_LIST}$",
     "stand for no value": r"^\s*(?:nan|none|null|<na>|n/a|na|nil|undefined)\s*$",
     "hold HTML": r"&(?:amp|quot|apos|lt|gt|nbsp|#\d+);|</?(?:a|b|br|div|i|p|span)\b[^<>]*>",
-    "hold an escape such as \\n": r"\\(?:[nrt]\b|u[0-9a-f]{4}|x[0-9a-f]{2})",
+    "hold an escape such as \\n": r"\\(?:[nrt]|u[0-9a-f]{4}|x[0-9a-f]{2})",
     "hold a character that was lost": "\ufffd",
     "are a link": r"^\s*https?://\S+\s*$",
 }

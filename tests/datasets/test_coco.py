@@ -120,6 +120,44 @@ def test_karpathy_zip(folder: Path) -> None:
     check(coco_source(folder), folder)
 
 
+@pytest.mark.parametrize(
+    "layout", ["{part}2017/{number:012}.jpg", "images/{number:012}.jpg", "COCO_{part}2014_{number:012}.jpg"]
+)
+@pytest.mark.parametrize("official", [False, True])
+def test_pictures_in_other_layouts(folder: Path, layout: str, official: bool) -> None:
+    """Of 2017, or all in one folder."""
+    if official:
+        write_official(folder)
+    else:
+        (folder / "dataset_coco.json").write_text(json.dumps(karpathy()))
+    pictures = {}
+    for number, part in PARTS.items():
+        path = folder / layout.format(part=part.removesuffix("2014"), number=number)
+        path.parent.mkdir(exist_ok=True)
+        pictures[str(number)] = (folder / part / image_name(number)).rename(path)
+    source = coco_source(folder)
+    examples, problems = read(source)
+    assert problems == []
+    assert examples.keys() == KEYS
+    for (_, image_id), example in examples.items():
+        assert example.image == pictures[image_id].read_bytes()
+        assert folder / example.image_path == pictures[image_id]
+    assert source.notes[-1] == "pictures found by their id or number under another name: 5"
+
+
+def test_official_files_of_2017(folder: Path) -> None:
+    """Other names, and a picture may be in another part than in 2014."""
+    write_official(folder)
+    images = [{"id": number, "file_name": f"{number:012}.jpg"} for number in CAPTIONS]
+    annotations = [{"image_id": number, "caption": text} for number, texts in CAPTIONS.items() for text in texts]
+    for part, some in (("train2017", images[1:]), ("val2017", images[:1])):
+        named = {image["id"] for image in some}
+        content = {"images": some, "annotations": [entry for entry in annotations if entry["image_id"] in named]}
+        (folder / f"captions_{part}.json").write_text(json.dumps(content))
+        (folder / f"captions_{part.replace('2017', '2014')}.json").unlink()
+    check(coco_source(folder), folder)
+
+
 @pytest.mark.parametrize("zipped", [False, True])
 @pytest.mark.parametrize("windows", [False, True])
 def test_official_files(folder: Path, zipped: bool, windows: bool) -> None:

@@ -91,3 +91,11 @@ def test_a_disk_that_fails_for_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(*((tarfile.ExFileObject, "read", fail) if what == "tar" else (Path, "read_bytes", fail)))
     with pytest.raises(OSError, match="Input/output error"):
         shard(path)
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_a_sample_with_two_pictures(tmp_path: Path, kind: str) -> None:
+    WRITERS[kind](tmp_path / "00000", {"000000001": sample(1) | {"png": jpeg(2)}})
+    (found,) = img2dataset.read(tmp_path / ("00000.tar" if kind == "tar" else "00000"))
+    assert isinstance(found, Sample)
+    assert found.fault == "it has two pictures"

@@ -215,3 +215,159 @@ def test_whatever_the_text_it_is_read_or_refused(tmp_path_factory: pytest.TempPa
     for name, start in [("c.jsonl", ""), ("c.csv", "image,caption\n"), ("c.tsv", ""), ("c.json", "")]:
         with contextlib.suppress(UserError):
             read(folder, name, (start + text).encode(errors="surrogatepass"))
+
+
+PICTURES = {f"{index}.jpg": f"Picture {index}." for index in range(3)}
+LIST_OF_OBJECTS = [{"image_id": name[0], "id": 7, "caption": text} for name, text in PICTURES.items()]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "fields"),
+    [
+        ("captions.json", json.dumps(LIST_OF_OBJECTS), {}),  # the original's train_caption.json
+        ("captions.json", json.dumps({name: [text] for name, text in PICTURES.items()}), {}),
+        ("captions.json", json.dumps(PICTURES), {}),
+        (
+            "captions.json",
+            json.dumps({"images": [{"filename": n, "sentences": [{"raw": t}]} for n, t in PICTURES.items()]}),
+            {},
+        ),
+        ("metadata.jsonl", lines(*({"file_name": name, "text": text} for name, text in PICTURES.items())), {}),
+        ("metadata.csv", "file_name,text\n" + "".join(f"{name},{text}\n" for name, text in PICTURES.items()), {}),
+        ("captions.txt", "image,caption\n" + "".join(f"{name},{text}\n" for name, text in PICTURES.items()), {}),
+        (
+            "c.csv",
+            "path,alt,caption\n" + "".join(f"{name},{text},\n" for name, text in PICTURES.items()),
+            {"image_field": "path", "caption_field": "alt"},
+        ),
+        (
+            "c.jsonl",
+            lines(*({"path": name, "alt": text, "captions": ["no"]} for name, text in PICTURES.items())),
+            {"image_field": "path", "caption_field": "alt"},
+        ),
+    ],
+)
+def test_formats_that_people_have(tmp_path: Path, name: str, text: str, fields: dict[str, str]) -> None:
+    file = read(tmp_path, name, text, **fields)
+    assert file.problems == []
+    assert [(record.image_id, record.captions) for record in file.records] == [
+        (name[0], [text]) for name, text in PICTURES.items()
+    ]
+    assert {record.image.removesuffix(".jpg") for record in file.records} == {"0", "1", "2"}
+
+
+def test_lavis(tmp_path: Path) -> None:
+    train = [{"image": "train2014/1.jpg", "image_id": "coco_1", "caption": text} for text in ("A dog.", "A big dog.")]
+    val = [{"image": "val2014/2.jpg", "caption": ["A cat.", "A black cat."]}]
+    file = read(tmp_path, "coco_karpathy.json", json.dumps(train + val))
+    assert file == (
+        [
+            Record("coco_karpathy.json: [0]", "train2014/1.jpg", "coco_1", ["A dog.", "A big dog."], ""),
+            Record("coco_karpathy.json: [2]", "val2014/2.jpg", "val2014/2", ["A cat.", "A black cat."], ""),
+        ],
+        [],
+        [],
+    )
+
+
+@pytest.mark.parametrize(
+    ("row", "caption"),
+    [
+        ("x.jpg,A dog , running , on grass", "A dog , running , on grass"),
+        ('x.jpg,"A dog , running"', "A dog , running"),
+        ('x.jpg,"Keep left" , painted', '"Keep left" , painted'),
+        ('x.jpg,"It says ""stop"""', 'It says "stop"'),
+    ],
+)
+def test_commas_in_kaggles_file(tmp_path: Path, row: str, caption: str) -> None:
+    file = read(tmp_path, "captions.txt", f"image,caption\n{row}\n")
+    assert file.problems == []
+    assert file.records[0].captions == [caption]
+
+
+@pytest.mark.parametrize(
+    ("row", "caption"),
+    [
+        ('"Keep left painted on a board', '"Keep left painted on a board'),
+        ('"Keep left" painted on a board', '"Keep left" painted on a board'),
+        ('a screen of 27"', 'a screen of 27"'),
+        ('"a ""big"" sign"', 'a "big" sign'),
+        ('""', None),
+        ('"', '"'),
+    ],
+)
+def test_a_quote_in_a_tsv_is_a_letter(tmp_path: Path, row: str, caption: str | None) -> None:
+    captions = {index: f"sheet {index}" for index in range(100)} | {20: row, 25: 'a screen of 25"'}
+    text = "".join(f"{index}.jpg\t{text}\n" for index, text in captions.items())
+    file = read(tmp_path, "c.tsv", f"image\tcaption\n{text}")
+    assert len(file.records) == 99 + (caption is not None)
+    found = {record.image: record.captions for record in file.records}
+    assert found.get("20.jpg") == (None if caption is None else [caption])
+    assert found["25.jpg"] == ['a screen of 25"']
+    assert [problem.where for problem in file.problems] == ["c.tsv:22"] * (caption is None)
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "problems", "kept"),
+    [
+        ("c.csv", ['a.jpg,"Big sign', "b.jpg,second", 'c.jpg,a tv of 42"'], ["c.csv:2: bad line"], "bc"),
+        ("c.csv", ['a.jpg,"two', 'lines"', "b.jpg,second"], ["c.csv:2: bad line", "c.csv:3: too few columns"], "b"),
+        ("c.tsv", ['a.jpg\t"two', 'lines"', "b.jpg\tsecond"], ["c.tsv:2: bad line", "c.tsv:3: too few columns"], "b"),
+        ("c.csv", ['a.jpg,"Keep left" on a board', "b.jpg,second"], ["c.csv:2: bad line"], "b"),
+        ("c.csv", ["a.jpg,first", 'b.jpg,"not closed'], ["c.csv:3: bad line"], "a"),
+    ],
+)
+def test_no_row_takes_another(tmp_path: Path, name: str, rows: list[str], problems: list[str], kept: str) -> None:
+    separator = "\t" if name == "c.tsv" else ","
+    file = read(tmp_path, name, "\n".join([f"image{separator}caption", *rows, ""]))
+    assert [f"{problem.where}: {problem.reason}" for problem in file.problems] == problems
+    assert [record.image_id for record in file.records] == list(kept)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "reasons"),
+    [
+        ("c.jsonl", '{"image": "1.jpg", "caption": "x", "captions": ["y", "z"]}', ["two fields"]),
+        ("c.jsonl", '{"image": "1.jpg", "caption": "x", "caption": "y"}', ["doubled key"]),
+        ("c.json", '[{"image": "1.jpg", "caption": "x", "caption": "y"}]', ["doubled key"]),
+        ("c.json", '{"images": [{"id": 1, "id": 2}], "annotations": [{"id": 1, "id": 2}]}', ["doubled key"] * 2),
+        ("c.json", '{"images": [{"filename": "1.jpg", "filename": "2", "sentences": []}]}', ["doubled key"]),
+        (
+            "c.json",
+            '{"images": [{"filename": "1.jpg", "sentences": [{"raw": "x", "raw": "y"}]}]}',
+            ["wrong type"],
+        ),
+    ],
+)
+def test_what_is_said_twice_is_a_problem(tmp_path: Path, name: str, text: str, reasons: list[str]) -> None:
+    file = read(tmp_path, name, text)
+    assert file.records == []
+    assert [problem.reason for problem in file.problems] == reasons
+
+
+def test_keys_of_the_whole_file_that_are_there_twice(tmp_path: Path) -> None:
+    file = read(tmp_path, "c.json", '{"1.jpg": ["A dog."], "2.jpg": ["A cat."], "1.jpg": ["A bird."]}')
+    assert [problem.reason for problem in file.problems] == ["doubled key"]
+    assert {record.image_id: record.captions for record in file.records} == {"1": ["A dog."], "2": ["A cat."]}
+    with pytest.raises(UserError, match="has the key 'images' twice"):
+        read(tmp_path, "c.json", '{"images": [], "images": [], "annotations": []}')
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ("image,caption,caption", "the column 'caption' is there twice"),
+        ("image,caption,captions", "there are both 'caption' and 'captions'"),
+        ("photo,alt", r"It has: photo, alt. --image-field and --caption-field say"),
+    ],
+)
+def test_columns_that_do_not_say_what_is_meant(tmp_path: Path, header: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        read(tmp_path, "c.csv", f"{header}\n1.jpg,A dog.,A cat.\n")
+
+
+def test_fields_that_cannot_be_guessed_are_named(tmp_path: Path) -> None:
+    (problem,) = read(tmp_path, "c.jsonl", lines({"photo": "1.jpg", "alt": "A dog."})).problems
+    assert problem.detail == (
+        "neither 'image' nor 'image_id'. It has: photo, alt; --image-field and --caption-field say which is which"
+    )

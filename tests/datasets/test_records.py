@@ -159,6 +159,78 @@ def test_problems_with_photos(folder: Path, changes: list[Any], reason: str, det
     assert set(read(folder)) == {"0", "2", "3"}
 
 
+def test_links_in_the_folder_are_followed(folder: Path) -> None:
+    """They are the user's own, and what the hub downloads is full of them."""
+    (folder / "photos" / "1.jpg").rename(folder / "blob")
+    (folder / "photos" / "1.jpg").symlink_to("../blob")
+    assert prepare(folder).problems == ()
+    assert read(folder)["1"].image == (folder / "blob").read_bytes()
+
+
+def test_a_picture_in_two_splits_stays_out_of_train(folder: Path) -> None:
+    change_lines(folder, {}, {"image_id": "other", "image": "0.jpg", "split": "test"})
+    (problem,) = prepare(folder, max_skipped=0.25).problems
+    assert str(problem) == "c.jsonl:1: image in two splits: 0 is in 'train', but in 'test' as other in c.jsonl:2"
+    assert set(read(folder, splits=("val", "test"))) == {"other", "2", "3"}
+
+
+def test_two_files_of_one_stem_are_two_pictures(folder: Path) -> None:
+    Image.new("RGB", (8, 6), (9, 9, 9)).save(folder / "photos" / "0.png")
+    change_lines(folder, {}, {"image": "0.png"})
+    assert prepare(folder).problems == ()
+    examples = read(folder)
+    assert set(examples) == {"0.jpg", "0.png", "2", "3"}
+    assert examples["0.png"].image == (folder / "photos" / "0.png").read_bytes()
+
+
+def test_near_misses_are_told_before_any_work(folder: Path) -> None:
+    for path in (folder / "photos").iterdir():
+        path.rename(path.with_suffix(".JPG"))
+    with pytest.raises(UserError, match=r"4 problems in 4 records.*\n.*0.jpg is not there, but 0.JPG is") as error:
+        prepare(folder)
+    assert len(str(error.value).splitlines()) == 2
+
+
+def test_the_originals_list_of_captions(folder: Path) -> None:
+    """Its pictures have ids alone."""
+    captions = [{"image_id": str(index), "id": index, "caption": f"Photo {index}."} for index in range(4)]
+    (folder / "train_caption.json").write_text(json.dumps(captions))
+    summary = prepare(folder, captions=str(folder / "train_caption.json"), split="train")
+    assert summary.problems == ()
+    assert {example.image_path for example in read(folder, splits=("train",)).values()} == {
+        f"{index}.jpg" for index in range(4)
+    }
+
+
+def test_fields_by_option(folder: Path) -> None:
+    (folder / "c.csv").write_text("photo,alt,caption\n" + "".join(f"{i}.jpg,Photo {i}.,no\n" for i in range(4)))
+    with pytest.raises(UserError, match="It has: photo, alt, caption"):
+        prepare(folder, captions=str(folder / "c.csv"))
+    options: dict[str, Any] = {"captions": str(folder / "c.csv"), "image_field": "photo", "split": "val"}
+    prepare(folder, **options, caption_field="alt")
+    assert read(folder, splits=("val",))["1"].captions == ("Photo 1.",)
+    with pytest.raises(UserError, match="caption_field was alt, is now caption"):
+        prepare(folder, **options, caption_field="caption")
+
+
+def test_a_split_called_all_is_refused_before_any_work(folder: Path) -> None:
+    change_lines(folder, {}, {"split": "all"})
+    with pytest.raises(UserError, match=r"c.jsonl:2: no split can be called 'all'"):
+        prepare(folder)
+    assert not (folder / "data").exists()
+
+
+def test_rows_do_not_move_up(folder: Path) -> None:
+    """What has no row of its own is refused, rather than that all pictures behind it get another's."""
+    np.save(folder / "e.npy", embeddings())
+    change_lines(folder, {}, {"captions": [" "]})
+    prepare(folder, 0.25, images=None, embeddings=str(folder / "e.npy"))
+    np.testing.assert_array_equal(read(folder)["2"].embedding, embeddings()[2].astype(np.float16))
+    change_lines(folder, {}, {"image": "0.jpg", "captions": ["A dog."]})
+    with pytest.raises(UserError, match=r"no embedding_row, and has lines.*\n  c.jsonl:2: duplicate image_id"):
+        prepare(folder, 1, name="other", images=None, embeddings=str(folder / "e.npy"))
+
+
 def with_row(row: int, value: float) -> np.ndarray:
     matrix = embeddings()
     matrix[row, -1] = value

@@ -1,5 +1,6 @@
 import contextlib
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from clipcap_jax.datasets.conceptual import conceptual_source
 from clipcap_jax.datasets.flickr import flickr_source
 from clipcap_jax.datasets.nocaps import nocaps_source
 from clipcap_jax.datasets.source import Record
-from clipcap_jax.datasets.tidy import tidy
+from clipcap_jax.datasets.tidy import find_pictures, tidy
 from clipcap_jax.errors import UserError
 
 json_values = st.recursive(
@@ -115,3 +116,138 @@ def test_whatever_bytes_a_file_holds_it_is_read_or_refused(
             examples, problems = read(conceptual_source("cc12m", folder))
             assert not examples
             assert problems or not data
+
+
+def record(image: str, caption: str = "A cat.", *, split: str = "", image_id: str = "", where: str = "file") -> Record:
+    return Record(where, image, image_id, [caption], split, joins=True)
+
+
+@pytest.mark.parametrize(
+    ("images", "ids"),
+    [
+        (["a/000.jpg", "b.JPEG", "c.webp"], ["a/000", "b", "c"]),
+        (["000.jpg", "000.png", "001.jpg"], ["000.jpg", "000.png", "001"]),  # two files, two pictures
+        (["v1.2", "mr. x", ".jpg"], ["v1.2", "mr. x", ".jpg"]),  # no suffix of a picture
+        (["1.jpg", "1.jpg"], ["1"]),
+    ],
+)
+def test_ids_of_file_names(images: list[str], ids: list[str]) -> None:
+    records, problems, _ = tidy([record(image) for image in images])
+    assert [each.image_id for each in records] == ids
+    assert problems == []
+
+
+def test_a_picture_of_train_and_another_split_stays_in_the_other() -> None:
+    rows = [record("1.jpg", split="train"), record("1.jpg", split="test", where="f:2"), record("1.jpg", split="train")]
+    (kept,), problems, _ = tidy(rows)
+    assert (kept.split, kept.where) == ("test", "f:2")
+    assert [problem.reason for problem in problems] == ["image in two splits"] * 2
+
+
+@pytest.mark.parametrize(
+    ("split", "usual"),
+    [("validation", "val"), ("dev", "val"), ("Train", "train"), ("TEST", "test"), ("val", "val"), ("Extra", "Extra")],
+)
+def test_names_of_splits(split: str, usual: str) -> None:
+    (kept,), _, notes = tidy([record("1.jpg", split=split)])
+    assert kept.split == usual
+    assert notes == ([] if split == usual else [f"split {split!r} was taken for {usual!r}: 1"])
+
+
+@pytest.mark.parametrize("split", ["all", "ALL"])
+def test_a_split_called_all_is_refused(split: str) -> None:
+    with pytest.raises(UserError, match=r"c.csv:3: no split can be called"):
+        tidy([record("1.jpg"), record("2.jpg", split=split, where="c.csv:3")])
+
+
+@pytest.mark.parametrize(
+    ("caption", "captions"),
+    [
+        ("[]", None),
+        (str(["a dog", 'it\'s "one"']), ["a dog", 'it\'s "one"']),
+        ('["a dog", "caf\\u00e9"]', ["a dog", "café"]),
+        ("('a dog', 'a  cat')", ["a dog", "a cat"]),
+        (" ['a dog'] ", ["a dog"]),
+        ("['a' 'b']", None),  # two texts for NumPy, one for Python
+        ("array(['a', 'b'], dtype=object)", None),
+        ("{'caption': 'a dog'}", None),
+        ('{"raw": "a dog"}', None),
+        ("['a dog', 'cut off", None),
+        ("('70s style) a man", ["('70s style) a man"]),
+        ("[unclear]", ["[unclear]"]),
+        ("a dog [barks]", ["a dog [barks]"]),
+    ],
+)
+def test_the_text_of_a_list_is_read_or_reported(caption: str, captions: list[str] | None) -> None:
+    records, problems, notes = tidy([record("1.jpg", caption, where="c.csv:7")])
+    assert [each.captions for each in records] == ([captions] if captions else [])
+    reason = "empty caption" if caption == "[]" else "caption is no text"
+    assert [(each.where, each.reason) for each in problems] == ([] if captions else [("c.csv:7", reason)])
+    assert bool(notes) == (captions != [caption])
+
+
+@pytest.mark.parametrize(
+    ("caption", "kind"),
+    [
+        *((text, "stand for no value") for text in ("nan", "None", "NULL", "<NA>", " n/a ")),
+        ("salt &amp; pepper", "hold HTML"),
+        ("a dog<br />a cat", "hold HTML"),
+        ("a dog\\nA cat", "hold an escape such as \\n"),
+        ("caf\ufffd", "hold a character that was lost"),
+        ("https://example.com/1.jpg", "are a link"),
+    ],
+)
+def test_what_looks_odd_is_kept_and_counted(caption: str, kind: str) -> None:
+    rows = [record("0.jpg", "a man < a bear & a nan"), *(record(f"{i}.jpg", caption, where="f:2") for i in (1, 2))]
+    records, problems, notes = tidy(rows)
+    assert len(records) == 3
+    assert problems == []
+    assert notes == [f"captions that {kind}: 2, such as {caption!r} in f:2"]
+
+
+@pytest.mark.parametrize(
+    ("named", "there", "how"),
+    [
+        ("{}.jpg", "{}.JPG", "upper and lower case"),
+        ("é{}.jpg", "e\u0301{}.jpg", "Unicode normal form"),
+        ("a\\{}.jpg", "a/{}.jpg", "slashes"),
+        ("{}.jpg", "{}.png", "the suffix"),
+        ("{}.jpg", "a/{}.jpg", "the folder"),
+        ("photos/{}.jpg", "{}.jpg", "the folder"),
+    ],
+)
+def test_near_misses_are_named_once(tmp_path: Path, named: str, there: str, how: str) -> None:
+    (tmp_path / "a").mkdir()
+    for index in range(20):
+        (tmp_path / there.format(index)).touch()
+    rows = [record(named.format(index), where=f"c.csv:{index}") for index in range(20)] + [record("none.jpg")]
+    records, (problem,), notes = find_pictures(rows, tmp_path)
+    assert [each.image for each in records] == ["none.jpg"]  # which is named when it is read
+    assert (problem.where, problem.reason, problem.count, notes) == ("c.csv:0", "image missing", 20, [])
+    assert problem.detail == (
+        f"{named.format(0)} is not there, but {there.format(0)} is: they differ in {how}, as in 20 names"
+    )
+
+
+def test_what_may_be_two_files_is_neither(tmp_path: Path) -> None:
+    for name in ("1.png", "1.webp", "1.gif"):
+        (tmp_path / name).touch()
+    rows = [record("1.jpg"), record("1", image_id="1")]
+    assert find_pictures(rows, tmp_path) == (rows, [], [])
+
+
+def test_pictures_by_their_id_and_by_cocos_number(tmp_path: Path) -> None:
+    (tmp_path / "train2017").mkdir()
+    for name in ("dog.jpg", "train2017/000000000009.jpg", "COCO_val2014_000000000042.jpg"):
+        (tmp_path / name).touch()
+    rows = [record("dog", image_id="dog"), record("9", image_id="9"), record("42", image_id="42")]
+    rows.append(record("val2017/000000000042.jpg", image_id="other"))
+    records, problems, notes = find_pictures(rows, tmp_path)
+    assert [each.image for each in records] == [
+        "dog.jpg",
+        "train2017/000000000009.jpg",
+        "COCO_val2014_000000000042.jpg",
+        "COCO_val2014_000000000042.jpg",
+    ]
+    assert problems == []
+    assert notes == ["pictures found by their id or number under another name: 4"]
