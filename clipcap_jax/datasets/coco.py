@@ -5,6 +5,7 @@ train (Karpathy's "train" and "restval") 113,287 pictures, val 5,000, test 5,000
 
 import hashlib
 import re
+from collections import Counter
 from pathlib import Path
 
 from clipcap_jax.datasets.readers import TextFile, find_file, join_captions, make_record, not_there, read_karpathy
@@ -65,22 +66,21 @@ def coco_source(manual_dir: str | Path) -> Source:
     else:
         files, parts = _official_files(folder)
         rows = _read_official(parts, *files)
-    records, problems, notes = tidy([_numbered(row) for row in rows], splits=COUNTS)
-    notes += check_counts("COCO", records, COUNTS)
-    _check_ids(records)
-    places = [record.image.partition("/")[0] for record in records]
-    records, missing, more = find_pictures(records, folder)
-    for place in {*places}:
-        left = sum(record.image.startswith(f"{place}/") for record in records)
-        if left == places.count(place) and not (folder / place).is_dir():
+    rows = [_numbered(row) for row in rows]
+    wanted = _places(rows)
+    rows, found = find_pictures(rows, folder)
+    for place, count in (wanted & _places(rows)).items():
+        if count == wanted[place] and not (folder / place).is_dir():
             raise not_there(folder, f"COCO's pictures of {place}", LISTING)
+    records, problems, notes = tidy(rows, splits=COUNTS)
+    _check_ids(records)
     return published(
         "coco",
         files,
         folder,
         records,
-        [*problems, *missing],
-        [*notes, *more],
+        problems,
+        [*found, *notes, *check_counts("COCO", records, COUNTS)],
         description=DESCRIPTION,
         homepage=HOMEPAGE,
         citation=CITATION,
@@ -126,6 +126,11 @@ def _read_official(parts: tuple[str, str], train: TextFile, val: TextFile, *list
             rows.append(make_record(where, fields | {"split": splits.get(image_id, "train")}))
     rows += [Problem(listed[number], "listed image unknown", number) for number in sorted(splits.keys() - known)]
     return rows
+
+
+def _places(rows: list[Record | Problem]) -> Counter[str]:
+    """How many pictures are looked up in which folder."""
+    return Counter(row.image.partition("/")[0] for row in rows if isinstance(row, Record) and "/" in row.image)
 
 
 def _numbered(row: Record | Problem) -> Record | Problem:

@@ -93,19 +93,18 @@ def flickr_source(name: str, manual_dir: str | Path) -> Source:
         if len(files) < len(found):
             raise not_there(folder, name, LISTINGS[name])
         rows, notes = _read_official(*files)
-    records, problems, more = tidy(rows, splits=COUNTS[name])
-    notes += more + check_counts(name, records, COUNTS[name])
     where = next((folder / candidate for candidate in _FOLDERS[name] if (folder / candidate).is_dir()), None)
     if where is None:
         raise not_there(folder, f"the pictures of {name}", LISTINGS[name])
-    records, missing, more = find_pictures(records, where)
+    rows, found_notes = find_pictures(rows, where)
+    records, problems, more = tidy(rows, splits=COUNTS[name])
     return published(
         name,
         files,
         where,
         records,
-        [*problems, *missing],
-        [*notes, *more],
+        problems,
+        [*notes, *found_notes, *more, *check_counts(name, records, COUNTS[name])],
         description=f"{name.capitalize()} with the usual splits.",
         homepage="https://hockenmaier.cs.illinois.edu",
         citation=_CITATIONS[name],

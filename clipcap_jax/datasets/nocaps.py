@@ -47,12 +47,12 @@ def nocaps_source(manual_dir: str | Path) -> Source:
         where = picture_folder(folder, split)
         if where is None:
             raise not_there(folder, f"the pictures of nocaps {split}", LISTING)
-        tidied, found, more = tidy(_read(file, split, where), captioned=split == "val")
-        notes += more + check_counts("nocaps", tidied, {split: COUNTS[split]})
-        tidied, missing, more = find_pictures(tidied, folder)
-        records += tidied
-        problems += found + missing
+        rows, more = find_pictures(_read(file, split, where), folder)
         notes += more
+        tidied, found, more = tidy(rows, captioned=split == "val")
+        notes += more + check_counts("nocaps", tidied, {split: COUNTS[split]})
+        records += tidied
+        problems += found
     return published(
         "nocaps",
         [*files.values()],

@@ -53,6 +53,9 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return made if len(made) == len(pairs) else _Doubled(pairs)
 
 
+_JSON = json.JSONDecoder(object_pairs_hook=_object)
+
+
 @dataclasses.dataclass(frozen=True)
 class TextFile:
     """A file on its own, or still in a zip (then `member` is its path there)."""
@@ -92,9 +95,10 @@ class TextFile:
 
     def lines(self) -> Iterator[tuple[str, str]]:
         """Where each line is that is not blank, and the line."""
+        name = self.name
         for number, line in enumerate(self.text().split("\n"), start=1):
             if line.strip():
-                yield f"{self.name}:{number}", line.rstrip("\r")
+                yield f"{name}:{number}", line.rstrip("\r")
 
     def values(self) -> Any:
         """The JSON value that it holds.
@@ -103,7 +107,7 @@ class TextFile:
           UserError: it is not JSON.
         """
         try:
-            return json.loads(self.text(), object_pairs_hook=_object)
+            return _JSON.decode(self.text())
         except (ValueError, RecursionError) as error:
             raise UserError(f"{self} is not JSON: {error}.") from None
 
@@ -203,13 +207,13 @@ def read_captions(
             if name := next((name for name in candidates if fields.get(name) is not None), None):
                 meant[field] = fields[name]
                 used.add(name)
-        left = [key for key in fields if key not in used]
+        left = dict.fromkeys(key for key in fields if key not in used)
+        unused |= left
         record = make_record(where, fields if isinstance(fields, _Doubled) else meant)
         if isinstance(record, Problem) and record.reason == "missing field":
             hint = "; --image-field and --caption-field say which is which" if left else ""
             record = dataclasses.replace(record, detail=f"{record.detail}. It has: {_told(fields)}{hint}")
         rows.append(record)
-        unused |= dict.fromkeys(left)
     return rows, [f"fields of {path} that were not used: {_told(unused)}"] if unused else []
 
 
@@ -248,9 +252,10 @@ def make_record(where: str, fields: Mapping[str, Any]) -> Record | Problem:
         "".join([*texts.values(), *captions]).encode()
     except UnicodeEncodeError:  # JSON can spell half a character: "\ud83d"
         return Problem(where, "broken text", "a character is cut in half")
+    image = texts["image"] or texts["image_id"]
     return Record(
         where=where,
-        image=str(PurePosixPath(texts["image"] or texts["image_id"])),  # "./a.jpg" is "a.jpg"
+        image=str(PurePosixPath(image)) if "/" in image else image,  # "./a.jpg" is "a.jpg"
         image_id=texts["image_id"],
         captions=list(captions),
         split=texts["split"],
@@ -270,7 +275,7 @@ def _told(names: Iterator[str] | Mapping[str, Any] | list[str]) -> str:
 def _read_jsonl(file: TextFile) -> Iterator[_Fields | Problem]:
     for where, line in file.lines():
         try:
-            fields = json.loads(line, object_pairs_hook=_object)
+            fields = _JSON.decode(line)
         except (ValueError, RecursionError) as error:
             yield Problem(where, "bad JSON", str(error).replace("line 1 ", ""))
             continue

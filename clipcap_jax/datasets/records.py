@@ -90,6 +90,10 @@ def prepare_records(
         raise UserError(f"{source.captions} holds no captions.")
     if matrix is not None:
         notes += _assign_rows(rows, len(matrix), source)
+    folder = None if source.images is None else Path(source.images).resolve()
+    if folder is not None:
+        rows, more = find_pictures(rows, folder)
+        notes += more
     records, problems, more = tidy(rows)
     notes += more + _assign_splits(records, source.split)
     if odd := sorted({record.split for record in records} - {"train", "val", "test"}):
@@ -97,9 +101,6 @@ def prepare_records(
     if matrix is not None:
         records, found = _check_rows(records, len(matrix))
         problems += found
-    if folder is not None:
-        records, found, more = find_pictures(records, folder)
-        problems, notes = problems + found, notes + more
     return prepare.prepare(
         Source(
             name=f"records/{source.name}",

@@ -97,7 +97,7 @@ def clean_captions(texts: Sequence[str], where: str, image_id: str) -> tuple[lis
 
 def _parts(text: str) -> list[str] | None:
     """The texts of a list that is written in one, or the text itself; None where that is cut off or something else."""
-    if not re.fullmatch(_LIST, text, re.DOTALL):
+    if not text.lstrip().startswith(("[", "{", "(", "array(")) or not re.fullmatch(_LIST, text, re.DOTALL):
         return [text]
     try:
         parts = json.loads(text)
@@ -144,7 +144,7 @@ def tidy(
         if isinstance(row, Problem):
             problems.append(row)
             continue
-        if splits and _SPLITS.get(row.split, row.split) not in splits:
+        if splits and _SPLITS.get(row.split.lower(), row.split.lower()) not in splits:
             problems.append(Problem(row.where, "wrong split", f"{row.split!r} is none of {', '.join(splits)}"))
             continue
         if (split := usual_split(row.split, row.where)) != row.split:
@@ -204,25 +204,26 @@ def _twice(record: Record, first: Record) -> Problem:
 _NUMBERED = re.compile(r"(?:COCO_[a-z]+\d{4}_)?(\d{12})\.jpg")
 
 
-def find_pictures(records: Sequence[Record], folder: Path) -> tuple[list[Record], list[Problem], list[str]]:
-    """The records, those whose `image` is an id or a number of COCO's with the path of that picture in its place.
+def find_pictures(rows: Sequence[Record | Problem], folder: Path) -> tuple[list[Record | Problem], list[str]]:
+    """The rows; those whose `image` is an id or a number of COCO's have the path of that picture in its place.
 
-    A file that is there under nearly the name is not taken, but told: once for all names that differ in the same way.
-    Pictures that are not there at all are left to `source.read_picture`.
+    A file that is there under nearly the name is not taken, but told: one problem takes the place of all rows whose
+    names differ in the same way. Pictures that are not there at all are left to `source.read_picture`.
 
     Returns:
-      Records, problems and notes.
+      Rows, and a note on those that were found.
     """
-    missing = _missing(records, folder)
+    name_pictures(rows)
+    missing = _missing(rows, folder)
     if not missing:
-        return list(records), [], []
+        return list(rows), []
     files: dict[tuple[str, str], str] = {}  # by all that may be meant by a name
     ambiguous = set()
     for path in _files(folder):
         for key in _keys(path):
             if files.setdefault(key, path) != path and key[0] != "number":
                 ambiguous.add(key)
-    near: dict[str, list[tuple[Record, str]]] = defaultdict(list)
+    near: dict[str, dict[str, tuple[Record, str]]] = defaultdict(dict)
     gone, found = set(), 0
     for record in missing:
         keys = [key for key in _keys(record.image) if key in files and key not in ambiguous]
@@ -233,33 +234,33 @@ def find_pictures(records: Sequence[Record], folder: Path) -> tuple[list[Record]
             record.image = path
             found += 1
         else:
-            near[_how(record.image, path)].append((record, path))
+            near[_how(record.image, path)].setdefault(record.image, (record, path))
             gone.add(id(record))
     problems = []
-    for how, pairs in near.items():
-        record, path = pairs[0]
-        more = f", as in {len(pairs):,} names" * (len(pairs) > 1)
+    for how, names in near.items():
+        record, path = next(iter(names.values()))
+        more = f", as in {len(names):,} names" * (len(names) > 1)
         detail = f"{record.image} is not there, but {path} is: they differ in {how}{more}"
-        problems.append(Problem(record.where, "image missing", detail, len(pairs)))
+        problems.append(Problem(record.where, "image missing", detail, len(names)))
     notes = [f"pictures found by their id or number under another name: {found:,}"] if found else []
-    return [record for record in records if id(record) not in gone], problems, notes
+    return [*problems, *(row for row in rows if id(row) not in gone)], notes
 
 
-def _missing(records: Sequence[Record], folder: Path) -> list[Record]:
+def _missing(rows: Sequence[Record | Problem], folder: Path) -> list[Record]:
     """Those whose file is not there. Folders are listed, as asking for each file takes long on a network."""
     listed: dict[str, set[str]] = {}
     missing = []
-    for record in records:
-        if leads_out(record.image):
+    for row in rows:
+        if isinstance(row, Problem) or leads_out(row.image):
             continue
-        place, name = os.path.split(record.image)
+        place, name = os.path.split(row.image)
         if place not in listed:
             try:
                 listed[place] = set(os.listdir(folder / place))
             except (OSError, ValueError):
                 listed[place] = set()
         if name not in listed[place]:
-            missing.append(record)
+            missing.append(row)
     return missing
 
 
@@ -314,7 +315,7 @@ def published(
     notes: Sequence[str],
     **about: str,
 ) -> Source:
-    """A data set from its owners' files: records that `find_pictures` has found in a folder.
+    """A data set from its owners' files.
 
     Args:
       name, problems, notes, about: as in `Source`.

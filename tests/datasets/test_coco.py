@@ -142,7 +142,7 @@ def test_pictures_in_other_layouts(folder: Path, layout: str, official: bool) ->
     for (_, image_id), example in examples.items():
         assert example.image == pictures[image_id].read_bytes()
         assert folder / example.image_path == pictures[image_id]
-    assert source.notes[-1] == "pictures found by their id or number under another name: 5"
+    assert source.notes[0] == "pictures found by their id or number under another name: 5"
 
 
 def test_official_files_of_2017(folder: Path) -> None:

@@ -12,7 +12,7 @@ from clipcap_jax.datasets.coco import coco_source
 from clipcap_jax.datasets.conceptual import conceptual_source
 from clipcap_jax.datasets.flickr import flickr_source
 from clipcap_jax.datasets.nocaps import nocaps_source
-from clipcap_jax.datasets.source import Record
+from clipcap_jax.datasets.source import Problem, Record
 from clipcap_jax.datasets.tidy import find_pictures, tidy
 from clipcap_jax.errors import UserError
 
@@ -220,9 +220,11 @@ def test_near_misses_are_named_once(tmp_path: Path, named: str, there: str, how:
     (tmp_path / "a").mkdir()
     for index in range(20):
         (tmp_path / there.format(index)).touch()
-    rows = [record(named.format(index), where=f"c.csv:{index}") for index in range(20)] + [record("none.jpg")]
-    records, (problem,), notes = find_pictures(rows, tmp_path)
-    assert [each.image for each in records] == ["none.jpg"]  # which is named when it is read
+    rows: list[Record | Problem] = [record(named.format(index), where=f"c.csv:{index}") for index in range(20)]
+    rows += [*rows[:5], record("none.jpg")]
+    (problem, gone), notes = find_pictures(rows, tmp_path)
+    assert gone is rows[-1]  # it is named when it is read
+    assert isinstance(problem, Problem)
     assert (problem.where, problem.reason, problem.count, notes) == ("c.csv:0", "image missing", 20, [])
     assert problem.detail == (
         f"{named.format(0)} is not there, but {there.format(0)} is: they differ in {how}, as in 20 names"
@@ -232,8 +234,8 @@ def test_near_misses_are_named_once(tmp_path: Path, named: str, there: str, how:
 def test_what_may_be_two_files_is_neither(tmp_path: Path) -> None:
     for name in ("1.png", "1.webp", "1.gif"):
         (tmp_path / name).touch()
-    rows = [record("1.jpg"), record("1", image_id="1")]
-    assert find_pictures(rows, tmp_path) == (rows, [], [])
+    rows: list[Record | Problem] = [record("1.jpg"), record("1", image_id="1")]
+    assert find_pictures(rows, tmp_path) == (rows, [])
 
 
 def test_pictures_by_their_id_and_by_cocos_number(tmp_path: Path) -> None:
@@ -242,12 +244,14 @@ def test_pictures_by_their_id_and_by_cocos_number(tmp_path: Path) -> None:
         (tmp_path / name).touch()
     rows = [record("dog", image_id="dog"), record("9", image_id="9"), record("42", image_id="42")]
     rows.append(record("val2017/000000000042.jpg", image_id="other"))
-    records, problems, notes = find_pictures(rows, tmp_path)
-    assert [each.image for each in records] == [
+    found, notes = find_pictures(rows, tmp_path)
+    assert [each.image for each in found if isinstance(each, Record)] == [
         "dog.jpg",
         "train2017/000000000009.jpg",
         "COCO_val2014_000000000042.jpg",
         "COCO_val2014_000000000042.jpg",
     ]
-    assert problems == []
     assert notes == ["pictures found by their id or number under another name: 4"]
+    records, (problem,), _ = tidy(found)
+    assert len(records) == 3
+    assert problem.reason == "image under two ids"
