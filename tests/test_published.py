@@ -241,8 +241,7 @@ def test_every_field_of_every_example_comes_back(
             assert data.captions[i] == example.captions
             assert data.image(i) == example.image
             # Of a tar, there is no file to show.
-            assert (
-                example.image_path == "" if name == "cc3m" else Path(example.image_path).read_bytes() == example.image
-            )
+            place = Path(opened.root, example.image_path)
+            assert example.image_path == "" if name == "cc3m" else place.read_bytes() == example.image
             found[split, example.image_id] = Expected(example.image or b"", example.captions, example.domain)
     assert found == expected

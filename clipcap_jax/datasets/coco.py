@@ -73,6 +73,7 @@ def coco_source(manual_dir: str | Path) -> Source:
         if count == wanted[place] and not (folder / place).is_dir():
             raise not_there(folder, f"COCO's pictures of {place}", LISTING)
     records, problems, notes = tidy(rows, splits=COUNTS)
+    notes += check_counts("COCO", records, COUNTS)
     _check_ids(records)
     return published(
         "coco",
@@ -80,7 +81,7 @@ def coco_source(manual_dir: str | Path) -> Source:
         folder,
         records,
         problems,
-        [*found, *notes, *check_counts("COCO", records, COUNTS)],
+        [*found, *notes],
         description=DESCRIPTION,
         homepage=HOMEPAGE,
         citation=CITATION,
