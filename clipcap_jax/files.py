@@ -35,7 +35,7 @@ def once(name: str, homes: Sequence[Path], write: Callable[[Path], None]) -> Pat
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with locked(folder / f".{name}.lock") as alone:
-                _write(folder / name, write, alone=alone)
+                _make(folder / name, write, alone=alone)
         except OSError:
             continue  # it cannot be written to
         return folder / name
@@ -65,7 +65,7 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
         yield alone
 
 
-def _write(target: Path, write: Callable[[Path], None], *, alone: bool) -> None:
+def _make(target: Path, write: Callable[[Path], None], *, alone: bool) -> None:
     if target.is_dir():
         return  # by the process that had the lock before
     if alone:

@@ -102,7 +102,7 @@ def _job(writer: Writer, indices: Sequence[int], options: Sequence[str], sender:
             pipeline
             | "Shards" >> apache_beam.Create(indices)
             | "Spread" >> apache_beam.Reshuffle()  # or one worker would get them all
-            | "Write" >> apache_beam.Map(_write, writer)
+            | "Write" >> apache_beam.Map(_write_in_worker, writer)
         )
         end = str(pipeline.run().wait_until_finish())
     except Exception as error:  # a traceback of the worker's; Beam has told it all
@@ -110,7 +110,7 @@ def _job(writer: Writer, indices: Sequence[int], options: Sequence[str], sender:
     sender.send(end)
 
 
-def _write(index: int, writer: Writer) -> None:
+def _write_in_worker(index: int, writer: Writer) -> None:
     """In a worker: write a shard, unless it is there already or no longer wanted."""
     try:
         part = pickle.loads(writer.part_file(index).read_bytes())

@@ -88,8 +88,8 @@ def conceptual_source(name: str, manual_dir: str | Path) -> Source:
       UserError: there is no such file, or a list is another's.
     """
     folder = Path(manual_dir).resolve()
-    val = _shards(name, folder, "val")
-    train = _shards(name, folder, "train", held_out=tuple(val))
+    val = _pieces(name, folder, "val")
+    train = _pieces(name, folder, "train", held_out=tuple(val))
     pieces = train + val
     if not train:
         raise not_there(folder, f"training data of {name}", LISTINGS[name])
@@ -213,7 +213,7 @@ def _mark(data: bytes) -> bytes:
     return hashlib.sha256(data).digest()[:16]
 
 
-def _shards(name: str, folder: Path, split: str, held_out: tuple[Piece, ...] = ()) -> list[Piece]:
+def _pieces(name: str, folder: Path, split: str, held_out: tuple[Piece, ...] = ()) -> list[Piece]:
     candidates = [folder / candidate for candidate in _FOLDERS[split]]
     place = next((candidate for candidate in candidates if candidate.is_dir()), folder)
     listed = folder / _LISTS[name].get(split, "none")
@@ -266,7 +266,7 @@ def _index_list(path: Path, url_column: int, pictures: Path) -> Iterator[Rows]:
     start = 0, 1  # offset and line
     with path.open("rb") as file:
         for line, data in enumerate(file, start=1):
-            columns = _columns(data) or ["", ""]
+            columns = _split_line(data) or ["", ""]
             if line == 1 and sorted(columns) == ["caption", "url"]:
                 url_column = columns.index("url")
                 offset = len(data)
@@ -283,7 +283,7 @@ def _index_list(path: Path, url_column: int, pictures: Path) -> Iterator[Rows]:
         yield Rows(*start, first, count, url_column, pictures)
 
 
-def _columns(line: bytes) -> list[str]:
+def _split_line(line: bytes) -> list[str]:
     """Caption and link, or link and caption; nothing where these are not two texts."""
     try:
         columns = line.decode("utf-8-sig").rstrip("\r\n").split("\t")
@@ -297,7 +297,7 @@ def _read_rows(path: Path, rows: Rows) -> Iterator[Sample | Problem]:
         file.seek(rows.offset)
         for index, data in zip(range(rows.count), file, strict=False):
             where = f"{path.name}:{rows.line + index}"
-            columns = _columns(data)
+            columns = _split_line(data)
             if not columns:
                 yield Problem(where, "bad line", f"not two columns of UTF-8: {data[:80]!r}")
                 continue

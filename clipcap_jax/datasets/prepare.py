@@ -20,7 +20,7 @@ from clipcap_jax import files
 from clipcap_jax.datasets import beam as on_beam
 from clipcap_jax.datasets import page, schema
 from clipcap_jax.datasets.processes import end_with_parent
-from clipcap_jax.datasets.shards import VERSION, Shard, Writer, changes, tidy, upload
+from clipcap_jax.datasets.shards import VERSION, Shard, Writer, changes, sweep, upload
 from clipcap_jax.datasets.source import Part, Problem, Source, first_problems
 from clipcap_jax.datasets.summary import Summary
 from clipcap_jax.errors import UserError
@@ -75,7 +75,7 @@ def prepare(
                 return done  # by another process, just now
             writer.begin(alone=True)
             writer.clear(range(len(source.parts)))
-            shards = _write(writer, processes, beam, max_skipped)
+            shards = _write_shards(writer, processes, beam, max_skipped)
             return finish(writer, shards, max_skipped)
     except OSError as error:
         raise UserError(f"{source.name} could not be prepared in {data_dir}: {error}") from error
@@ -112,7 +112,7 @@ def prepare_remote(source: Source, data_dir: str, work: Callable[[str], Any]) ->
     return _summary(schema.read_builder(tfds.core.Path(data_dir) / folder))
 
 
-def _write(writer: Writer, processes: int, beam: Sequence[str] | None, max_skipped: float) -> list[Shard]:
+def _write_shards(writer: Writer, processes: int, beam: Sequence[str] | None, max_skipped: float) -> list[Shard]:
     source = writer.source
     shards = {index: shard for index in range(len(source.parts)) if (shard := writer.finished(index))}
     left = [index for index in range(len(source.parts)) if index not in shards]
@@ -268,7 +268,7 @@ def find_prepared(
         if not schema.is_finished(folder):
             return None
     if not files.is_remote(data_dir):
-        tidy(Path(folder))  # in case the process that finished it was killed before it had
+        sweep(Path(folder))  # in case the process that finished it was killed before it had
     schema.check_metadata(folder)
     builder = schema.read_builder(folder)
     stored = builder.info.metadata or {}

@@ -90,7 +90,6 @@ def prepare_records(
         raise UserError(f"{source.captions} holds no captions.")
     if matrix is not None:
         notes += _assign_rows(rows, len(matrix), source)
-    folder = None if source.images is None else Path(source.images).resolve()
     if folder is not None:
         rows, more = find_pictures(rows, folder)
         notes += more

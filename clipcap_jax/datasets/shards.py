@@ -292,11 +292,11 @@ class Writer:
             shutil.rmtree(before)
         else:
             self.unfinished.rename(self.folder)
-        tidy(self.folder)
+        sweep(self.folder)
         return self.folder
 
 
-def tidy(folder: Path) -> None:
+def sweep(folder: Path) -> None:
     """Remove from a finished data set what was of use while it was written."""
     for pattern in ("*.tmp", "*.note.json", "*.part", "plan.json"):
         for path in folder.glob(pattern):

@@ -91,7 +91,7 @@ def open_columns(split: Split) -> Columns:
     homes = [files.home() / "columns"]
     if not files.is_remote(split.folder):
         homes.insert(0, Path(split.folder) / "columns")
-    folder = made_once(name, homes, lambda temporary: _write(temporary, split))
+    folder = made_once(name, homes, lambda temporary: _write_columns(temporary, split))
 
     root = split.root
 
@@ -163,7 +163,7 @@ def load(folder: Path, *names: str) -> list[np.ndarray]:
         raise UserError(f"{folder} is damaged: {error}. Delete it; it is made again.") from error
 
 
-def _write(folder: Path, split: Split) -> None:
+def _write_columns(folder: Path, split: Split) -> None:
     """Write the columns of the whole split, of which never more than some examples are in memory."""
     name, width = f"{split.name}/{split.whole}", split.embedding_width
     with contextlib.ExitStack() as stack:

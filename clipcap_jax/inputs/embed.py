@@ -120,7 +120,7 @@ def _embed(source: Source, max_skipped: float, share: tuple[int, int], data_dir:
                 writer.begin(alone=shares == 1)
             writer.clear(range(number, len(source.parts), shares))
             mine = [i for i in range(number, len(source.parts), shares) if writer.finished(i) is None]
-            _write(writer, mine)
+            _embed_shards(writer, mine)
         with writer.locked(wait=True):
             if done := prepare.find_prepared(source.name, data_dir, source.origin, source.found, source.renewed):
                 return done  # another share was the last
@@ -248,7 +248,7 @@ def _source(embedder: _Embedder, output: str, splits: dict[str, Split]) -> Sourc
     )
 
 
-def _write(writer: Writer, indices: list[int]) -> None:
+def _embed_shards(writer: Writer, indices: list[int]) -> None:
     """The shards of these parts, one after the other."""
     parts = [writer.source.parts[index] for index in indices]
     with progress.bar() as bar:

@@ -143,11 +143,11 @@ def test_what_a_worker_does(tmp_path: Path) -> None:
     log = tmp_path / "log"
     writer = Writer(made(log, "a", "b"), str(tmp_path))
     writer.begin(alone=True)
-    beam._write(0, writer.without_parts())
+    beam._write_in_worker(0, writer.without_parts())
     assert writer.finished(0) is None
     writer.part_file(0).write_bytes(pickle.dumps(writer.source.parts[0]))
     for _ in range(2):
-        beam._write(0, writer.without_parts())
+        beam._write_in_worker(0, writer.without_parts())
     assert writer.finished(0) is not None
     assert log.read_text() == "a\n"
 

@@ -159,7 +159,7 @@ def test_a_shard_of_another_plan_is_not_finished(tmp_path: Path) -> None:
 def test_killed_when_it_had_just_got_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = source(tmp_path / "log", ("a",), ("b",))
     with monkeypatch.context() as patch:
-        patch.setattr("clipcap_jax.datasets.shards.tidy", lambda folder: None)
+        patch.setattr("clipcap_jax.datasets.shards.sweep", lambda folder: None)
         prepare.prepare(made, str(tmp_path))
     assert list((tmp_path / "made" / "1.0.0").glob("*.note.json"))
     assert prepare.prepare(made, str(tmp_path)).already_prepared

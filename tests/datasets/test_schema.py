@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 from sources import listed
 
 from clipcap_jax.datasets import Example, open_split, prepare, prepare_shapes, schema, shapes, shards
@@ -74,6 +75,15 @@ def test_threads_read_what_one_reads(data_dir: str) -> None:
 def test_a_split_can_be_sent_to_another_process(data_dir: str) -> None:
     split = open_split("shapes", "train", data_dir)
     assert pickle.loads(pickle.dumps(split))[7] == split[7]
+
+
+@pytest.mark.parametrize("name", ["coco", "records/mine", "embeddings/coco"])
+def test_tfds_reads_it(tmp_path: Path, name: str) -> None:
+    """As docs/data.md shows; "coco" is a name of TFDS's own too."""
+    prepare.prepare(listed(name, "val", [Example(IMAGE, EMBEDDING, captions=("a dog.",), **TEXTS)]), str(tmp_path))
+    builder = tfds.builder_from_directory(tmp_path / name / "1.0.0")
+    (example,) = builder.as_data_source("val", decoders={"image": tfds.decode.SkipDecoding()})
+    assert (example["image_id"].decode(), example["captions"], example["image"]) == ("ä-1", [b"a dog."], IMAGE)
 
 
 def test_what_is_not_there_is_said(data_dir: str, tmp_path: Path) -> None:
