@@ -20,7 +20,7 @@ from clipcap_jax import files
 from clipcap_jax.datasets import beam as on_beam
 from clipcap_jax.datasets import page, schema
 from clipcap_jax.datasets.processes import end_with_parent
-from clipcap_jax.datasets.shards import VERSION, Shard, Writer, changes, sweep, upload
+from clipcap_jax.datasets.shards import VERSION, Shard, Writer, changes, same_but, sweep, upload
 from clipcap_jax.datasets.source import Part, Problem, Source, first_problems
 from clipcap_jax.datasets.summary import Summary
 from clipcap_jax.errors import UserError
@@ -278,7 +278,7 @@ def find_prepared(
         )
     before, now = stored["source"], json.loads(json.dumps(origin))
     if before != now:
-        if {**before, **dict.fromkeys(renewed)} == {**now, **dict.fromkeys(renewed)}:
+        if same_but(renewed, before, now):
             return None
         raise UserError(
             f"{name} was prepared before, but from something else{changes(before, now)}. "

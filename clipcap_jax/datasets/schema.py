@@ -175,9 +175,10 @@ class Split(Sequence[Example]):
         return opened
 
     def _check_same(self) -> None:
-        if fingerprint(_read_metadata(self.folder)) != self.fingerprint:
+        now = _read_metadata(self.folder)
+        if "shards" not in now or fingerprint(now) != self.fingerprint:
             raise UserError(
-                f"{self.folder} was prepared anew while it was read, with other content. Start again to read that."
+                f"{self.folder} was deleted or prepared anew while it was read, with other content. Start again."
             )
 
     def read_whole(self) -> Iterator[list[Example]]:

@@ -15,7 +15,7 @@ import os
 import shutil
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -125,6 +125,10 @@ class Writer:
             self.unfinished.mkdir(parents=True)
             _write_whole(path, json.dumps(self._plan))
         begun = json.loads(path.read_text())
+        if alone and begun != self._plan and same_but(self.source.renewed, begun["origin"], self._plan["origin"]):
+            self.discard()
+            self.begin(alone=True)
+            return
         if begun != self._plan:
             raise UserError(
                 f"{self.source.name} was begun, but not finished, from something else"
@@ -323,6 +327,11 @@ def upload(folder: Path, target: Any) -> None:
         if not (begun and is_shard and copy.exists() and copy.stat().length == path.stat().st_size):
             tfds.core.Path(path).copy(copy, overwrite=True)
     mark.unlink(missing_ok=True)  # another machine may have copied the same
+
+
+def same_but(renewed: Sequence[str], before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether two origins differ in nothing but these values."""
+    return {**before, **dict.fromkeys(renewed)} == {**now, **dict.fromkeys(renewed)}
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:

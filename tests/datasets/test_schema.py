@@ -254,5 +254,5 @@ def test_a_data_set_that_is_prepared_anew_under_its_reader(tmp_path: Path, monke
     prepare_shapes(str(tmp_path), {"train": 60})
     assert split[:10] == old[:10]
     for index in range(10, 60):
-        with pytest.raises(UserError, match=r"shapes/1.0.0 was prepared anew while it was read"):
+        with pytest.raises(UserError, match=r"shapes/1.0.0 was deleted or prepared anew"):
             split[index]

@@ -249,7 +249,7 @@ def test_a_split_that_is_older_than_the_data_set(tmp_path: Path, folder: Path) -
     old = open_split("given", "val", str(tmp_path))
     shutil.rmtree(folder)
     write(tmp_path, embeddings=EMBEDDINGS[::-1])
-    with pytest.raises(UserError, match=r"given/1.0.0 was prepared anew while it was read"):
+    with pytest.raises(UserError, match=r"given/1.0.0 was deleted or prepared anew"):
         open_columns(old)
     assert finished(folder / "columns") == []
     data = read(tmp_path)

@@ -293,6 +293,24 @@ def test_embeddings_belong_to_pictures(
             np.testing.assert_allclose(one.embedding, other.embedding, rtol=2e-3)  # other batches: the last bit
 
 
+def test_prepared_anew_after_it_stopped(encoder: Encoder, pictures: Path, source: Source) -> None:
+    """What was begun from the old data set is begun anew."""
+    finish = prepare.finish
+
+    def stopped(*arguments: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare, "finish", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            embed(encoder, "records/pictures", "mine", str(pictures))
+    assert prepare.finish is finish
+    prepare_anew(source, pictures, re.sub(r"\.\"", ' again."', source.captions.read_text()))
+    embed(encoder, "records/pictures", "mine", str(pictures))
+    read_captions = [e.captions for split in read(pictures).values() for e in split]
+    assert read_captions == [e.captions for split in read(pictures, "records/pictures").values() for e in split]
+
+
 def test_prepared_anew_while_it_is_embedded(
     encoder: Encoder, pictures: Path, source: Source, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -306,7 +324,7 @@ def test_prepared_anew_while_it_is_embedded(
         return load(self, *arguments)
 
     monkeypatch.setattr(_Embedder, "_load", replaced)
-    with pytest.raises(UserError, match=r"records/pictures/1.0.0 was prepared anew while it was read"):
+    with pytest.raises(UserError, match=r"records/pictures/1.0.0 was deleted or prepared anew"):
         embed(encoder, "records/pictures", "mine", str(pictures), workers=1)
 
 
