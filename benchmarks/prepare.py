@@ -76,7 +76,7 @@ class Plain(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: i
 
     def _generate_examples(self) -> Iterator[tuple[str, dict[str, Any]]]:
         for part in self.source.parts:
-            for example in part:
+            for example in part.read():
                 yield example.image_id, schema.to_fields(example, "train")
 
 
