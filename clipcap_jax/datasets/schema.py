@@ -203,9 +203,9 @@ class Split(Sequence[Example]):
 def _allow_open_files(count: int) -> None:
     """Raise this process's limit where shards might not fit; often it is 1024."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft < count + 256:
-        wanted = count + 256 if hard == resource.RLIM_INFINITY else min(hard, count + 256)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
+    wanted = count + 1024 if hard == resource.RLIM_INFINITY else min(count + 1024, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 @contextlib.contextmanager
