@@ -268,6 +268,8 @@ def find_prepared(
         if not schema.is_finished(folder):
             return None
     if not files.is_remote(data_dir):
+        for left in Path(folder).parent.glob(f"{VERSION}.*.tmp"):  # replaced by this one
+            shutil.rmtree(left, ignore_errors=True)
         sweep(Path(folder))  # in case the process that finished it was killed before it had
     schema.check_metadata(folder)
     builder = schema.read_builder(folder)

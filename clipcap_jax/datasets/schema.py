@@ -190,6 +190,11 @@ class Split(Sequence[Example]):
                 if files.is_remote(path):
                     local = Path(scratch) / path.name
                     files.copy_checked(path, local, self._digests[shard])
+                else:
+                    self._check_same()
+                    with _reading(path):
+                        if files.digest(local) != self._digests[shard]:  # it may just be copied here
+                            raise RuntimeError("it is not what was written")
                 with _reading(path), ArrayRecordDataSource(f"{local}[0:{length}]") as records:
                     for start in range(0, length, READ_AT_ONCE):
                         stop = min(start + READ_AT_ONCE, length)
@@ -212,7 +217,7 @@ def _allow_open_files(count: int) -> None:
 def _reading(shard: Any) -> Iterator[None]:
     try:
         yield
-    except RuntimeError as error:  # array_record's word for whatever is wrong with a file
+    except (RuntimeError, FileNotFoundError) as error:  # the first is array_record's word for whatever is wrong
         raise UserError(
             f"The shard {shard} cannot be read: {error}. If it is missing or damaged, delete the folder it lies in and "
             "prepare the data set again; if too many files are open, `ulimit -n` raises their number."
@@ -271,8 +276,11 @@ def open_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
         versions = [version for version in versions if is_finished(folder / str(version))]
     if not versions:
         raise UserError(f"The data set {name!r} is not prepared in {data_dir}. {_how_to_prepare(name, data_dir)}")
-    check_metadata(folder / str(versions[-1]))
-    builder = read_builder(folder / str(versions[-1]))
+    folder = folder / str(versions[-1])
+    before = check_metadata(folder)
+    builder = read_builder(folder)
+    if not before == check_metadata(folder) == builder.info.metadata.get("digest"):
+        raise UserError(f"{folder} was deleted or prepared anew while it was opened. Start again.")
     info = builder.info
     missing = {*_TEXTS, "captions"} - set(info.features)
     if missing:
@@ -340,12 +348,16 @@ def seal(folder: Path, metadata: Mapping[str, Any]) -> None:
     (folder / "metadata.json").write_text(json.dumps(content | {"digest": hash_of(content)}, indent=1))
 
 
-def check_metadata(folder: Any) -> None:
-    """Raise a UserError if a file that describes a data set of ours has other bytes than it was given."""
+def check_metadata(folder: Any) -> str | None:
+    """The digest in `metadata.json`; None where the data set is none of ours, or an earlier version's.
+
+    Raises:
+      UserError: a file that describes the data set has other bytes than were written.
+    """
     content = _read_metadata(folder)
     digest = content.pop("digest", None)
     if "descriptions" not in content:
-        return  # it is none of ours, or an earlier version's
+        return None
     damaged = [name for name in _DESCRIPTIONS if files.digest(folder / name) != content["descriptions"].get(name)]
     if hash_of(content) != digest:
         damaged = ["metadata.json"]
@@ -353,13 +365,16 @@ def check_metadata(folder: Any) -> None:
         raise UserError(
             f"{folder} is damaged: its {damaged[0]} is not what was written. Delete it and prepare the data set again."
         )
+    return str(digest)
 
 
 def _read_metadata(folder: Any) -> dict[str, Any]:
     path = folder / "metadata.json"
     try:
         content = json.loads(path.read_text()) if path.exists() else {}
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    except ValueError as error:
         raise UserError(
             f"{folder} is damaged: its metadata cannot be read ({error}). Delete it and prepare the data set again."
         ) from error

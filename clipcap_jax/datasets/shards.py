@@ -78,7 +78,9 @@ class Writer:
             )
             self.names.append(path.name)
             numbers[part.split] += 1
-        self._plan = {"origin": json.loads(json.dumps(source.origin)), "shards": self.names}
+        # Where pictures are looked up decides nothing once all is there, but shards of two folders must not be mixed.
+        origin = {**source.origin, "images from": source.found.get("images")}
+        self._plan = {"origin": json.loads(json.dumps(origin)), "shards": self.names}
         self._digest = hashlib.sha256(json.dumps(self._plan, sort_keys=True).encode()).hexdigest()
 
     def without_parts(self) -> Self:
@@ -114,8 +116,10 @@ class Writer:
         for left in self.unfinished.glob("plan.json.*.tmp"):
             left.unlink(missing_ok=True)
         for left in self.folder.parent.glob(f"{VERSION}.*.tmp"):  # a data set that was replaced
+            if not self.folder.exists() and schema.is_finished(left):
+                left.rename(self.folder)  # killed just before the new one took its place
             shutil.rmtree(left, ignore_errors=True)
-        if not schema.is_finished(self.folder) and any(self.folder.glob("*")):
+        if not schema.is_finished(self.folder) and any(path.name != "columns" for path in self.folder.glob("*")):
             raise UserError(f"{self.folder} holds a part of a data set: delete it to prepare it again.")
         path = self.unfinished / "plan.json"
         if alone and path.exists() and not any(self.unfinished.glob("*.note.json")):
@@ -289,11 +293,11 @@ class Writer:
 
     def publish(self) -> Any:
         """Give the folder its name; what had it before, to be replaced, is removed. Returns the folder."""
-        if self.folder.exists():
+        if self.folder.exists():  # to be replaced; or a reader of one that was deleted left its columns there
             before = _temporary(self.folder)
             self.folder.rename(before)
             self.unfinished.rename(self.folder)
-            shutil.rmtree(before)
+            shutil.rmtree(before, ignore_errors=True)
         else:
             self.unfinished.rename(self.folder)
         sweep(self.folder)

@@ -201,6 +201,7 @@ def _twice(record: Record, first: Record) -> Problem:
 
 
 # COCO's pictures are called by one of these in its 2014 and 2017 layouts.
+_COCO = re.compile(r"(^|/)(train|val|test)20\d\d/|(^|/)COCO_")
 _NUMBERED = re.compile(r"(?:COCO_[a-z]+\d{4}_)?(\d{12})\.jpg")
 
 
@@ -221,12 +222,15 @@ def find_pictures(rows: Sequence[Record | Problem], folder: Path) -> tuple[list[
     ambiguous = set()
     for path in _files(folder):
         for key in _keys(path):
-            if files.setdefault(key, path) != path and key[0] != "number":
+            other = files.setdefault(key, path)
+            if other != path and not (key[0] == "number" and _COCO.search(path) and _COCO.search(other)):
                 ambiguous.add(key)
     near: dict[str, dict[str, tuple[Record, str]]] = defaultdict(dict)
     gone, found = set(), 0
     for record in missing:
         keys = [key for key in _keys(record.image) if key in files and key not in ambiguous]
+        if os.path.dirname(record.image) and not _COCO.search(record.image):
+            keys = [key for key in keys if key[0] != "number"]  # a number means a picture in COCO's folders alone
         if not keys:
             continue
         path = files[keys[0]]

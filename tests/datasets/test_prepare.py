@@ -176,6 +176,15 @@ def test_too_many_problems_cost_only_the_shards_that_have_them(tmp_path: Path) -
     assert log.read_text().splitlines().count("('b', 'problem')") == 2
 
 
+def test_shards_of_two_folders_are_not_mixed(tmp_path: Path) -> None:
+    made = source(tmp_path / "log", ("a",), ("b",), found={"images": "/photos"})
+    writer = Writer(made, str(tmp_path))
+    writer.begin(alone=True)
+    writer.write(0, made.parts[0].read())
+    with pytest.raises(UserError, match="from something else: images from was /photos, is now /moved"):
+        prepare.prepare(dataclasses.replace(made, found={"images": "/moved"}), str(tmp_path))
+
+
 def test_an_error_of_the_source_is_not_taken_for_the_disks(tmp_path: Path) -> None:
     def broken() -> Iterator[Example]:
         raise RuntimeError("a mistake in the program")

@@ -238,6 +238,19 @@ def test_what_may_be_two_files_is_neither(tmp_path: Path) -> None:
     assert find_pictures(rows, tmp_path) == (rows, [])
 
 
+def test_a_number_in_another_folder_is_another_picture(tmp_path: Path) -> None:
+    for folder in ("cam1", "cam2"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "cam1" / "000000000012.jpg").touch()
+    rows, notes = find_pictures([Record("c:1", "cam2/000000000012.jpg", "", ["a."], "")], tmp_path)
+    assert notes == []
+    assert not any(isinstance(row, Record) and row.image.startswith("cam1") for row in rows)
+    (tmp_path / "cam2" / "000000000012.jpg").touch()
+    rows, notes = find_pictures([Record("c:1", "12", "12", ["a."], "")], tmp_path)
+    assert notes == []
+    assert [row.image for row in rows if isinstance(row, Record)] == ["12"]
+
+
 def test_pictures_by_their_id_and_by_cocos_number(tmp_path: Path) -> None:
     (tmp_path / "train2017").mkdir()
     for name in ("dog.jpg", "train2017/000000000009.jpg", "COCO_val2014_000000000042.jpg"):

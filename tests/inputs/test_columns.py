@@ -257,6 +257,15 @@ def test_a_split_that_is_older_than_the_data_set(tmp_path: Path, folder: Path) -
     np.testing.assert_array_equal(data.inputs(range(6)), EMBEDDINGS[::-1][order])
 
 
+def test_a_data_set_that_is_half_copied_over_another(tmp_path: Path, folder: Path) -> None:
+    """The descriptions first, as copying in the order of names does."""
+    write(tmp_path / "new", embeddings=EMBEDDINGS[::-1])
+    for name in ("dataset_info.json", "features.json", "metadata.json"):
+        shutil.copy(tmp_path / "new" / "given" / "1.0.0" / name, folder / name)
+    with pytest.raises(UserError, match=r"given-val\S+ cannot be read: it is not what was written"):
+        read(tmp_path)
+
+
 def test_prepared_anew_under_a_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whose captions are mapped and whose pictures are read from shards, as in training from pixels: no wrong pair."""
     monkeypatch.setattr(shapes, "PICTURES_PER_SHARD", 10)
