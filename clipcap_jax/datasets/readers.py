@@ -312,7 +312,9 @@ def _read_table(file: TextFile, suffix: str, names: Mapping[str, tuple[str, ...]
 def _read_row(where: str, line: str, suffix: str, columns: list[str], caption: str) -> _Fields | Problem:
     cells = _cells(line, suffix)
     if suffix == ".txt" and columns[-1] == caption and (cells is None or len(cells) > len(columns)):
-        cells = [_unquoted(cell) for cell in line.split(",", len(columns) - 1)]
+        *names, text = line.split(",", len(columns) - 1)
+        open_quote = any('"' in name for name in names) or (text.startswith('"') and text.count('"') % 2)
+        cells = None if open_quote else [_unquoted(cell) for cell in (*names, text)]
     if cells is None:
         return Problem(where, "bad line", "a quote that is not closed in its line, or text after one that is")
     if len(cells) > len(columns):
@@ -375,13 +377,18 @@ def join_captions(
 ) -> tuple[list[tuple[str, dict[str, Any], list[Any]]], list[Problem]]:
     """The images of a file in COCO's format: where each is, what the file says of it, and its captions.
 
-    Also what is wrong: captions of images that the file does not list, and objects with a key twice.
+    Also what is wrong: captions of images that the file does not list, ids of two images, whose captions may be
+    either's, and objects with a key twice.
 
     Raises:
       UserError: a list is missing.
     """
     images, annotations = file.objects(content, "images"), file.objects(content, "annotations")
-    by_id: dict[str, list[Any]] = {str(image["id"]): [] for image in images if image.get("id") is not None}
+    files: dict[str, set[str]] = {}
+    for image in images:
+        if image.get("id") is not None:
+            files.setdefault(str(image["id"]), set()).add(repr(image.get("file_name")))
+    by_id: dict[str, list[Any]] = {image_id: [] for image_id in files}
     entries, problems = [], []
     for index, annotation in enumerate(annotations):
         where, image_id = f"{file.name}: annotations[{index}]", str(annotation.get("image_id"))
@@ -396,6 +403,9 @@ def join_captions(
         where = f"{file.name}: images[{index}]"
         if isinstance(image, _Doubled):
             problems.append(Problem(where, "doubled key", _told(image.keys_twice)))
+        elif len(files.get(image_id := str(image.get("id")), ())) > 1:
+            detail = f"{image_id} is of {len(files[image_id])} files, whose captions cannot be told apart"
+            problems.append(Problem(where, "duplicate image_id", detail.encode(errors="backslashreplace").decode()))
         else:
             entries.append((where, image, by_id.get(str(image.get("id")), [])))
     return entries, problems

@@ -104,6 +104,17 @@ class Writer:
             busy = f"{self.source.name} is being prepared in {self.data_dir} by another process."
             raise UserError(busy) from None
 
+    def is_shared(self, work: str) -> bool:
+        """Whether another process holds a lock for its work, such as a share of the shards; `work` is this one's."""
+        for path in self.folder.parent.glob(f"{VERSION}*.lock"):
+            if path.name not in (f"{VERSION}.lock", f"{VERSION}{work}.lock"):
+                try:
+                    with files.locked(path, wait=False):
+                        pass
+                except BlockingIOError:
+                    return True
+        return False
+
     def begin(self, *, alone: bool) -> None:
         """Make the folder, or go on with one that was begun for the same source.
 

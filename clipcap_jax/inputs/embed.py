@@ -115,9 +115,10 @@ def _embed(source: Source, max_skipped: float, share: tuple[int, int], data_dir:
     writer = Writer(source, data_dir)
     number, shares = share
     try:
-        with writer.locked(f"share{number}of{shares}"):
+        work = f"share{number}of{shares}"
+        with writer.locked(work):
             with writer.locked(wait=True):
-                writer.begin(alone=shares == 1)
+                writer.begin(alone=shares == 1 and not writer.is_shared(work))
             writer.clear(range(number, len(source.parts), shares))
             mine = [i for i in range(number, len(source.parts), shares) if writer.finished(i) is None]
             _embed_shards(writer, mine)

@@ -136,8 +136,9 @@ def test_problems(folder: Path) -> None:
     name = nocaps.FILES["val"]
     assert [(problem.where, problem.reason) for problem in problems] == [
         (f"{name}: annotations[3]", "caption of an unknown image"),
-        (f"{name}: images[2]", "wrong domain"),
+        (f"{name}: images[0]", "duplicate image_id"),
         (f"{name}: images[3]", "duplicate image_id"),
+        (f"{name}: images[2]", "wrong domain"),
         (f"{name}: images[4]", "no caption"),
         (f"{name}: images[6]", "wrong domain"),
         (f"{name}: images[5]", "image missing"),

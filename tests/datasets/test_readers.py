@@ -154,7 +154,11 @@ def test_problems_in_csv(tmp_path: Path, row: str, reason: str) -> None:
 
 
 def test_problems_in_coco(tmp_path: Path) -> None:
-    images = [{"id": 1, "file_name": "1.jpg"}, {"id": 1, "file_name": "b.jpg"}, {"file_name": "c.jpg"}]
+    images: list[dict[str, Any]] = [
+        {"id": 1, "file_name": "1.jpg"},
+        {"id": 1, "file_name": "b.jpg"},
+        {"file_name": "c.jpg"},
+    ]
     annotations = [
         {"image_id": 1, "caption": "A dog."},
         {"image_id": 5, "id": 77, "caption": "A cat."},
@@ -164,10 +168,15 @@ def test_problems_in_coco(tmp_path: Path) -> None:
     assert [str(problem) for problem in file.problems] == [
         "c.json: annotations[1]: caption of an unknown image: image_id 5",
         "c.json: annotations[2]: caption of an unknown image: image_id None",
-        "c.json: images[1]: duplicate image_id: 1, as in c.json: images[0]",
+        "c.json: images[0]: duplicate image_id: 1 is of 2 files, whose captions cannot be told apart",
+        "c.json: images[1]: duplicate image_id: 1 is of 2 files, whose captions cannot be told apart",
         "c.json: images[2]: no caption: image_id c",
     ]
-    assert [record.image_id for record in file.records] == ["1"]
+    assert file.records == []
+    images[1]["file_name"] = "1.jpg"
+    file = read(tmp_path, "c.json", json.dumps({"images": images, "annotations": annotations}))
+    assert "c.json: images[1]: duplicate image_id: 1, as in c.json: images[0]" in map(str, file.problems)
+    assert [(record.image_id, record.captions) for record in file.records] == [("1", ["A dog."])]
 
 
 @pytest.mark.parametrize(

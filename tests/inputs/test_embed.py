@@ -293,6 +293,22 @@ def test_embeddings_belong_to_pictures(
             np.testing.assert_allclose(one.embedding, other.embedding, rtol=2e-3)  # other batches: the last bit
 
 
+def test_no_other_embeddings_are_begun_while_a_share_is_at_work(encoder: Encoder, pictures: Path) -> None:
+    other = dataclasses.replace(encoder, params=jax.tree.map(lambda leaf: leaf * 1.5, encoder.params))
+    load = _Embedder._load
+
+    def rival(self: Any, *arguments: Any) -> Any:
+        if self.encoder is encoder:
+            with pytest.raises(UserError, match="was begun, but not finished, from something else: encoder was"):
+                embed(other, "records/pictures", "mine", str(pictures))
+        return load(self, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_Embedder, "_load", rival)
+        embed(encoder, "records/pictures", "mine", str(pictures), share=(0, 2), workers=1)
+    assert embed(encoder, "records/pictures", "mine", str(pictures), share=(1, 2)) is not None
+
+
 def test_prepared_anew_after_it_stopped(encoder: Encoder, pictures: Path, source: Source) -> None:
     """What was begun from the old data set is begun anew."""
     finish = prepare.finish
