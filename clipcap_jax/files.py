@@ -104,9 +104,8 @@ def local_copy(path: Any, digest: str) -> Path:
     """
     if not is_remote(path):
         return Path(path)
-    return (
-        once(digest[:32], [home() / "files"], lambda folder: copy_checked(path, folder / path.name, digest)) / path.name
-    )
+    name = f"{digest[:32]}-{path.name}"  # the same content may lie under two names
+    return once(name, [home() / "files"], lambda folder: copy_checked(path, folder / path.name, digest)) / path.name
 
 
 def copy_checked(path: Any, target: Path, sha256: str) -> None:

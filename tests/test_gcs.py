@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from original import load_clip
+from sources import listed
 from tiny import IMAGE_SIZE
 
 from clipcap_jax import files
-from clipcap_jax.datasets import beam, open_split, prepare_shapes, schema, shapes
+from clipcap_jax.datasets import Example, beam, open_split, prepare, prepare_shapes, schema, shapes
 from clipcap_jax.errors import UserError
 from clipcap_jax.inputs.batches import CaptionData
 from clipcap_jax.inputs.embed import Encoder, embed
@@ -85,6 +86,16 @@ def test_a_data_set_on_gs(bucket: str, data_dir: Path) -> None:
     (copied,) = (files.home() / "files").glob("*/*")  # for the pictures
     assert ".array_record" in copied.name
     assert not list(files.home().glob("columns/*/*.array_record*"))
+
+
+def test_the_same_content_under_two_names(bucket: str) -> None:
+    """In the cache it is found by its digest, but is not taken for a file of the other name."""
+    for name in ("one", "other"):
+        example = Example(b"an image", None, "", "a", ("a dog.",), "")
+        prepare.prepare(listed(name, "train", [example]), bucket)
+        assert open_split(name, "train", bucket)[0].image == b"an image"
+    first, second = (open_split(name, "train", bucket) for name in ("one", "other"))
+    assert first.fingerprint == second.fingerprint
 
 
 def test_a_part_on_gs(bucket: str, data_dir: Path) -> None:
@@ -161,6 +172,27 @@ def test_stopped_while_it_is_copied_to_gs(bucket: str, tmp_path: Path, monkeypat
     prepare_shapes(str(tmp_path / "here"), {"train": 40})
     there, here = (tfds.core.Path(at) / "shapes" / "1.0.0" for at in (bucket, tmp_path / "here"))
     assert contents(there) == contents(here)
+
+
+def test_killed_before_the_copy_on_the_disk_is_removed(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it leaves is not taken for new when the data set is deleted and prepared again."""
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", kill_at("1.0.0.copied", Path.rename))
+        with pytest.raises(KeyboardInterrupt):
+            prepare_shapes(bucket, {"train": 20})
+    assert list(files.home().glob("prepared/*/shapes/1.0.0/dataset_info.json"))
+    assert prepare_shapes(bucket, {"train": 20}).already_prepared
+    assert not list(files.home().glob("prepared/*/shapes/1.0.0"))
+
+
+def kill_at(name: str, rename: Any) -> Any:
+    def killed(path: Path, target: Path) -> Path:
+        if Path(target).name == name:
+            raise KeyboardInterrupt
+        renamed: Path = rename(path, target)
+        return renamed
+
+    return killed
 
 
 def test_killed_while_the_copy_on_the_disk_is_removed(

@@ -95,8 +95,7 @@ def prepare_remote(source: Source, data_dir: str, work: Callable[[str], Any]) ->
     Raises:
       UserError: see `prepare`.
     """
-    place = files.home() / "prepared" / hashlib.sha256(data_dir.encode()).hexdigest()[:16]
-    folder = Path(source.name) / VERSION
+    place, folder = _cache_of(data_dir), Path(source.name) / VERSION
     try:
         if done := find_prepared(source.name, data_dir, source.origin, source.found, source.renewed):
             return done
@@ -110,6 +109,19 @@ def prepare_remote(source: Source, data_dir: str, work: Callable[[str], Any]) ->
     except OSError as error:
         raise UserError(f"{source.name} could not be prepared in {data_dir}: {error}") from error
     return _summary(schema.read_builder(tfds.core.Path(data_dir) / folder))
+
+
+def _cache_of(data_dir: str) -> Path:
+    return files.home() / "prepared" / hashlib.sha256(data_dir.encode()).hexdigest()[:16]
+
+
+def _forget_copy(name: str, data_dir: str) -> None:
+    """Remove what a kill left in the cache of a data set that was copied, unless another process is copying it."""
+    folder = _cache_of(data_dir) / name / VERSION
+    if folder.exists():
+        lock = files.locked(folder.with_name(f"{VERSION}upload.lock"), wait=False)
+        with contextlib.suppress(BlockingIOError), lock:
+            shutil.rmtree(folder)
 
 
 def _write_shards(writer: Writer, processes: int, beam: Sequence[str] | None, max_skipped: float) -> list[Shard]:
@@ -273,11 +285,8 @@ def find_prepared(
         sweep(Path(folder))  # in case the process that finished it was killed before it had
     schema.check_metadata(folder)
     builder = schema.read_builder(folder)
-    stored = builder.info.metadata or {}
-    if "pictures" not in stored:
-        raise UserError(
-            f"{folder} lacks its metadata.json, or was prepared by an earlier version: delete it to prepare it again."
-        )
+    schema.require_metadata(builder)
+    stored = builder.info.metadata
     before, now = stored["source"], json.loads(json.dumps(origin))
     if before != now:
         if same_but(renewed, before, now):
@@ -286,6 +295,8 @@ def find_prepared(
             f"{name} was prepared before, but from something else{changes(before, now)}. "
             f"Delete {folder} to prepare it again, or choose another name or --data-dir."
         )
+    if files.is_remote(data_dir):
+        _forget_copy(name, data_dir)
     summary = _summary(builder)
     images = stored["found"].get("images")
     moved = found is not None and images is not None and images != found.get("images")

@@ -41,6 +41,8 @@ from clipcap_jax.errors import UserError
 
 FILE_FORMAT = "array_record"  # random access, and readable without TensorFlow
 
+_OPEN_FILES = 2**16
+
 READ_AT_ONCE = 1000  # examples, when all are read
 
 _TEXTS = ("image_path", "image_id", "split", "domain", "picture")
@@ -110,7 +112,6 @@ class Split(Sequence[Example]):
       encoder: what made the embeddings, such as "ViT-B/32"; None where that is not known or there are none.
       root: the folder that the pictures lay in, which `image_path` starts from; "" where they lie nowhere.
       fingerprint: of the data set, as `fingerprint` gives it.
-      pictures: the same of its pictures alone, whatever is said about them.
       folder: where the data set lies.
       whole: the split that it is, or that it is a part of.
       start, stop: its place in the whole split.
@@ -129,7 +130,6 @@ class Split(Sequence[Example]):
         self.encoder: str | None = metadata["encoder"]
         self.root: str = metadata["root"]
         self.fingerprint = fingerprint(metadata)
-        self.pictures: str = metadata["pictures"]
         self.folder: tfds.core.Path = builder.data_path
         parts = tfds.core.ReadInstruction.from_spec(split).to_absolute(dict(builder.info.splits))
         if len(parts) > 1:
@@ -143,7 +143,7 @@ class Split(Sequence[Example]):
         self.shards: list[tfds.core.Path] = info.filepaths
         self.shard_lengths: list[int] = info.shard_lengths
         self._digests: list[str] = metadata["shards"][self.whole]
-        _allow_open_files(len(self.shards))
+        _allow_open_files()
         self._ends = list(itertools.accumulate(self.shard_lengths))
         self._opened: dict[int, ArrayRecordDataSource] = {}
 
@@ -191,9 +191,9 @@ class Split(Sequence[Example]):
                     local = Path(scratch) / path.name
                     files.copy_checked(path, local, self._digests[shard])
                 else:
-                    self._check_same()
                     with _reading(path):
                         if files.digest(local) != self._digests[shard]:  # it may just be copied here
+                            self._check_same()
                             raise RuntimeError("it is not what was written")
                 with _reading(path), ArrayRecordDataSource(f"{local}[0:{length}]") as records:
                     for start in range(0, length, READ_AT_ONCE):
@@ -205,10 +205,10 @@ class Split(Sequence[Example]):
             self._check_same()
 
 
-def _allow_open_files(count: int) -> None:
-    """Raise this process's limit where shards might not fit; often it is 1024."""
+def _allow_open_files() -> None:
+    """Raise this process's limit to what the shards of some data sets need; often it is 1024."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = count + 1024 if hard == resource.RLIM_INFINITY else min(count + 1024, hard)
+    wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(_OPEN_FILES, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
@@ -293,12 +293,17 @@ def open_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
             f"{info.data_dir} is in the format {info.file_format.value}, which needs TensorFlow. "
             f"Prepare it again with file_format={FILE_FORMAT!r}."
         )
-    if "root" not in (info.metadata or {}):
-        raise UserError(
-            f"{info.data_dir} lacks its metadata.json, or was prepared by an earlier version: delete it to prepare it "
-            "again."
-        )
+    require_metadata(builder)
     return builder
+
+
+def require_metadata(builder: tfds.core.DatasetBuilder) -> None:
+    """Raise a UserError if a data set does not say what it holds."""
+    if "digest" not in (builder.info.metadata or {}):
+        raise UserError(
+            f"{builder.data_path} lacks its metadata.json, or was prepared by an earlier version: delete it to prepare "
+            "it again."
+        )
 
 
 def read_builder(folder: Any) -> tfds.core.DatasetBuilder:
@@ -358,7 +363,12 @@ def check_metadata(folder: Any) -> str | None:
     digest = content.pop("digest", None)
     if "descriptions" not in content:
         return None
-    damaged = [name for name in _DESCRIPTIONS if files.digest(folder / name) != content["descriptions"].get(name)]
+    try:
+        damaged = [name for name in _DESCRIPTIONS if files.digest(folder / name) != content["descriptions"].get(name)]
+    except OSError as error:
+        raise UserError(
+            f"{folder} is damaged: its metadata cannot be read ({error}). Delete it and prepare the data set again."
+        ) from error
     if hash_of(content) != digest:
         damaged = ["metadata.json"]
     if damaged:

@@ -42,7 +42,6 @@ class Shard:
       images, captions: how many.
       bytes: the size of the file.
       sha256: of its bytes.
-      pictures: a hash of the examples' ids and pictures.
       words: how many captions have how many words.
       problems: what was skipped.
     """
@@ -51,7 +50,6 @@ class Shard:
     captions: int
     bytes: int
     sha256: str
-    pictures: str
     words: dict[int, int]
     problems: list[Problem]
 
@@ -133,17 +131,16 @@ class Writer:
         if not schema.is_finished(self.folder) and any(path.name != "columns" for path in self.folder.glob("*")):
             raise UserError(f"{self.folder} holds a part of a data set: delete it to prepare it again.")
         path = self.unfinished / "plan.json"
-        if alone and path.exists() and not any(self.unfinished.glob("*.note.json")):
-            path.unlink()
+        if alone and path.exists():
+            before = json.loads(path.read_text())
+            renewed = before != self._plan and same_but(self.source.renewed, before["origin"], self._plan["origin"])
+            if renewed or not any(self.unfinished.glob("*.note.json")):
+                path.unlink()
         if not path.exists():
             self.discard()  # it may be what another deletion has left
             self.unfinished.mkdir(parents=True)
             _write_whole(path, json.dumps(self._plan))
         begun = json.loads(path.read_text())
-        if alone and begun != self._plan and same_but(self.source.renewed, begun["origin"], self._plan["origin"]):
-            self.discard()
-            self.begin(alone=True)
-            return
         if begun != self._plan:
             raise UserError(
                 f"{self.source.name} was begun, but not finished, from something else"
@@ -204,7 +201,6 @@ class Writer:
         features = schema.features(self.source.has_images, self.source.embedding_width)
         serializer = example_serializer.ExampleSerializer(features.get_serialized_info())
         ids: list[str] = []
-        pictures = hashlib.sha256()
         words: Counter[int] = Counter()
         problems: list[Problem] = []
 
@@ -220,7 +216,6 @@ class Writer:
                 ids.append(example.image_id)
                 words.update(len(caption.split()) for caption in example.captions)
                 fields = schema.to_fields(example, split)
-                pictures.update(f"{example.image_id}\0{fields['picture']}\n".encode())
                 # As `serialize_example` does, but the same bytes every time: a proto's map has no order.
                 record = serializer.get_tf_example(features.encode_example(fields)).SerializeToString(
                     deterministic=True
@@ -244,7 +239,6 @@ class Writer:
                 captions=words.total(),
                 bytes=temporary.stat().st_size,
                 sha256=files.digest(temporary),
-                pictures=pictures.hexdigest(),
                 words=dict(words),
                 problems=problems,
             )
@@ -299,8 +293,7 @@ class Writer:
         )
         info.write_to_directory(self.unfinished)
         digests = {split: [shard.sha256 for shard in held] for split, held in by_split.items()}
-        pictures = schema.hash_of({split: [shard.pictures for shard in held] for split, held in by_split.items()})[:16]
-        schema.seal(self.unfinished, {**metadata, "name": self.source.name, "shards": digests, "pictures": pictures})
+        schema.seal(self.unfinished, {**metadata, "name": self.source.name, "shards": digests})
 
     def publish(self) -> Any:
         """Give the folder its name; what had it before, to be replaced, is removed. Returns the folder."""

@@ -134,19 +134,6 @@ def _embed(source: Source, max_skipped: float, share: tuple[int, int], data_dir:
 Known = dict[str, tuple[np.ndarray, int]]  # by a picture's digest: a matrix of embeddings, and its row there
 
 
-def _known(name: str, data_dir: str) -> Known:
-    """The embeddings of a data set that is to be replaced; none where there is no such data set."""
-    with schema.reachable(data_dir):
-        if not schema.is_finished(tfds.core.Path(data_dir).expanduser() / name / VERSION):
-            return {}
-    known: Known = {}
-    for split in open_builder(name, data_dir).info.splits:
-        columns = open_columns(open_split(name, split, data_dir))
-        assert columns.embeddings is not None
-        known |= {picture: (columns.embeddings, row) for row, picture in enumerate(columns.pictures)}
-    return known
-
-
 class _Embedder:
     """Embeds pictures of splits with one compiled program."""
 
@@ -157,7 +144,16 @@ class _Embedder:
 
     @functools.cached_property
     def _known(self) -> Known:
-        return _known(self._name, self._data_dir)
+        """The embeddings of the data set that is to be replaced; none where there is none."""
+        name, data_dir = self._name, self._data_dir
+        if not schema.is_finished(tfds.core.Path(data_dir).expanduser() / name / VERSION):
+            return {}
+        known: Known = {}
+        for split in open_builder(name, data_dir).info.splits:
+            columns = open_columns(open_split(name, split, data_dir))
+            assert columns.embeddings is not None
+            known |= {picture: (columns.embeddings, row) for row, picture in enumerate(columns.pictures)}
+        return known
 
     @functools.cached_property  # not where all is there already
     def _begin(self) -> Callable[[np.ndarray], Callable[[], np.ndarray]]:

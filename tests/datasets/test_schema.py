@@ -183,7 +183,7 @@ def test_more_shards_than_files_may_be_open(tmp_path: Path, monkeypatch: pytest.
     resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 10, limits[1]))
     try:
         split = open_split("shapes", "train", str(tmp_path))
-        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] >= min(1044, limits[1])
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] >= min(2**16, limits[1])
         assert len({split[index].image_id for index in [*range(60), *range(0, 60, 7)]}) == 60
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
@@ -197,6 +197,14 @@ def test_damaged_metadata(tmp_path: Path, name: str, damage: Callable[[bytes], b
     path.write_bytes(damage(path.read_bytes()))
     for look in (lambda: open_split("shapes", "train", str(tmp_path)), lambda: prepare_shapes(str(tmp_path))):
         with pytest.raises(UserError, match=rf"{path.parent} is damaged: .*Delete it and prepare the data set again"):
+            look()
+
+
+def test_without_features(tmp_path: Path) -> None:
+    prepare_shapes(str(tmp_path), {"train": 2})
+    (tmp_path / "shapes" / shards.VERSION / "features.json").unlink()
+    for look in (lambda: open_split("shapes", "train", str(tmp_path)), lambda: prepare_shapes(str(tmp_path))):
+        with pytest.raises(UserError, match=r"1.0.0 is damaged: .*features.json.*Delete it and prepare the data set"):
             look()
 
 
@@ -240,7 +248,8 @@ def test_exchanged_pictures_are_another_data_set(tmp_path: Path) -> None:
         prepare.prepare(listed("tiny", "train", examples), str(tmp_path / name))
         found[name] = open_split("tiny", "train", str(tmp_path / name))
     assert len({split.fingerprint for split in found.values()}) == 3
-    assert found["one"].pictures == found["corrected"].pictures != found["exchanged"].pictures
+    pictures = {name: [example.picture for example in split] for name, split in found.items()}
+    assert pictures["one"] == pictures["corrected"] != pictures["exchanged"]
 
 
 def test_a_data_set_that_is_prepared_anew_under_its_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
