@@ -304,7 +304,7 @@ def test_flipped_bits(tmp_path: Path, folder: Path, seed: int) -> None:
         before = path.read_bytes()
         for place in random.integers(len(before), size=25):
             damaged = bytearray(before)
-            damaged[place] ^= 1 << random.integers(8)
+            damaged[place] ^= 1 << int(random.integers(8))
             path.write_bytes(damaged)
             message = ""
             try:
