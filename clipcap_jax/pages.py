@@ -39,22 +39,23 @@ def write(path: str | Path, template: str, **content: Any) -> None:
     path.write_text(page, encoding="utf-8")
 
 
-def picture(image: bytes | None, path: str, name: str) -> Picture:
+def picture(image: bytes | None, path: str, name: str, digest: str = "") -> Picture:
     """A picture from its bytes or, where these are None, from its file; it is shrunk.
 
     Args:
       image: as encoded.
       path: where it lies; "" where nowhere.
       name: of the picture, for messages.
+      digest: see `pictures.read_same`.
     """
     if image is None and not path:
         return Picture(None, False, "There is no picture to show.")
     try:
-        return Picture(*_data_uri(Path(path).read_bytes() if image is None else image), "")
+        return Picture(*_data_uri(pictures.read_same(path, digest) if image is None else image), "")
     except FileNotFoundError:
         return Picture(None, False, f"There is no picture at {path}")
     except (OSError, UserError) as error:
-        return Picture(None, False, f"{path or name}: {error}")
+        return Picture(None, False, str(error) if path and path in str(error) else f"{path or name}: {error}")
 
 
 def _data_uri(encoded: bytes) -> tuple[str, bool]:

@@ -11,10 +11,12 @@ model: uint8 is a quarter of the bytes to send to the device.
 As there, transparency is dropped: what a transparent pixel shows is the colour stored beneath it.
 """
 
+import hashlib
 import io
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -27,6 +29,28 @@ MAX_ASPECT_RATIO = 100
 
 _Item = TypeVar("_Item")
 _Loaded = TypeVar("_Loaded")
+
+
+def digest(encoded: bytes) -> str:
+    """What tells a picture from others, as data sets store it: the first half of the SHA-256 of its file."""
+    return hashlib.sha256(encoded).hexdigest()[:32]
+
+
+def read_same(path: str, known: str) -> bytes:
+    """The bytes of a picture's file, where these are still what they were when a data set was prepared from it.
+
+    Args:
+      path: where it lies.
+      known: its `digest`; "" where that is not known.
+
+    Raises:
+      UserError: they are not.
+      OSError: the file cannot be read.
+    """
+    encoded = Path(path).read_bytes()
+    if known and digest(encoded) != known:
+        raise UserError(f"{path} is another picture than it was when the data set was prepared")
+    return encoded
 
 
 def decode(data: bytes) -> Image.Image:

@@ -205,6 +205,7 @@ def _rows(captions: dict[str, str], file: CaptionsFile, scores: Scores, pictures
             scores={name: values[image] for name, values in per_image.items()},
             read_image=lambda: None,
             image_path=str(pictures.get(image, "")),
+            picture="",
             finished=True,
         )
 

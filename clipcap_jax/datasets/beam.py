@@ -14,7 +14,7 @@ import pickle
 import tempfile
 import threading
 import time
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Sequence
 from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -23,9 +23,8 @@ import tensorflow_datasets as tfds
 
 from clipcap_jax import files
 from clipcap_jax.datasets.processes import end_with_parent
-from clipcap_jax.datasets.schema import Example
 from clipcap_jax.datasets.shards import VERSION, Shard, Writer, upload
-from clipcap_jax.datasets.source import Problem, Source
+from clipcap_jax.datasets.source import Part, Source
 from clipcap_jax.errors import UserError
 
 _POLL = 0.5  # seconds
@@ -66,7 +65,7 @@ def run(writer: Writer, indices: Sequence[int], options: Sequence[str]) -> Gener
             elif ended is not None:
                 time.sleep(_POLL)
             for index in left.copy():  # after the look at the job
-                if shard := writer.finished(index):
+                if shard := writer.finished(index, writer.source.parts[index]):
                     left.remove(index)
                     yield index, shard
             if ended is not None and left and (end != "DONE" or time.monotonic() > ended + _PATIENCE):
@@ -116,8 +115,8 @@ def _write_in_worker(index: int, writer: Writer) -> None:
         part = pickle.loads(writer.part_file(index).read_bytes())
     except FileNotFoundError:
         return
-    if not writer.finished(index):
-        writer.write(index, part.read())
+    if not writer.finished(index, part):
+        writer.write(index, part)
 
 
 def _last_words(receiver: connection.Connection, job: BaseProcess) -> str:
@@ -163,13 +162,13 @@ class RemoteWriter(Writer):
         if self.notes.exists():
             self.notes.rmtree()
 
-    def write(self, index: int, examples: Iterable[Example | Problem]) -> Shard:
+    def write(self, index: int, part: Part) -> Shard:
         """As of a `Writer`."""
         with tempfile.TemporaryDirectory() as folder:
             here = copy.copy(self)
             here.unfinished = Path(folder)
             here.shards = here.notes = tfds.core.Path(folder)
-            shard = super(RemoteWriter, here).write(index, examples)
+            shard = super(RemoteWriter, here).write(index, part)
             for path, target in ((here.shards / self.names[index], self.shards), (here._note(index), self.notes)):
                 path.copy(target / path.name, overwrite=True)
         return shard

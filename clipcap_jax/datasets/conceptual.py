@@ -156,9 +156,13 @@ def read_piece(piece: Piece, folder: Path) -> Iterator[Example | Problem]:
     """Its examples; their paths start from `folder`."""
     keys = set()
     marks = _marks(piece.held_out)
+    dead: list[str] = []
     for sample in _samples(piece):
         if isinstance(sample, Problem):
             yield sample
+            continue
+        if sample.image is None and sample.missing in _DEAD and not sample.fault:
+            dead.append(sample.where)
             continue
         problem = _fault(sample) or _seen(sample, marks)
         if problem is None and sample.key in keys:
@@ -180,6 +184,8 @@ def read_piece(piece: Piece, folder: Path) -> Iterator[Example | Problem]:
             captions=tuple(captions),
             domain="",
         )
+    if dead:  # of a third of the list; one by one, they would take more memory than all else
+        yield Problem(dead[0], _DEAD[0], f"no picture for {len(dead):,} rows, the last {dead[-1]}", len(dead))
 
 
 def _fault(sample: Sample) -> Problem | None:

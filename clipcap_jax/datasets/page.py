@@ -32,7 +32,8 @@ def write_page(path: Path, summary: Summary, root: str, samples: Mapping[str, Se
         bars=[(words, summary.words.get(words, 0), summary.words.get(words, 0) / most) for words in lengths],
         sections={
             split: [
-                (example, pages.picture(example.image, _place(root, example), example.image_id)) for example in examples
+                (example, pages.picture(example.image, _place(root, example), example.image_id, example.picture))
+                for example in examples
             ]
             for split, examples in samples.items()
         },

@@ -126,7 +126,7 @@ def _forget_copy(name: str, data_dir: str) -> None:
 
 def _write_shards(writer: Writer, processes: int, beam: Sequence[str] | None, max_skipped: float) -> list[Shard]:
     source = writer.source
-    shards = {index: shard for index in range(len(source.parts)) if (shard := writer.finished(index))}
+    shards = {index: shard for index, part in enumerate(source.parts) if (shard := writer.finished(index, part))}
     left = [index for index in range(len(source.parts)) if index not in shards]
     problems = 0
     work = run(writer, left, processes) if beam is None else on_beam.run(writer, left, beam)
@@ -150,7 +150,7 @@ def run(writer: Writer, indices: Sequence[int], processes: int) -> Generator[tup
     """
     if processes == 1 or len(indices) < 2:
         for index in indices:
-            yield index, writer.write(index, writer.source.parts[index].read())
+            yield index, writer.write(index, writer.source.parts[index])
         return
     others = {*multiprocessing.active_children()}  # of whoever calls this
     # Spawned: a process that is forked from one in which JAX has started may hang.
@@ -183,7 +183,7 @@ def _begin_worker(writer: Writer) -> None:
 
 
 def _write_shard(index: int, part: Part) -> Shard:
-    return _writer.write(index, part.read())
+    return _writer.write(index, part)
 
 
 def finish(writer: Writer, shards: list[Shard], max_skipped: float) -> Summary:

@@ -36,7 +36,7 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from google.protobuf import json_format
 from tensorflow_datasets.proto import tf_example_pb2
 
-from clipcap_jax import files
+from clipcap_jax import files, pictures
 from clipcap_jax.errors import UserError
 
 FILE_FORMAT = "array_record"  # random access, and readable without TensorFlow
@@ -91,7 +91,7 @@ def to_fields(example: Example, split: str) -> dict[str, Any]:
     }
     if example.image is not None:
         fields["image"] = example.image
-        fields["picture"] = hashlib.sha256(example.image).hexdigest()[:32]
+        fields["picture"] = pictures.digest(example.image)
     if example.embedding is not None:
         fields["embedding"] = example.embedding
     return fields

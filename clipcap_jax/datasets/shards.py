@@ -25,8 +25,7 @@ from tensorflow_datasets.core import splits as tfds_splits
 
 from clipcap_jax import files
 from clipcap_jax.datasets import schema
-from clipcap_jax.datasets.schema import Example
-from clipcap_jax.datasets.source import Problem, Source
+from clipcap_jax.datasets.source import Part, Problem, Source
 from clipcap_jax.errors import UserError
 from clipcap_jax.progress import track
 
@@ -162,8 +161,8 @@ class Writer:
         """Take the shard of a part for not written."""
         self._note(index).unlink(missing_ok=True)
 
-    def finished(self, index: int) -> Shard | None:
-        """What the shard of a part holds, if it is whole."""
+    def finished(self, index: int, part: Part) -> Shard | None:
+        """What the shard of this part holds, if it is whole."""
         try:
             note = json.loads(self._note(index).read_text())
             fields = note["shard"]
@@ -173,7 +172,8 @@ class Writer:
             whole = (self.shards / self.names[index]).stat().length == shard.bytes
         except (FileNotFoundError, ValueError, TypeError, KeyError):
             return None
-        return shard if whole and note["plan"] == self._digest else None  # the plan: it may be left of another one
+        # It may be left of another plan, or of other pictures.
+        return shard if whole and note["plan"] == self._digest and note["part"] == part.holds else None
 
     def ids(self, index: int) -> list[str]:
         """The image_id of every example of a finished shard."""
@@ -187,12 +187,12 @@ class Writer:
         """Where a process on another machine finds the part that it shall write."""
         return self.notes / f"{self.names[index]}.part"
 
-    def write(self, index: int, examples: Iterable[Example | Problem]) -> Shard:
+    def write(self, index: int, part: Part) -> Shard:
         """Write the shard of a part.
 
         Args:
           index: the part's number.
-          examples: what it holds.
+          part: gives what it holds.
 
         Raises:
           OSError: the disk is full, or a file cannot be read or written.
@@ -209,7 +209,7 @@ class Writer:
         def records() -> Iterator[tuple[int, bytes]]:
             nonlocal failed
             failed = True
-            for example in examples:
+            for example in part.read():
                 if isinstance(example, Problem):
                     problems.append(example)
                     continue
@@ -245,9 +245,8 @@ class Writer:
             temporary.rename(path)
         finally:
             temporary.unlink(missing_ok=True)
-        _write_whole(
-            Path(self._note(index)), json.dumps({"plan": self._digest, "shard": dataclasses.asdict(shard), "ids": ids})
-        )
+        note = {"plan": self._digest, "part": part.holds, "shard": dataclasses.asdict(shard), "ids": ids}
+        _write_whole(Path(self._note(index)), json.dumps(note))
         return shard
 
     def describe(self, shards: list[Shard], metadata: Mapping[str, Any]) -> None:

@@ -7,6 +7,7 @@ are sent to the processes that write them, so they say where pictures lie rather
 import dataclasses
 import errno
 import functools
+import hashlib
 import os
 import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -66,11 +67,14 @@ class Part:
       split: of all its examples.
       read: gives them, and what was skipped, in a fixed order; it can be pickled, as a `functools.partial` can.
       count: how many those are, for the progress; 0 where that is not known.
+      holds: tells it from the part that was there in its place when a preparation began that goes on now, where the
+        source's `origin` does not; "" where that does.
     """
 
     split: str
     read: Callable[[], Iterator[Example | Problem]]
     count: int = 0
+    holds: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,6 +147,7 @@ def read_pictures(
             image_id=record.image_id,
             captions=tuple(record.captions),
             domain=record.domain,
+            picture="" if image is None or store_images else pictures.digest(image),
         )
 
 
@@ -167,9 +172,10 @@ def picture_parts(
         chosen = by_hash([record for record in records if record.split == split], split, lambda record: record.image_id)
         for start in range(0, len(chosen), size):
             some = chosen[start : start + size]
-            parts.append(
-                Part(split, functools.partial(read_pictures, some, folder, store_images, embeddings), len(some))
-            )
+            read = functools.partial(read_pictures, some, folder, store_images, embeddings)
+            # Pictures that have come or gone move others from part to part.
+            holds = hashlib.sha256(repr(some).encode()).hexdigest()
+            parts.append(Part(split, read, len(some), holds))
     return parts
 
 

@@ -22,6 +22,7 @@ from clipcap_jax.metrics import References, Scores, SpiceConfig, coco_files, pap
 from clipcap_jax.metrics.health import health
 from clipcap_jax.metrics.measure import Measure, mean
 from clipcap_jax.metrics.scorecard import Scorecard
+from clipcap_jax.pictures import read_same
 from clipcap_jax.progress import track
 from clipcap_jax.training.validation import LossMeter
 
@@ -150,7 +151,7 @@ def _read_picture(data: CaptionData, index: int) -> bytes:
         return image
     if not data.image_paths[index]:
         raise UserError(f"{data.name} neither holds it nor says where it lies")
-    return Path(data.image_paths[index]).read_bytes()
+    return read_same(data.image_paths[index], data.pictures[index])
 
 
 def open_data(captioner: Captioner, name: str, split: str, data_dir: str) -> CaptionData:
@@ -223,5 +224,6 @@ def _rows(evaluation: Evaluation) -> Iterator[Row]:
             scores={name: scores[image_id] for name, scores in per_image.items()},
             read_image=functools.partial(data.image, i),
             image_path=data.image_paths[i],
+            picture=data.pictures[i],
             finished=caption.finished,
         )

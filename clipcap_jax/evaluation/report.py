@@ -27,6 +27,7 @@ class Row:
       scores: of this picture alone, by metric.
       read_image: gives the encoded picture, or None to read it from `image_path`.
       image_path: where the picture lies; may be empty or gone, and is then named in the picture's place.
+      picture: what tells it from others, as `Example.picture`; "" where that is not known.
       finished: whether the caption ended by itself rather than at the length limit.
     """
 
@@ -36,6 +37,7 @@ class Row:
     scores: Mapping[str, float]
     read_image: Callable[[], bytes | None]
     image_path: str
+    picture: str
     finished: bool
 
 
@@ -70,7 +72,9 @@ def write_page(
         cards=[
             (
                 row,
-                _left_out(row) if place in left_out else pages.picture(row.read_image(), row.image_path, row.image_id),
+                _left_out(row)
+                if place in left_out
+                else pages.picture(row.read_image(), row.image_path, row.image_id, row.picture),
             )
             for place, row in enumerate(bar)
         ],

@@ -44,7 +44,7 @@ class CaptionData:
 
     Attributes:
       name: the data set and the split, for messages.
-      image_ids, image_paths, domains: one string per example, read when asked for.
+      image_ids, image_paths, pictures, domains: one string per example, read when asked for.
       captions: a tuple of strings per example, read when asked for.
       embedding_width: E of the stored embeddings; None where the model reads pictures.
       encoder: what made the stored embeddings, if that is known.
@@ -78,6 +78,7 @@ class CaptionData:
         self._columns = columns = open_columns(split)
         self.image_ids: Sequence[str] = columns.image_ids
         self.image_paths: Sequence[str] = columns.image_paths
+        self.pictures: Sequence[str] = columns.pictures
         self.domains: Sequence[str] = columns.domains
         self.captions: Sequence[tuple[str, ...]] = columns.captions
         self._embeddings = columns.embeddings if image_size is None else None

@@ -120,12 +120,12 @@ def _embed(source: Source, max_skipped: float, share: tuple[int, int], data_dir:
             with writer.locked(wait=True):
                 writer.begin(alone=shares == 1 and not writer.is_shared(work))
             writer.clear(range(number, len(source.parts), shares))
-            mine = [i for i in range(number, len(source.parts), shares) if writer.finished(i) is None]
+            mine = [i for i in range(number, len(source.parts), shares) if not writer.finished(i, source.parts[i])]
             _embed_shards(writer, mine)
         with writer.locked(wait=True):
             if done := prepare.find_prepared(source.name, data_dir, source.origin, source.found, source.renewed):
                 return done  # another share was the last
-            shards = [shard for i in range(len(source.parts)) if (shard := writer.finished(i))]
+            shards = [shard for i, part in enumerate(source.parts) if (shard := writer.finished(i, part))]
             return prepare.finish(writer, shards, max_skipped) if len(shards) == len(source.parts) else None
     except OSError as error:
         raise UserError(f"{source.name} could not be written to {data_dir}: {error}") from error
@@ -257,4 +257,4 @@ def _embed_shards(writer: Writer, indices: list[int]) -> None:
                 yield example
 
         for index, part in zip(indices, parts, strict=True):
-            writer.write(index, counted(part))
+            writer.write(index, dataclasses.replace(part, read=functools.partial(counted, part)))

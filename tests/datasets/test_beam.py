@@ -121,7 +121,7 @@ def test_a_worker_that_ends_on_the_way(name: str, told: str, tmp_path: Path, mon
     with pytest.raises(UserError, match=rf"Beam's job failed, \d shards are not written: {told}.*The same command"):
         prepare.prepare(source, str(tmp_path / "beam"), beam=LOCAL)
     writer = Writer(source, str(tmp_path / "beam"))
-    kept = [index for index in range(6) if writer.finished(index)]
+    kept = [index for index in range(6) if writer.finished(index, writer.source.parts[index])]
     assert not list(writer.unfinished.glob("*.part"))
     prepare.prepare(source, str(tmp_path / "beam"), beam=LOCAL)
     prepare.prepare(source, str(tmp_path / "pool"), processes=2)
@@ -144,11 +144,11 @@ def test_what_a_worker_does(tmp_path: Path) -> None:
     writer = Writer(made(log, "a", "b"), str(tmp_path))
     writer.begin(alone=True)
     beam._write_in_worker(0, writer.without_parts())
-    assert writer.finished(0) is None
+    assert writer.finished(0, writer.source.parts[0]) is None
     writer.part_file(0).write_bytes(pickle.dumps(writer.source.parts[0]))
     for _ in range(2):
         beam._write_in_worker(0, writer.without_parts())
-    assert writer.finished(0) is not None
+    assert writer.finished(0, writer.source.parts[0]) is not None
     assert log.read_text() == "a\n"
 
 

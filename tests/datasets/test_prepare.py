@@ -151,9 +151,9 @@ def test_a_shard_of_another_plan_is_not_finished(tmp_path: Path) -> None:
     for x in (1, 2):
         writer = Writer(source(log, *parts, origin={"x": x}), str(tmp_path))
         writer.unfinished.mkdir(parents=True, exist_ok=True)
-        assert writer.finished(0) is None
-        writer.write(0, writer.source.parts[0].read())
-        assert writer.finished(0) is not None
+        assert writer.finished(0, writer.source.parts[0]) is None
+        writer.write(0, writer.source.parts[0])
+        assert writer.finished(0, writer.source.parts[0]) is not None
 
 
 def test_killed_when_it_had_just_got_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,7 +180,7 @@ def test_shards_of_two_folders_are_not_mixed(tmp_path: Path) -> None:
     made = source(tmp_path / "log", ("a",), ("b",), found={"images": "/photos"})
     writer = Writer(made, str(tmp_path))
     writer.begin(alone=True)
-    writer.write(0, made.parts[0].read())
+    writer.write(0, made.parts[0])
     with pytest.raises(UserError, match="from something else: images from was /photos, is now /moved"):
         prepare.prepare(dataclasses.replace(made, found={"images": "/moved"}), str(tmp_path))
 

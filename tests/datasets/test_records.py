@@ -20,7 +20,8 @@ from PIL import Image
 from rich.console import Console
 
 from clipcap_jax import datasets
-from clipcap_jax.datasets import Example, RecordsSource, Summary, open_split, prepare_records
+from clipcap_jax.datasets import Example, RecordsSource, Summary, open_split, prepare_records, source
+from clipcap_jax.datasets.shards import Writer
 from clipcap_jax.errors import UserError
 
 
@@ -427,6 +428,30 @@ prepare_records(RecordsSource("mine", "c.jsonl", "photos"), "data")
         open_split("records/mine", "train", str(folder / "data"))
     assert not prepare(folder).already_prepared
     assert len(read(folder)) == 4
+
+
+def test_pictures_that_come_and_go_between_a_stop_and_the_next_start(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They move others from shard to shard: none is lost, and none is there twice."""
+    monkeypatch.setattr(source, "PICTURES_PER_SHARD", 2)
+    names = [f"{i}.jpg" for i in range(10)]  # five shards, and five without one of them
+    for i, name in enumerate(names):
+        Image.new("RGB", (8, 6), (i, 1, 0)).save(folder / "photos" / name)
+    write_lines(folder / "c.jsonl", [{"image": name, "caption": f"Of {name}.", "split": "train"} for name in names])
+    write = Writer.write
+    monkeypatch.setattr(Writer, "write", lambda self, index, part: stop() if index == 3 else write(self, index, part))
+    with pytest.raises(UserError, match="could not be prepared"):
+        prepare(folder, max_skipped=0.5)
+    monkeypatch.undo()
+    monkeypatch.setattr(source, "PICTURES_PER_SHARD", 2)
+    (folder / "photos" / "4.jpg").rename(folder / "photos" / "4.JPG")  # a near miss, which is left out
+    assert prepare(folder, max_skipped=0.5).images == {"train": 9}
+    assert {*read(folder, splits=("train",))} == {"0", "1", "2", "3", "5", "6", "7", "8", "9"}
+
+
+def stop() -> None:
+    raise OSError("no more")
 
 
 def test_a_folder_that_cannot_be_written(folder: Path) -> None:

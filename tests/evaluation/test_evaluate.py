@@ -175,6 +175,25 @@ def test_clipscore_without_pictures(
         evaluate.evaluate(captioner, data, evaluated.captions, batch_size=4, clip=clip)
 
 
+def test_clipscore_of_exchanged_pictures(
+    captioner: Captioner, data: CaptionData, evaluated: Evaluation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that the data set does not hold are read from where they lay when it was prepared."""
+    paths = [tmp_path / f"{i}.png" for i in range(len(data))]
+    for i, path in enumerate(paths):
+        path.write_bytes(data.image(i) or b"")
+    monkeypatch.setattr(data, "image", lambda index: None)
+    monkeypatch.setattr(data, "image_paths", [*map(str, paths)])
+    clip = ClipScorer.load(str(write_clip(tmp_path)))
+    found = evaluate.evaluate(captioner, data, evaluated.captions, batch_size=4, clip=clip)
+    assert np.isfinite(found.scores.measures["CLIPScore"].per_image).all()
+    first, last = paths[0].read_bytes(), paths[-1].read_bytes()
+    paths[0].write_bytes(last)
+    paths[-1].write_bytes(first)
+    with pytest.raises(UserError, match=r"0\.png is another picture than it was when the data set was prepared"):
+        evaluate.evaluate(captioner, data, evaluated.captions, batch_size=4, clip=clip)
+
+
 def test_a_split_without_references(captioner: Captioner, data: CaptionData, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data, "captions", [*data.captions[:-1], ()])
     with pytest.raises(UserError, match="1 examples without references"):

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from rich.console import Console
 
+from clipcap_jax import pictures
 from clipcap_jax.evaluation import report
 from clipcap_jax.metrics import Scores
 from clipcap_jax.metrics.measure import mean
@@ -37,10 +38,11 @@ def make_row(
     score: float = 1.0,
     image: bytes | None = DRAWING,
     image_path: str = "",
+    picture: str = "",
     finished: bool = True,
 ) -> report.Row:
     scores = {"CIDEr": score, "Bleu_4": 1 / (1 + score)}
-    return report.Row(image_id, caption, references, scores, lambda: image, image_path, finished)
+    return report.Row(image_id, caption, references, scores, lambda: image, image_path, picture, finished)
 
 
 def make_scorecard(rows: Sequence[report.Row]) -> Scorecard:
@@ -174,6 +176,18 @@ def test_pictures_are_read_from_their_files(tmp_path: Path) -> None:
     (tmp_path / "cat.png").write_bytes(DRAWING)
     page = write(tmp_path / "page.html", [make_row(image=None, image_path=str(tmp_path / "cat.png"))])
     assert len(page.pictures()) == 1
+
+
+def test_another_picture_under_the_same_name_is_not_shown(tmp_path: Path) -> None:
+    path = tmp_path / "cat.png"
+    path.write_bytes(DRAWING)
+    rows = [
+        make_row("1", image=None, image_path=str(path), picture=pictures.digest(DRAWING)),
+        make_row("2", image=None, image_path=str(path), picture=pictures.digest(b"a dog")),
+    ]
+    page = write(tmp_path / "page.html", rows)
+    assert len(page.pictures()) == 1
+    assert f"{path} is another picture than it was when the data set was prepared" in page.texts
 
 
 def test_missing_and_broken_pictures_are_named(tmp_path: Path) -> None:
