@@ -10,6 +10,7 @@ measures
     pictures     batches of decoded JPEG files, against Pillow alone with as many threads; and what decoding them at a
                  smaller scale (`Image.draft`) would gain and change; and the pictures that an evaluation reads, of
                  five captions each: by threads and once, against in turn and anew for each caption
+    shards       an example read at random from few and from many shards, against TFDS's own reader
     opening      a data set, after preparing it, for the first and the second time, and the memory that an epoch takes
 """
 
@@ -20,14 +21,16 @@ import json
 import multiprocessing
 import tempfile
 import time
+import unittest.mock
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import tensorflow_datasets as tfds
 from PIL import Image
 
-from clipcap_jax.datasets import RecordsSource, open_split, prepare_records
+from clipcap_jax.datasets import RecordsSource, open_split, prepare_records, source
 from clipcap_jax.inputs import batches as data_lib
 from clipcap_jax.inputs.batches import CaptionData, Pairs, training_batches
 from clipcap_jax.text.tokenizer import Tokenizer
@@ -46,9 +49,9 @@ def prepare_embeddings(folder: Path, count: int) -> None:
         for i, length in enumerate(lengths):
             record = {"image_id": str(i), "image": str(i), "split": "train"}
             file.write(json.dumps(record | {"captions": [" ".join(random.choice(WORDS, length))]}) + "\n")
-    source = RecordsSource(str(count), str(folder / "c.jsonl"), embeddings=str(folder / "e.npy"))
+    made = RecordsSource(str(count), str(folder / "c.jsonl"), embeddings=str(folder / "e.npy"))
     start = time.perf_counter()
-    prepare_records(source, str(folder))
+    prepare_records(made, str(folder))
     print(f"preparing {count} records: {time.perf_counter() - start:.1f} s")
 
 
@@ -213,14 +216,43 @@ def measure_opening(folder: Path, counts: list[int]) -> None:
         print(f"opening {count} for the {times} time: {found}")
 
 
+def measure_shards(folder: Path, counts: list[int], reads: int = 5000) -> None:
+    random = np.random.default_rng(0)
+    for count in counts:
+        name = f"shards-{count}"
+        width, size = 512, 16
+        np.save(folder / "e.npy", random.normal(size=(count * size, width)).astype(np.float16))
+        with (folder / "c.jsonl").open("w") as file:
+            for i in range(count * size):
+                file.write(json.dumps({"image_id": str(i), "split": "train", "caption": "a caption"}) + "\n")
+        with unittest.mock.patch.object(source, "EMBEDDINGS_PER_SHARD", size):
+            prepare_records(RecordsSource(name, str(folder / "c.jsonl"), embeddings=str(folder / "e.npy")), str(folder))
+        split = open_split(f"records/{name}", "train", str(folder))
+        theirs = tfds.builder_from_directory(folder / "records" / name / "1.0.0").as_data_source("train")
+        places = random.integers(len(split), size=reads)
+        times = []
+        for read in (split, theirs):
+            for place in range(0, len(split), size):
+                read[place]  # open every shard
+            start = time.process_time()
+            for place in places:
+                read[int(place)]
+            times.append((time.process_time() - start) / reads * 1e6)
+        ours, tfds_own = times
+        print(f"{count} shards: {ours:.0f} us of CPU a read, TFDS's own {tfds_own:.0f}, ratio {tfds_own / ours:.1f}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--photos", type=Path, help="a folder of JPEG files")
     parser.add_argument("--folder", type=Path, help="for what is prepared; a temporary one by default")
     parser.add_argument("--records", type=int, nargs="+", default=[10_000, 100_000])
+    parser.add_argument("--shards", type=int, nargs="*", default=[100, 640, 1200])
     parser.add_argument("--workers", type=int, default=2, help="threads that decode pictures")
     parser.add_argument("--seconds", type=float, default=5.0, help="for each figure")
     arguments = parser.parse_args()
+    if arguments.photos is not None and not any(arguments.photos.glob("*.jpg")):
+        parser.error(f"there are no .jpg files in {arguments.photos}")
     if arguments.folder is not None:
         arguments.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
@@ -228,6 +260,7 @@ def main() -> None:
         for count in arguments.records:
             prepare_embeddings(folder, count)
         measure_opening(folder, arguments.records)
+        measure_shards(folder, arguments.shards)
         measure_embeddings(folder, f"records/{arguments.records[-1]}", arguments.seconds)
         if arguments.photos is not None:
             measure_pictures(folder, arguments.photos, arguments.workers, arguments.seconds)

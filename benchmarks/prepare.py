@@ -130,6 +130,8 @@ def main() -> None:
     parser.add_argument("--embedded", type=int, default=1000)
     parser.add_argument("--folder", type=Path, help="for what is prepared; a temporary one by default")
     arguments = parser.parse_args()
+    if not any(arguments.photos.glob("*.jpg")):
+        parser.error(f"there are no .jpg files in {arguments.photos}")
     if arguments.folder is not None:
         arguments.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:

@@ -15,12 +15,13 @@ import os
 import shutil
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import tensorflow_datasets as tfds
-from tensorflow_datasets.core import dataset_info, example_serializer, file_adapters, naming
+from array_record.python.array_record_module import ArrayRecordWriter
+from tensorflow_datasets.core import dataset_info, example_serializer, naming
 from tensorflow_datasets.core import splits as tfds_splits
 
 from clipcap_jax import files
@@ -30,7 +31,7 @@ from clipcap_jax.errors import UserError
 from clipcap_jax.progress import track
 
 VERSION = "1.0.0"
-_WRITER = file_adapters.ADAPTER_FOR_FORMAT[file_adapters.FileFormat(schema.FILE_FORMAT)]
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,35 +205,24 @@ class Writer:
         words: Counter[int] = Counter()
         problems: list[Problem] = []
 
-        failed = False  # here, not in array_record
-
-        def records() -> Iterator[tuple[int, bytes]]:
-            nonlocal failed
-            failed = True
-            for example in part.read():
-                if isinstance(example, Problem):
-                    problems.append(example)
-                    continue
-                ids.append(example.image_id)
-                words.update(len(caption.split()) for caption in example.captions)
-                fields = schema.to_fields(example, split)
-                # As `serialize_example` does, but the same bytes every time: a proto's map has no order.
-                record = serializer.get_tf_example(features.encode_example(fields)).SerializeToString(
-                    deterministic=True
-                )
-                failed = False
-                yield len(ids), record
-                failed = True
-            failed = False
-
         temporary = _temporary(path)
         try:
+            # As TFDS's writer, but pictures are compressed already: to try it again costs more than to write them.
+            options = "group_size:1" + ",uncompressed" * self.source.has_images
+            file = _as_system(ArrayRecordWriter, str(temporary), options)
             try:
-                _WRITER.write_examples(temporary, records())
-            except RuntimeError as error:  # array_record's word for whatever the system refuses
-                if failed:
-                    raise
-                raise OSError(str(error)) from error
+                for example in part.read():
+                    if isinstance(example, Problem):
+                        problems.append(example)
+                        continue
+                    ids.append(example.image_id)
+                    words.update(len(caption.split()) for caption in example.captions)
+                    fields = features.encode_example(schema.to_fields(example, split))
+                    # As `serialize_example` does, but the same bytes every time: a proto's map has no order.
+                    record = serializer.get_tf_example(fields).SerializeToString(deterministic=True)
+                    _as_system(file.write, record)
+            finally:
+                _as_system(file.close)
             _to_disk(temporary)
             shard = Shard(
                 images=len(ids),
@@ -346,6 +336,14 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
     told = "; ".join(f"{key} was {before.get(key)}, is now {now.get(key)}" for key in keys)
     return f": {told}" if told else ""
+
+
+def _as_system(call: Callable[..., T], *arguments: Any) -> T:
+    """Array_record raises a RuntimeError for whatever the system refuses; here it is an OSError, as elsewhere."""
+    try:
+        return call(*arguments)
+    except RuntimeError as error:
+        raise OSError(str(error)) from error
 
 
 def _template(source: Source, folder: Path, split: str) -> naming.ShardedFileTemplate:
