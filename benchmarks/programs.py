@@ -16,7 +16,7 @@ from jax.extend.core import jaxprs_in_params
 
 from clipcap_jax import parallel
 from clipcap_jax.captioning.decode import Hypotheses, beam_search
-from clipcap_jax.config import DecodeConfig
+from clipcap_jax.config import DecodeConfig, ModelPart
 from clipcap_jax.convert import gpt2 as convert_gpt2
 from clipcap_jax.convert import mapping, original
 from clipcap_jax.models import clip_resnet, clip_vit, gpt2
@@ -29,7 +29,11 @@ Dtype = Literal["float32", "bfloat16"]
 
 EMBEDDING = 640
 END_TOKEN = 50256
-TRAINABLE: dict[Kind, tuple[str, ...]] = {"mlp": ("mapper", "gpt2"), "transformer": ("mapper",)}  # the two variants
+TOTAL_STEPS = 100_000  # of a run, which decide the learning rate
+TRAINABLE: dict[Kind, tuple[ModelPart, ...]] = {
+    "mlp": ("mapper", "gpt2"),
+    "transformer": ("mapper",),
+}  # the two variants
 GPT2S = gpt2.PRESETS | {"tiny": gpt2.Gpt2Config(512, 64, 64, 2, 2, dropout=0.1, word_dropout=0.0)}
 TOWERS: dict[str, ClipConfig] = {
     **clip_vit.PRESETS,
@@ -120,17 +124,34 @@ def shapes_of(tree: Any) -> Any:
 
 def training_step(model: ClipCap) -> Callable[..., Any]:
     """`step.make_step` as the configs of the paper's two variants have it."""
+    from clipcap_jax.config import PretrainedConfig, TrainConfig
+    from clipcap_jax.training import optim
     from clipcap_jax.training.step import make_step
 
-    trainable = TRAINABLE[model.config.mapper.kind]
-    return make_step(model, adamw(), dropout=trainable, label_smoothing=0.0, targets="all")
+    train = TrainConfig(
+        seed=0,
+        epochs=10.0,
+        batch_size=40,
+        trainable=TRAINABLE[model.config.mapper.kind],
+        pretrained=PretrainedConfig("", ""),
+        init_from="",
+        targets="all",
+        label_smoothing=0.0,
+        log_every=100,
+    )
+    return make_step(model, adamw(), optim.schedule(adamw_settings(), TOTAL_STEPS), train)
 
 
 def adamw() -> Any:
-    from clipcap_jax.config import OptimizerConfig
     from clipcap_jax.training import optim
 
-    settings = OptimizerConfig(
+    return optim.optimizer(adamw_settings(), TOTAL_STEPS)
+
+
+def adamw_settings() -> Any:
+    from clipcap_jax.config import OptimizerConfig
+
+    return OptimizerConfig(
         learning_rate=2e-5,
         warmup_steps=5000,
         weight_decay=0.0,
@@ -140,7 +161,6 @@ def adamw() -> Any:
         clip_norm=0.0,
         average_decay=0.0,
     )
-    return optim.optimizer(settings, 100_000)
 
 
 def training_state(model: ClipCap, params: Any) -> tuple[Any, Any]:
@@ -152,7 +172,7 @@ def training_state(model: ClipCap, params: Any) -> tuple[Any, Any]:
     frozen = {name: part for name, part in params.items() if name not in trainable}
 
     def begin(trained: Any) -> Any:
-        return TrainState(jnp.int32(0), jax.random.key_data(jax.random.key(0)), trained, adamw().init(trained))
+        return TrainState(jnp.int32(0), trained, None, adamw().init(trained))
 
     abstract = isinstance(jax.tree.leaves(params)[0], jax.ShapeDtypeStruct)
     return (jax.eval_shape(begin, trained) if abstract else begin(trained)), frozen

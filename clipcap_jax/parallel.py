@@ -5,6 +5,7 @@ stay ordinary arrays, without a device axis (`in_axes=None`, `out_axes=None`).
 """
 
 import collections
+import functools
 import itertools
 import os
 import platform
@@ -78,12 +79,28 @@ def device_index() -> jax.Array:
     return jax.lax.axis_index(AXIS)
 
 
+def _everywhere() -> jax.NamedSharding:
+    return jax.NamedSharding(_mesh(), jax.P())
+
+
+@functools.cache
+def _mesh() -> jax.sharding.Mesh:
+    """This process's devices, along the axis of the mapped functions: under another name, these would be compiled for
+    what lies here, and again for what they return."""
+    return jax.sharding.Mesh(np.array(jax.local_devices()), (AXIS,))
+
+
 def replicate(tree: Any) -> Any:
-    """Put a tree of arrays on every device once, so that steps need not send it again."""
-    # The axis' name is part of how the copies lie: under another one, a step would be compiled for them, and again for
-    # what it returns.
-    copies = jax.pmap(lambda tree, _: tree, axis_name=AXIS, in_axes=(None, 0), out_axes=None)
-    return copies(tree, np.zeros(jax.local_device_count()))
+    """Put a tree of arrays on every device, so that steps need not send it.
+
+    Arrays that lie on a device already are not copied there: whoever donates the result gives them away too.
+    """
+    return jax.device_put(tree, _everywhere())
+
+
+def on_devices(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of replicated arrays, whose results are replicated too: they never lie on one device alone before."""
+    return jax.jit(function, out_shardings=_everywhere())
 
 
 def send(batch: Any) -> Any:
@@ -92,8 +109,7 @@ def send(batch: Any) -> Any:
     The shares lie as the mapped functions take them, which therefore neither send nor copy them again. A batch of
     arrays on the host those send by themselves, and wait for it.
     """
-    mesh = jax.sharding.Mesh(np.array(jax.local_devices()), (AXIS,))
-    return jax.device_put(_split(batch), jax.NamedSharding(mesh, jax.P(AXIS)))
+    return jax.device_put(_split(batch), jax.NamedSharding(_mesh(), jax.P(AXIS)))
 
 
 def send_ahead(batches: Iterator[Any]) -> Iterator[Any]:

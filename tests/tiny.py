@@ -252,9 +252,11 @@ def in_process(function: Callable[..., T], *args: Any, devices: int = 4) -> T:
 
 
 def saved(run: Path, step: int) -> dict[str, Any]:
-    """Everything that training changes, as of a checkpoint, by name: arrays of `params` and `optimizer`, and numbers of
-    `position`; read by Orbax alone."""
+    """Everything that training changes, as of a checkpoint, by name: arrays, and numbers of `position`; read by Orbax
+    alone."""
     items = {"params": args.StandardRestore(), "optimizer": args.StandardRestore(), "position": args.JsonRestore()}
+    if (run / "checkpoints" / str(step) / "unaveraged").exists():
+        items["unaveraged"] = args.StandardRestore()
     with ocp.CheckpointManager(run / "checkpoints", item_names=tuple(items)) as manager:
         stored = manager.restore(step, args=args.Composite(**items))
     return named(dict(stored.items()))

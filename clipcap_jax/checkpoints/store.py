@@ -1,23 +1,27 @@
 """Orbax checkpoints that hold everything to go on training and everything to use the model elsewhere.
 
-`<run>/checkpoints/<step>/` holds four Orbax items:
+`<run>/checkpoints/<step>/` holds these Orbax items:
 
-    params      the model's parameters, frozen parts included: nested dicts of float32 arrays
+    params      of the trained parts, or their averages where the run keeps these: nested dicts of float32 arrays
+    unaveraged  of the trained parts as they are, where `params` are averages
     optimizer   Optax's state, for the trained parts
-    position    JSON: the step and the run's total, the random key's data, the losses since the last
-                line of the log, the fingerprint of the data set
+    position    JSON: the step and the run's total, the losses since the last line of the log, the fingerprint of the
+                data set
     metadata    JSON: format_version, config, tokenizer, encoder, embedding_width, decoding end token
 
-`params` and `metadata` are all that captioning needs; plain Orbax restores them without this package.
+`<run>/frozen/` is an Orbax checkpoint of the parts that are not trained: it is written once. With it, `params` and
+`metadata` are all that captioning needs; plain Orbax restores them without this package. Up to format 4, `params` held
+the frozen parts too, and `optimizer` what is now `unaveraged`.
 """
 
 import contextlib
 import copy
 import dataclasses
 import shutil
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -28,9 +32,10 @@ from clipcap_jax import config as config_lib
 from clipcap_jax.errors import UserError
 from clipcap_jax.text.tokenizer import Tokenizer
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 BEST_METRIC = "CIDEr"
 FOLDER = "checkpoints"
+FROZEN = "frozen"
 _LOOKS = 10
 
 T = TypeVar("T")
@@ -46,7 +51,15 @@ _SINCE: dict[int, dict[str, Any]] = {
     },
     3: {"optimizer.average_decay": 0.0},
     4: {"model.gpt2.word_dropout": 0.0},
+    5: {},
 }
+
+
+class _AverageOf4(NamedTuple):
+    """What the optimiser's state of format 4 ends in, where averages are kept: `average` are the parameters."""
+
+    steps: Any
+    average: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +104,31 @@ class Metadata:
         )
 
 
+class Damaged(UserError):
+    """A checkpoint is gone or not whole."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """What a checkpoint holds to go on with, its arrays as NumPy arrays.
+
+    Attributes:
+      step: of the checkpoint.
+      metadata: what it says about its model.
+      params: of all parts, frozen ones included, as the last step made them.
+      average: of the trained parts; None where none is kept.
+      optimizer: Optax's state.
+      position: see the top of this file.
+    """
+
+    step: int
+    metadata: Metadata
+    params: dict[str, Any]
+    average: dict[str, Any] | None
+    optimizer: Any
+    position: dict[str, Any]
+
+
 def _upgraded(stored: dict[str, Any]) -> dict[str, Any]:
     """Metadata of an older format, with what was the only way then for each setting that has come since."""
     stored = copy.deepcopy(stored)
@@ -124,6 +162,7 @@ def _despite_deletions(look: Callable[[], T]) -> T:
 def _item_handlers() -> dict[str, Any]:
     return {
         "params": ocp.StandardCheckpointHandler(),
+        "unaveraged": ocp.StandardCheckpointHandler(),
         "optimizer": ocp.StandardCheckpointHandler(),
         "position": ocp.JsonCheckpointHandler(),
         "metadata": ocp.JsonCheckpointHandler(),
@@ -152,7 +191,8 @@ class Checkpoints:
           keep: how many of the newest to keep when saving; None: only reading, beside a training run perhaps.
         """
         writing = keep is not None
-        self.folder = run.absolute() / FOLDER
+        self._run = run.absolute()
+        self.folder = self._run / FOLDER
         if not writing and not self.folder.is_dir():
             raise UserError(f"{run} holds no checkpoints: give the folder of a run, the one that train.py wrote to")
         best = BestN(get_metric_fn=_best_metric, n=1, keep_checkpoints_without_metrics=False)
@@ -160,10 +200,11 @@ class Checkpoints:
             create=writing,
             read_only=not writing,
             cleanup_tmp_directories=writing,
-            enable_async_checkpointing=False,
+            enable_async_checkpointing=writing,
             best_fn=_best_metric,
             preservation_policy=AnyPreservationPolicy([LatestN(keep), best]) if writing else None,
         )
+        self._writing = 0  # the step that is being saved
         try:
             self._manager = _despite_deletions(
                 lambda: ocp.CheckpointManager(self.folder, options=options, item_handlers=_item_handlers())
@@ -174,13 +215,24 @@ class Checkpoints:
     def save(
         self,
         step: int,
+        *,
         params: Any,
+        unaveraged: Any,
         optimizer: Any,
         position: dict[str, Any],
         metadata: Metadata,
         metrics: dict[str, float],
     ) -> None:
-        """Write the checkpoint of `step`; a checkpoint is either whole or not there.
+        """Begin to write the checkpoint of `step`; a checkpoint is either whole or not there.
+
+        It is written while training goes on. If that fails, the next call says so, or `wait`.
+
+        Args:
+          step: how many were taken.
+          params, optimizer: trees of arrays, which may be changed or donated when this returns.
+          unaveraged: another one, where `params` are averages; None where they are not.
+          position, metadata: see above.
+          metrics: of a validation, among them `BEST_METRIC`; or nothing.
 
         Raises:
           UserError: the disk is full or cannot be written to.
@@ -191,7 +243,26 @@ class Checkpoints:
             "position": ocp.args.JsonSave(position),
             "metadata": ocp.args.JsonSave(metadata.to_dict()),
         }
-        self._save(step, items, (params, optimizer), metrics)
+        if unaveraged is not None:
+            items["unaveraged"] = ocp.args.StandardSave(unaveraged)
+        self._save(step, items, (params, unaveraged, optimizer), metrics)
+
+    def save_frozen(self, params: Any) -> None:
+        """Write the parts that no step changes, unless a run that goes on has written them.
+
+        Raises:
+          UserError: as `save`.
+        """
+        folder = self._run / FROZEN
+        if not params or folder.exists():  # Orbax gives it its name when it is whole
+            return
+        try:
+            with ocp.StandardCheckpointer() as checkpointer:
+                checkpointer.save(folder, params)
+        except (OSError, ValueError) as error:
+            if not _is_of_the_system(error):
+                raise
+            raise UserError(f"{folder} cannot be written: {error}. Make room, then start again.") from error
 
     def save_weights(self, params: Any, metadata: Metadata) -> None:
         """Write weights that no training made, as step 0: captioning and `train.init_from` read them.
@@ -201,21 +272,41 @@ class Checkpoints:
         """
         items = {"params": ocp.args.StandardSave(params), "metadata": ocp.args.JsonSave(metadata.to_dict())}
         self._save(0, items, params, {})
+        self.wait()
 
     def _save(self, step: int, items: dict[str, Any], arrays: Any, metrics: dict[str, float]) -> None:
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(arrays))
         disk = shutil.disk_usage(self.folder)
         if disk.free < size and disk.total:  # some file systems do not tell, and say 0
             raise self._not_saved(step, f"it takes {size:,} bytes, and {disk.free:,} are free")
-        try:
+        with self._explained():
+            self._manager.wait_until_finished()
+        self._writing = step
+        with self._explained():
             self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics or None, force=True)
+
+    def wait(self) -> None:
+        """Wait until what is being saved is there.
+
+        Raises:
+          UserError: it could not be written.
+        """
+        with self._explained():
+            self._manager.wait_until_finished()
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
         except (OSError, ValueError) as error:
-            if not isinstance(error, OSError) and "os_error_code" not in str(error):  # as tensorstore wraps them
+            if not _is_of_the_system(error):
                 raise
-            raise self._not_saved(step, str(error)) from error
+            raise self._not_saved(self._writing, str(error)) from error
 
     def _not_saved(self, step: int, reason: str) -> UserError:
-        steps = self.steps()
+        with contextlib.suppress(OSError, ValueError):
+            self._manager.wait_until_finished()
+        steps = [found for found in self.steps() if found != step]
         newest = f"The newest whole checkpoint is {steps[-1]}" if steps else "There is no whole checkpoint yet"
         return UserError(
             f"saving the checkpoint of step {step} to {self.folder} failed: {reason}. {newest}. "
@@ -258,31 +349,97 @@ class Checkpoints:
         position = self._restore(step, position=ocp.args.JsonRestore())["position"]
         return bool(position["step"] == position["total"])
 
-    def params(self, step: int) -> Any:
-        """The parameters of `step`, as NumPy arrays."""
-        return jax.tree.map(np.asarray, self._restore(step, params=ocp.args.StandardRestore())["params"])
+    def params(self, step: int) -> dict[str, Any]:
+        """The parameters of `step`, frozen parts included, as NumPy arrays.
 
-    def training_state(self, step: int, params: Any, optimizer: Any) -> tuple[Any, Any, dict[str, Any]]:
-        """Parameters, optimiser state and position of `step`, in the structure of the examples given."""
-        restored = self._restore(
-            step,
-            params=ocp.args.StandardRestore(params),
-            optimizer=ocp.args.StandardRestore(optimizer),
-            position=ocp.args.JsonRestore(),
-        )
-        return restored["params"], restored["optimizer"], restored["position"]
+        Raises:
+          Damaged: it is not whole.
+          UserError: what was frozen is not there any more.
+        """
+        found = {**self._frozen(), **self._params(step)}
+        config = self.metadata(step).config
+        parts = {"mapper", "gpt2"} | ({"clip"} if config.model.clip else set())
+        if missing := parts - {*config.train.trainable} - found.keys():
+            raise UserError(
+                f"{self._run / FROZEN} is missing, which holds {', '.join(sorted(missing))}: copy it as well"
+            )
+        return found
+
+    def _params(self, step: int) -> dict[str, Any]:
+        found = self._restore(step, params=ocp.args.StandardRestore())["params"]
+        return dict(jax.tree.map(np.asarray, found))
+
+    def _frozen(self) -> dict[str, Any]:
+        folder = self._run / FROZEN
+        if not folder.exists():
+            return {}  # everything is trained, or an older format has it in `params`
+        try:
+            with ocp.StandardCheckpointer() as checkpointer:
+                return dict(jax.tree.map(np.asarray, checkpointer.restore(folder)))
+        except (OSError, KeyError, ValueError) as error:
+            raise UserError(f"{folder} is not whole: {error}\nCopy it again.") from error
+
+    def restore(self, step: int, trained: Any, optimizer: Any, *, averages: bool) -> "Restored":
+        """What training goes on with, as NumPy arrays.
+
+        Args:
+          step: of the checkpoint.
+          trained, optimizer: arrays, or their shapes, like the trained parts' parameters and Optax's state.
+          averages: whether the run keeps averages.
+
+        Raises:
+          Damaged: it is not whole.
+        """
+        optimizer, trained = jax.tree.map(_example, (optimizer, trained))
+        items = {"optimizer": optimizer}
+        if averages and "unaveraged" in self._items(step):
+            items["unaveraged"] = trained
+        elif averages:
+            items["optimizer"] = (optimizer, _AverageOf4(_example(jax.ShapeDtypeStruct((), np.int32)), trained))
+        arguments = {name: ocp.args.StandardRestore(example) for name, example in items.items()}
+        found = self._restore(step, position=ocp.args.JsonRestore(), **arguments)
+        params, average, optimizer = self.params(step), None, found["optimizer"]
+        if averages:
+            average = {name: params[name] for name in trained}
+            params |= found["unaveraged"] if "unaveraged" in items else optimizer[1].average
+            optimizer = optimizer if "unaveraged" in items else optimizer[0]
+        return Restored(step, self.metadata(step), params, average, optimizer, found["position"])
+
+    def set_aside(self, step: int) -> Path:
+        """Move a damaged checkpoint out of the way of a new one of its step; returns where it is then."""
+        place = self._run / f"damaged-{step}-{uuid.uuid4().hex[:8]}"
+        (self.folder / str(step)).rename(place)
+        self._manager.reload()
+        return place
+
+    def _items(self, step: int) -> set[str]:
+        folder = self.folder / str(step)
+        return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
 
     def _restore(self, step: int, **items: Any) -> Any:
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**items))
         except (OSError, KeyError, ValueError) as error:
-            raise UserError(
+            raise Damaged(
                 f"the checkpoint {self.folder}/{step} is gone or not whole: {error}\n"
                 "Copy it again, or delete its folder and use the one before."
             ) from error
 
     def close(self) -> None:
-        self._manager.close()
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
+
+
+def _example(leaf: Any) -> np.ndarray:
+    """What has the shape and type of an array, and takes no memory; Orbax restores a NumPy array for it."""
+    return np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)
+
+
+def _is_of_the_system(error: Exception) -> bool:
+    """Whether it is the disk's and not ours."""
+    return isinstance(error, OSError) or "os_error_code" in str(error)  # as tensorstore wraps them
 
 
 @contextlib.contextmanager

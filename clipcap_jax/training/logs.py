@@ -4,7 +4,7 @@ import contextlib
 import itertools
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,28 +87,26 @@ class Monitor:
         self,
         log: MetricsLog,
         console: Console,
-        schedule: Callable[[int], Any],
         *,
         batch_size: int,
         log_every: int,
         start: int,
         total: int,
-        losses: list[float],
+        losses: Sequence[float],
     ):
         """Start to show the steps after `start`.
 
         Args:
           log: where lines go, every `log_every` steps.
           console: where progress is shown.
-          schedule: the learning rate by step, counted from 0.
           batch_size: pairs per step.
           log_every: steps between lines.
           start, total: the steps that are done, and those of the whole run.
-          losses: the losses of the steps since the last line; kept up to date, so that checkpoints can hold them.
+          losses: the losses of the steps since the last line.
         """
-        self._log, self._console, self._schedule = log, console, schedule
+        self._log, self._console = log, console
         self._every, self._batch_size = log_every, batch_size
-        self._losses = losses
+        self.losses = list(losses)  # of the steps since the last line, for checkpoints
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
         self._since, self._last = time.perf_counter(), start
         self._progress = progress.bar(console=console, disable=not console.is_terminal)
@@ -133,19 +131,19 @@ class Monitor:
                     "checkpoint is from before that step. A lower config.optimizer.learning_rate, a longer "
                     "warmup_steps or clip_norm=1.0 usually helps; so does float32 instead of bfloat16."
                 )
-        self._losses.append(float(metrics["loss"]))
+        self.losses.append(float(metrics["loss"]))
         if step % self._every == 0:
             now = time.perf_counter()
             rate = (step - self._last) * self._batch_size / (now - self._since)
-            loss = float(np.mean(self._losses))  # a batch of short captions has another loss than one of long ones
+            loss = float(np.mean(self.losses))  # a batch of short captions has another loss than one of long ones
             self._since, self._last = now, step
-            self._losses.clear()
+            self.losses.clear()
             self._log.write(
                 step,
                 {
                     "train/loss": loss,
                     "train/gradient_norm": float(metrics["gradient_norm"]),
-                    "train/learning_rate": float(self._schedule(step - 1)),
+                    "train/learning_rate": float(metrics["learning_rate"]),
                     "train/pairs_per_second": rate,
                 },
             )

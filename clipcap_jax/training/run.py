@@ -1,99 +1,243 @@
-"""What a run starts from: pretrained parts and a tokenizer; or, when it goes on, the settings that it had."""
+"""What a run is made of: its data, model and optimiser, and the state that it begins or goes on with."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
-from typing import Any
+from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import optax
 from rich.console import Console
 
-from clipcap_jax import hub
-from clipcap_jax.checkpoints.store import Metadata
+from clipcap_jax import parallel
+from clipcap_jax.checkpoints import store
+from clipcap_jax.checkpoints.store import Checkpoints, Metadata, Restored
 from clipcap_jax.config import Config
-from clipcap_jax.convert import clip, gpt2
+from clipcap_jax.datasets.schema import open_split
 from clipcap_jax.errors import UserError
+from clipcap_jax.inputs.batches import CaptionData, Pairs, steps_per_epoch
+from clipcap_jax.inputs.embed import encoder_name
+from clipcap_jax.models.clipcap import ClipCap
 from clipcap_jax.text.tokenizer import Tokenizer
+from clipcap_jax.training import optim
+from clipcap_jax.training.start import check_same_run, choose_tokenizer, load_pretrained
+from clipcap_jax.training.step import Params, TrainState, init_params, param_shapes
+from clipcap_jax.training.validation import Validator
 
 
-def load_pretrained(config: Config, console: Console) -> dict[str, Any]:
-    """The parts that `config.train.pretrained` names.
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What stays as it is while a run trains.
+
+    Attributes:
+      config: everything about it.
+      data, pairs: what it learns from.
+      metadata: what its checkpoints say about the model.
+      model: the model.
+      optimizer, schedule: of the trained parts, and the learning rate by step.
+      frozen: the parts that a step reads and does not change, on the devices.
+      validator: None where it does not validate.
+      total: steps from its beginning to its end.
+      start: steps that are taken already.
+      losses: of the last of these, since the last line of the log.
+    """
+
+    config: Config
+    data: CaptionData
+    pairs: Pairs
+    metadata: Metadata
+    model: ClipCap
+    optimizer: optax.GradientTransformation
+    schedule: optax.Schedule
+    frozen: Params
+    validator: Validator | None
+    total: int
+    start: int
+    losses: list[float]
+
+
+def open_run(config: Config, folder: Path, checkpoints: Checkpoints, console: Console) -> tuple[Run, TrainState]:
+    """A new run, or one that goes on from its latest checkpoint, and its state, on the devices.
+
+    Args:
+      config: everything about it.
+      folder: the run's.
+      checkpoints: those in it.
+      console: where it is told what the run is.
 
     Raises:
-      UserError: there are no such weights, they have other sizes than the model, or `init_from` is set too.
+      UserError: the folder holds another run, the data set is not what it was, or parts do not fit together.
     """
-    pretrained = config.train.pretrained
-    parts: dict[str, Any] = {}
-    for part, source, files_of, load in (
-        ("clip", pretrained.clip, clip.FILES, clip.load_clip),
-        ("gpt2", pretrained.gpt2, gpt2.FILES, gpt2.load_gpt2),
-    ):
-        if not source:
+    restored = _restore(config, folder, checkpoints, console)
+    base, base_params = (restored.metadata, restored.params) if restored else _base(config)
+    data = _open(config, "train")
+    tokenizer = choose_tokenizer(config, base, data.captions)
+    pairs = _pairs(config, data, tokenizer, console)
+    if not len(pairs):
+        raise UserError(f"{data.name} holds no captions to train on")
+    total = max(1, round(config.train.epochs * steps_per_epoch(len(pairs), config.train.batch_size)))
+    if restored:
+        _check_same_data(restored, data, total)
+    model, clip = ClipCap(config.model), config.model.clip
+    width = data.embedding_width or clip.embedding_width  # type: ignore[union-attr]
+    if clip is not None and width != clip.embedding_width:
+        raise UserError(
+            f"{data.name} holds embeddings of width {width}; config.model.clip makes them {clip.embedding_width} wide"
+        )
+    validator = None
+    if config.evaluate.images:
+        val = _open(config, "val")
+        validator = Validator(model, tokenizer, val, _pairs(config, val, tokenizer, console), config)
+
+    params = base_params
+    if params is None:
+        params = init_params(model, width, config.train.seed)
+    elif not restored:
+        _check_same_model(config, model, width, params)
+    if not restored:
+        params |= load_pretrained(config, console)
+        _check_encoder(config, data, params, console)
+    if missing := set(config.train.trainable) - set(params):
+        raise UserError(f"config.train.trainable names {', '.join(missing)}, which this model does not have")
+    trained: Params = {name: part for name, part in params.items() if name in config.train.trainable}
+    frozen = {name: part for name, part in params.items() if name not in config.train.trainable}
+    checkpoints.save_frozen(jax.device_get(frozen))
+    optimizer = optim.optimizer(config.optimizer, total)
+    if restored:
+        state = TrainState(jnp.int32(restored.step), trained, restored.average, restored.optimizer)
+        state = parallel.replicate(state)
+    else:
+        trained = parallel.replicate(trained)
+        average = jax.tree.map(jnp.copy, trained) if config.optimizer.average_decay else None
+        state = TrainState(
+            parallel.replicate(jnp.int32(0)), trained, average, parallel.on_devices(optimizer.init)(trained)
+        )
+    run = Run(
+        config=config,
+        data=data,
+        pairs=pairs,
+        metadata=Metadata(config, tokenizer, data.encoder or "", width),
+        model=model,
+        optimizer=optimizer,
+        schedule=optim.schedule(config.optimizer, total),
+        # A tower beside stored embeddings is not read: it stays where it is.
+        frozen=parallel.replicate(
+            {name: part for name, part in frozen.items() if name != "clip" or config.data.input == "image"}
+        ),
+        validator=validator,
+        total=total,
+        start=restored.step if restored else 0,
+        losses=restored.position["losses"] if restored else [],
+    )
+    _describe(run, trained, frozen, console)
+    return run, state
+
+
+def _restore(config: Config, folder: Path, checkpoints: Checkpoints, console: Console) -> Restored | None:
+    """The latest checkpoint that is whole, of a run with these settings; None: there is none yet."""
+    steps = checkpoints.steps()
+    if steps and not steps[-1]:
+        raise UserError(
+            f"{folder} holds converted weights, not a run: give another --workdir, and set "
+            f"config.train.init_from={folder} to start from them."
+        )
+    damaged: list[tuple[int, store.Damaged]] = []
+    for step in reversed(steps):
+        try:
+            metadata = checkpoints.metadata(step)
+            check_same_run(config, metadata.config)
+            shapes = param_shapes(ClipCap(config.model), metadata.embedding_width)
+            trained = {name: shapes[name] for name in config.train.trainable}
+            optimizer = jax.eval_shape(optim.optimizer(config.optimizer, 1).init, trained)
+            restored = checkpoints.restore(step, trained, optimizer, averages=bool(config.optimizer.average_decay))
+        except store.Damaged as error:
+            damaged.append((step, error))
             continue
-        if config.train.init_from:
-            raise UserError(f"config.train.init_from and config.train.pretrained.{part} are both set: choose one")
-        path = hub.locate(source, files_of)
-        console.print(f"{part} from {hub.pinned(source, path)}", highlight=False, soft_wrap=True)
-        sizes: Any = getattr(config.model, part)
-        found, parts[part] = load(str(path), sizes.heads if sizes else None)
-        if part == "gpt2":  # whose dropout is a setting of the training
-            found = dataclasses.replace(found, dropout=sizes.dropout, word_dropout=sizes.word_dropout)
-        if found != sizes:
-            raise UserError(f"{source} is {found}, but config.model.{part} is {sizes}")
-    return parts
+        for bad, reason in damaged:
+            place = checkpoints.set_aside(bad)
+            told = f"Warning: {reason} It is {place} now, and the one of step {step} is used."
+            console.print(told, style="yellow", markup=False, highlight=False)
+        return restored
+    if damaged:
+        raise damaged[0][1]
+    return None
 
 
-def choose_tokenizer(config: Config, base: Metadata | None, captions: Sequence[tuple[str, ...]]) -> Tokenizer:
-    """The run's tokenizer: the one the base checkpoint was trained with, or else what the config names.
+def _base(config: Config) -> tuple[Metadata | None, Params | None]:
+    """The other run's best checkpoint that the config names to start from."""
+    if not config.train.init_from:
+        return None, None
+    with store.opened(config.train.init_from) as other:
+        step = other.find("best")
+        return other.metadata(step), other.params(step)
 
-    Raises:
-      UserError: the config names another one than the base checkpoint's, or one with more pieces than the model has.
-    """
-    source, vocab_size = config.tokenizer.source, config.model.gpt2.vocab_size
-    if source == "captions":
-        if base is not None:
-            return base.tokenizer
-        return Tokenizer.train((text for texts in captions for text in texts), vocab_size)
-    tokenizer = Tokenizer.load(source)
-    if base is not None and tokenizer.to_dict() != base.tokenizer.to_dict():
-        raise UserError(
-            f"the tokenizer {source!r} is not the one that the checkpoint was trained with, and its ids "
-            'would mean other words: set config.tokenizer.source="captions" to take the checkpoint\'s'
+
+def _open(config: Config, split: str) -> CaptionData:
+    clip = config.model.clip if config.data.input == "image" else None
+    return CaptionData(open_split(config.data.name, split, config.data.data_dir), clip.image_size if clip else None)
+
+
+def _pairs(config: Config, data: CaptionData, tokenizer: Tokenizer, console: Console) -> Pairs:
+    pairs = data.pairs(tokenizer, config.data.max_tokens, config.train.targets)
+    if pairs.cut:
+        console.print(
+            f"{pairs.cut} of the {len(pairs)} captions of {data.name} are longer than config.data.max_tokens="
+            f"{config.data.max_tokens} and were cut.",
+            style="yellow",
         )
-    if tokenizer.size > vocab_size:
-        raise UserError(f"{source} has {tokenizer.size} pieces, more than config.model.gpt2.vocab_size={vocab_size}")
-    return tokenizer
+    return pairs
 
 
-# What may change when a run goes on, because it does not change what is learnt.
-_FREE_TO_CHANGE = (
-    "config.data.data_dir",
-    "config.data.workers",
-    "config.train.log_every",
-    "config.evaluate.every",  # but not what is captioned and how: CIDErs are compared to find the best checkpoint
-    "config.evaluate.batch_size",
-    "config.checkpoint.",
-)
+def _check_same_data(restored: Restored, data: CaptionData, total: int) -> None:
+    position = restored.position
+    same = position.get("fingerprint") in (None, data.fingerprint)  # None: an older version did not store it
+    if position["total"] != total or not same:
+        raise UserError(
+            f"{data.name} is not what it was: the run was started with {position['total']} steps, and now there are "
+            f"{total}, of {'the same' if same else 'other'} data. Prepare it as it was, or give another --workdir."
+        )
 
 
-def check_same_run(config: Config, stored: Config) -> None:
-    """Raise a UserError that names what differs between the settings of a run and those it was started with."""
-    changed = [
-        f"{name} was {then!r}, is {now!r}"
-        for name, then, now in _changes("config", dataclasses.asdict(stored), dataclasses.asdict(config))
-        if not name.startswith(_FREE_TO_CHANGE)
+def _check_same_model(config: Config, model: ClipCap, width: int, params: Params) -> None:
+    if changed := store.differences(param_shapes(model, width), params):
+        raise UserError(
+            f"{config.train.init_from} is a checkpoint of another architecture. "
+            f"{len(changed)} parameters differ, the first ones:\n  " + "\n  ".join(changed[:5])
+        )
+
+
+def _check_encoder(config: Config, data: CaptionData, params: Params, console: Console) -> None:
+    """Stored embeddings and the tower that shall caption pictures after training have to go together."""
+    clip, stored = config.model.clip, data.encoder
+    if clip is None or config.data.input == "image":
+        return
+    tower = encoder_name(clip, params["clip"])
+    if stored and "weights" in stored and stored != tower:
+        raise UserError(f"{data.name} holds embeddings from {stored}; the tower of the config is {tower}")
+    if not stored or "weights" not in stored:
+        console.print(
+            f"{data.name} does not say which weights made its embeddings: that they are those of "
+            f"config.train.pretrained.clip cannot be checked.",
+            style="yellow",
+        )
+
+
+def _describe(run: Run, trained: Params, frozen: Params, console: Console) -> None:
+    parts = [
+        f"{name} {sum(leaf.size for leaf in jax.tree.leaves(part)) / 1e6:.2f}M{note}"
+        for parts, note in ((trained, ""), (frozen, " (frozen)"))
+        for name, part in parts.items()
     ]
-    if changed:
-        raise UserError(
-            "the run's folder holds a run with other settings:\n  "
-            + "\n  ".join(changed)
-            + "\nGive another --workdir, or set config.train.init_from to that folder to start a new run from its "
-            "parameters."
+    console.print(
+        f"{run.data.name}: {len(run.data)} pictures, {len(run.pairs)} captions. "
+        f"Model: {', '.join(parts)}. {parallel.describe_devices()}.",
+        highlight=False,
+    )
+    pretrained, config = dataclasses.asdict(run.config.train.pretrained), run.config.train
+    if random := [name for name in frozen if not pretrained.get(name) and not config.init_from]:
+        console.print(
+            f"Warning: {', '.join(random)} will stay random: named neither in config.train.trainable nor in "
+            "config.train.pretrained.",
+            style="yellow",
         )
-
-
-def _changes(name: str, then: Any, now: Any) -> Iterator[tuple[str, Any, Any]]:
-    """The settings that differ: name, value then, value now."""
-    if isinstance(then, dict) and isinstance(now, dict):  # of the same dataclass, so they have the same fields
-        for field in then:
-            yield from _changes(f"{name}.{field}", then[field], now[field])
-    elif then != now:
-        yield name, then, now
+    if run.start:
+        console.print(f"Going on after step {run.start} of {run.total}.")

@@ -52,6 +52,7 @@ def save(
         checkpoints.save(
             step,
             params=params(step),
+            unaveraged=None,
             optimizer={"mu": np.array([step], np.float32)},
             position={"step": step, "total": 9},
             metadata=metadata,
@@ -67,10 +68,11 @@ def test_what_is_saved_comes_back(tmp_path: Path, metadata: Metadata) -> None:
         back = checkpoints.metadata(9)
         assert (back.config, back.encoder, back.embedding_width) == (metadata.config, "an encoder", 5)
         assert back.tokenizer.to_dict() == metadata.tokenizer.to_dict()
-        params, optimizer, position = checkpoints.training_state(9, arrays(0), {"mu": np.zeros(1, np.float32)})
-        assert_same(named(jax.device_get(params)), named(arrays(9)))
-        assert optimizer["mu"] == 9
-        assert position == {"step": 9, "total": 9}
+        restored = checkpoints.restore(9, arrays(0), {"mu": np.zeros(1, np.float32)}, averages=False)
+        assert_same(named(restored.params), named(arrays(9)))
+        assert restored.average is None
+        assert restored.optimizer["mu"] == 9
+        assert restored.position == {"step": 9, "total": 9}
         assert [checkpoints.is_last(step) for step in (7, 9)] == [False, True]
 
 
@@ -128,8 +130,8 @@ def change_json(path: Path, **changes: Any) -> None:
 def test_another_format(tmp_path: Path, metadata: Metadata) -> None:
     save(tmp_path, metadata, {1: 0.5})
     file = tmp_path / "checkpoints" / "1" / "metadata" / "metadata"
-    change_json(file, format_version=5)
-    with pytest.raises(UserError, match=r"has format 5, and this clipcap_jax reads format 4: install the version"):
+    change_json(file, format_version=6)
+    with pytest.raises(UserError, match=r"has format 6, and this clipcap_jax reads format 5: install the version"):
         Captioner.load(tmp_path)
     file.write_text("{}")
     with pytest.raises(UserError, match="has format of another program"):
@@ -285,13 +287,14 @@ def test_training_goes_on_from_format_1() -> None:
     with store.opened(V1 / "run") as checkpoints:
         config, params = checkpoints.metadata(400).config, checkpoints.params(400)
         fresh = optim.optimizer(config.optimizer, 400).init(params)
-        restored, optimizer, position = checkpoints.training_state(400, params, fresh)
-    assert checksums(named(restored)) == expected["sha256"]
+        restored = checkpoints.restore(400, params, fresh, averages=False)
+    optimizer = restored.optimizer
+    assert checksums(named(restored.params)) == expected["sha256"]
     assert named(optimizer).keys() == named(fresh).keys()
     assert {int(count) for name, count in named(optimizer).items() if name.endswith("count")} == {400}
     norm = np.sqrt(sum(np.square(array).sum() for name, array in named(optimizer).items() if ".nu." in name))
     assert norm == pytest.approx(expected["norm of nu"], rel=1e-5)
-    assert position == expected["position"]
+    assert restored.position == expected["position"]
 
 
 def test_a_reader_does_not_mind_that_checkpoints_go(metadata: Metadata, tmp_path: Path) -> None:

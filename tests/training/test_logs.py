@@ -141,17 +141,17 @@ def log(tmp_path: Path) -> Iterator[MetricsLog]:
 
 def monitor(log: MetricsLog, console: Console, **changes: Any) -> Monitor:
     options: dict[str, Any] = {"batch_size": 8, "log_every": 1, "start": 0, "total": 20, "losses": [], **changes}
-    return Monitor(log, console, lambda step: 0.5 * step, **options)
+    return Monitor(log, console, **options)
 
 
-def metrics(loss: float, norm: float = 2.0) -> dict[str, Any]:
-    return {"gradient_norm": jnp.float32(norm), "loss": jnp.float32(loss)}
+def metrics(loss: float, norm: float = 2.0, rate: float = 0.5) -> dict[str, Any]:
+    return {"gradient_norm": jnp.float32(norm), "loss": jnp.float32(loss), "learning_rate": jnp.float32(rate)}
 
 
 def test_steps_are_told_when_the_next_one_has_begun(log: MetricsLog, tmp_path: Path) -> None:
     console = Console(file=io.StringIO())
     shown = monitor(log, console)
-    shown.push(1, metrics(4.0))
+    shown.push(1, metrics(4.0, rate=0.25))
     assert lines(tmp_path) == []
     shown.push(2, metrics(3.0))
     assert [line["step"] for line in lines(tmp_path)] == [1]
@@ -160,24 +160,21 @@ def test_steps_are_told_when_the_next_one_has_begun(log: MetricsLog, tmp_path: P
     shown.close()
     first = lines(tmp_path)[0]
     del first["train/pairs_per_second"]
-    # The schedule counts steps from 0.
-    assert first == {"step": 1, "train/loss": 4.0, "train/gradient_norm": 2.0, "train/learning_rate": 0.0}
-    assert lines(tmp_path)[1]["train/learning_rate"] == 0.5
+    assert first == {"step": 1, "train/loss": 4.0, "train/gradient_norm": 2.0, "train/learning_rate": 0.25}
 
 
 def test_lines_give_the_mean_loss_and_the_rate_since_the_last_one(
     log: MetricsLog, tmp_path: Path, clock: Clock
 ) -> None:
     console = Console(file=io.StringIO())
-    losses = [7.0]  # of step 4, before the run was stopped
-    shown = monitor(log, console, log_every=3, start=4, losses=losses)
+    shown = monitor(log, console, log_every=3, start=4, losses=[7.0])  # of step 4, before the run was stopped
     for step in (5, 6, 7, 8, 9):
         shown.push(step, metrics(step))
         clock.now += 0.25
         if step == 8:
-            assert losses == [7.0]  # of step 7: that of step 8 may still be computing
+            assert shown.losses == [7.0]  # of step 7: that of step 8 may still be computing
             with shown.paused():
-                assert losses == [7.0, 8.0]
+                assert shown.losses == [7.0, 8.0]
                 clock.now += 100.0  # validating and saving are not training
     with shown.paused():
         pass

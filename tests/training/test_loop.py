@@ -30,9 +30,9 @@ from clipcap_jax.errors import UserError
 from clipcap_jax.inputs.batches import CaptionData
 from clipcap_jax.models.clipcap import ClipCap
 from clipcap_jax.models.gpt2 import Gpt2
-from clipcap_jax.training import loop
+from clipcap_jax.training import run as run_module
 from clipcap_jax.training.logs import Monitor
-from clipcap_jax.training.run import choose_tokenizer
+from clipcap_jax.training.start import choose_tokenizer
 from clipcap_jax.training.step import TrainState
 
 STEPS = 10  # of two epochs
@@ -107,7 +107,7 @@ def test_averages_of_the_parameters(unstopped: Path, data_dir: Path, tmp_path: P
     assert_same(saved(tmp_path / "stopped", STEPS), found)
     params = [name.removeprefix("params.") for name in plain if name.startswith("params.")]
     for name in params:
-        np.testing.assert_array_equal(found[f"optimizer.1.average.{name}"], plain[f"params.{name}"])
+        np.testing.assert_array_equal(found[f"unaveraged.{name}"], plain[f"params.{name}"])
     assert any(np.any(found[f"params.{name}"] != plain[f"params.{name}"]) for name in params)
     assert Captioner.load(tmp_path / "whole", "latest").metadata.config == averaging
     assert len(logged(tmp_path / "whole")) == len(logged(unstopped))
@@ -338,7 +338,7 @@ def test_a_run_of_other_settings_is_told_apart(
 
 
 def test_a_data_set_that_has_changed(unstopped: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "steps_per_epoch", lambda pairs, batch_size: 7)
+    monkeypatch.setattr(run_module, "steps_per_epoch", lambda pairs, batch_size: 7)
     with pytest.raises(UserError, match=r"records/both/train is not what it was: .* 10 steps, and now there are 14"):
         train(unstopped, settings(data_dir))
 

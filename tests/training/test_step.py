@@ -1,3 +1,5 @@
+import dataclasses
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -7,9 +9,10 @@ import optax
 import pytest
 from jax.extend.core import jaxprs_in_params
 from random_models import clipcap_config, random_embeddings, random_params, random_tokens
-from tiny import assert_close, named
+from tiny import assert_close, make_config, named
 
 from clipcap_jax import parallel
+from clipcap_jax.config import TrainConfig
 from clipcap_jax.models.clipcap import ClipCap
 from clipcap_jax.training.step import TrainState, make_step
 
@@ -29,8 +32,17 @@ def keep_gradients() -> optax.GradientTransformation:
 
 
 def start(params: Any) -> TrainState:
-    key = jax.random.key_data(jax.random.key(0))
-    return parallel.replicate(TrainState(jnp.int32(0), key, params, keep_gradients().init(params)))
+    """Its buffers are its own, as a step takes them."""
+    params = jax.tree.map(np.array, params)
+    return parallel.replicate(TrainState(jnp.int32(0), params, None, keep_gradients().init(params)))
+
+
+SCHEDULE = optax.constant_schedule(0.1)
+
+
+def settings(**changes: Any) -> TrainConfig:
+    config = make_config(Path(), {"train.label_smoothing": 0.0}).train
+    return dataclasses.replace(config, **changes)
 
 
 def test_a_step_on_four_devices_equals_one_loss_on_one() -> None:
@@ -44,7 +56,7 @@ def test_a_step_on_four_devices_equals_one_loss_on_one() -> None:
         return optax.softmax_cross_entropy(logits[real], targets).mean()
 
     expected, gradients = jax.jit(jax.value_and_grad(loss))(params)
-    step = make_step(model, keep_gradients(), dropout=("mapper", "gpt2"), label_smoothing=0.1, targets="all")
+    step = make_step(model, keep_gradients(), SCHEDULE, settings(trainable=("mapper", "gpt2"), label_smoothing=0.1))
     state, metrics = parallel.map_step(step)(start(params), {}, BATCH)
     np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-5)
     assert_close(named(state.opt_state), named(gradients))
@@ -58,9 +70,7 @@ def test_the_old_state_is_donated() -> None:
     model = ClipCap(clipcap_config())
     params, optimizer = random_params(model, 0, BATCH["inputs"], BATCH["tokens"]), optax.adamw(0.1)
     old = start(params)._replace(opt_state=parallel.replicate(optimizer.init(params)))
-    step = parallel.map_step(
-        make_step(model, optimizer, dropout=("mapper", "gpt2"), label_smoothing=0.0, targets="all")
-    )
+    step = parallel.map_step(make_step(model, optimizer, SCHEDULE, settings(trainable=("mapper", "gpt2"))))
     new, _ = step(old, {}, BATCH)
     assert [name for name, leaf in named(old).items() if not leaf.is_deleted()] == []
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(new))
@@ -73,9 +83,7 @@ def test_dropout_differs_by_step_and_by_device() -> None:
 
     def losses(dropout: tuple[str, ...]) -> list[float]:
         """Of one caption on one device, on another one, a step later, and as at first."""
-        step = parallel.map_step(
-            make_step(model, keep_gradients(), dropout=dropout, label_smoothing=0.0, targets="all")
-        )
+        step = parallel.map_step(make_step(model, keep_gradients(), SCHEDULE, settings(trainable=dropout)))
         found = []
         for device, at in ((0, 0), (1, 0), (0, 1), (0, 0)):
             lengths = np.where(np.arange(8) == 2 * device, 7, 0)
@@ -107,8 +115,8 @@ def test_frozen_parts_get_no_gradients(trainable: tuple[str, ...]) -> None:
     params = random_params(model, 0, BATCH["inputs"], BATCH["tokens"])
     trained = {name: params[name] for name in trainable}
     frozen = {name: params[name] for name in params if name not in trainable}
-    step = make_step(model, keep_gradients(), dropout=(), label_smoothing=0.0, targets="all")
-    state = TrainState(jnp.int32(0), jax.random.key_data(jax.random.key(0)), trained, keep_gradients().init(trained))
+    step = make_step(model, keep_gradients(), SCHEDULE, settings(trainable=()))
+    state = TrainState(jnp.int32(0), trained, None, keep_gradients().init(trained))
     one_device = jax.vmap(step, in_axes=(None, None, 0), axis_name=parallel.AXIS, out_axes=None)
     batch = jax.tree.map(lambda x: x[None], BATCH)
     jaxpr, (after, _) = jax.make_jaxpr(one_device, return_shape=True)(state, frozen, batch)
@@ -128,6 +136,6 @@ def test_the_originals_targets() -> None:
     real = (np.arange(7)[None] < BATCH["lengths"][:, None]) & (BATCH["tokens"] != 0)
     assert real.sum() < BATCH["lengths"].sum()
     expected = optax.softmax_cross_entropy_with_integer_labels(logits[real], BATCH["tokens"][real]).mean()
-    step = make_step(model, keep_gradients(), dropout=(), label_smoothing=0.0, targets="original")
+    step = make_step(model, keep_gradients(), SCHEDULE, settings(trainable=(), targets="original"))
     _, metrics = parallel.map_step(step)(start(params), {}, BATCH)
     np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-5)

@@ -4,15 +4,18 @@ The original's side is its models and its loop (`train.py`), written down again 
 transformers' GPT-2 as there.
 """
 
+import dataclasses
+from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import numpy as np
 import pytest
 from pytorch import arrays, gpt2, import_torch
+from tiny import make_config
 
 from clipcap_jax import parallel
-from clipcap_jax.config import OptimizerConfig
+from clipcap_jax.config import ModelPart, OptimizerConfig
 from clipcap_jax.convert import gpt2 as convert_gpt2
 from clipcap_jax.convert import original
 from clipcap_jax.models.clipcap import ClipCap, ClipCapConfig
@@ -108,17 +111,17 @@ def torch_losses(mapper: Any, language_model: Any, parameters: Any) -> list[floa
     return losses
 
 
-def our_losses(config: ClipCapConfig, params: dict[str, Any], trainable: tuple[str, ...]) -> list[float]:
+def our_losses(config: ClipCapConfig, params: dict[str, Any], trainable: tuple[ModelPart, ...]) -> list[float]:
     settings = OptimizerConfig(
         LEARNING_RATE, WARMUP, weight_decay=0.0, beta1=0.9, beta2=0.999, epsilon=1e-6, clip_norm=0.0, average_decay=0.0
     )
     optimizer = optim.optimizer(settings, STEPS)
-    step = parallel.map_step(make_step(ClipCap(config), optimizer, dropout=(), label_smoothing=0.0, targets="original"))
+    train = dataclasses.replace(make_config(Path()).train, trainable=trainable, label_smoothing=0.0, targets="original")
+    step = parallel.map_step(make_step(ClipCap(config), optimizer, optim.schedule(settings, STEPS), train))
     trained = {name: params[name] for name in trainable}
     frozen = {name: params[name] for name in params if name not in trainable}
-    key = jax.random.key_data(jax.random.key(0))
     state, frozen = parallel.replicate(
-        (TrainState(np.int32(0), key, trained, optimizer.init(trained)), frozen)  # type: ignore[arg-type]
+        (TrainState(np.int32(0), trained, None, optimizer.init(trained)), frozen)  # type: ignore[arg-type]
     )
     losses = []
     for batch in batches():
@@ -128,12 +131,13 @@ def our_losses(config: ClipCapConfig, params: dict[str, Any], trainable: tuple[s
 
 
 @pytest.mark.parametrize(("kind", "trainable"), [("mlp", ("mapper", "gpt2")), ("transformer", ("mapper",))])
-def test_fifty_steps(kind: Literal["mlp", "transformer"], trainable: tuple[str, ...]) -> None:
+def test_fifty_steps(kind: Literal["mlp", "transformer"], trainable: tuple[ModelPart, ...]) -> None:
     import_torch()
     language_model = gpt2(vocab_size=VOCAB, n_positions=32, n_embd=WIDTH, n_layer=4, n_head=4, scale=0.02)
     mapper = torch_mapper(kind)
     ours, _, mapper_params = original.mapper_from_arrays(arrays(mapper), WIDTH, 8, "a test")
     sizes, gpt2_params = convert_gpt2.from_arrays(arrays(language_model), "a test", 4)
+    sizes = dataclasses.replace(sizes, dropout=0.0)  # as torch here has none
     config = ClipCapConfig(None, ours, sizes, False, dtype="float32", matmul_precision="highest")
     # Copies: the arrays are torch's own memory, which its training changes.
     params = jax.tree.map(np.array, {"mapper": mapper_params, "gpt2": gpt2_params})

@@ -13,7 +13,7 @@ from clipcap_jax.checkpoints.store import Metadata
 from clipcap_jax.config import Config
 from clipcap_jax.errors import UserError
 from clipcap_jax.text.tokenizer import Tokenizer
-from clipcap_jax.training.run import check_same_run, choose_tokenizer, load_pretrained
+from clipcap_jax.training.start import check_same_run, choose_tokenizer, load_pretrained
 
 QUIET = Console(quiet=True)
 
