@@ -252,14 +252,17 @@ def in_process(function: Callable[..., T], *args: Any, devices: int = 4) -> T:
 
 
 def saved(run: Path, step: int) -> dict[str, Any]:
-    """Everything that training changes, as of a checkpoint, by name: arrays, and numbers of `position`; read by Orbax
+    """All that a checkpoint holds, by name, with what is frozen: arrays, and numbers of `position`; read by Orbax
     alone."""
     items = {"params": args.StandardRestore(), "optimizer": args.StandardRestore(), "position": args.JsonRestore()}
     if (run / "checkpoints" / str(step) / "unaveraged").exists():
         items["unaveraged"] = args.StandardRestore()
     with ocp.CheckpointManager(run / "checkpoints", item_names=tuple(items)) as manager:
-        stored = manager.restore(step, args=args.Composite(**items))
-    return named(dict(stored.items()))
+        stored = dict(manager.restore(step, args=args.Composite(**items)).items())
+    if (run / "frozen").exists():
+        with ocp.StandardCheckpointer() as checkpointer:
+            stored["params"] = {**checkpointer.restore(run / "frozen"), **stored["params"]}
+    return named(stored)
 
 
 def named(tree: Any) -> dict[str, Any]:
