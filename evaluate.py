@@ -62,7 +62,8 @@ def _evaluate(console: Console, workdir: Path, which: str) -> None:
         console.print(f"{name} will not be computed: {reason}", style="yellow", markup=False, soft_wrap=True)
     data = evaluate.embed_all(captioner, data, batch_size=batch_size, console=console)
     captions = evaluate.caption_all(captioner, data, batch_size=batch_size, console=console)
-    evaluate.write_captions(data, captions, folder)
+    if parallel.is_main():
+        evaluate.write_captions(data, captions, folder)
     if not any(data.captions):
         console.print(
             f"{data.name} has no references: nothing is scored. `clipcap submit` takes {folder / 'captions.json'}.",
@@ -71,14 +72,20 @@ def _evaluate(console: Console, workdir: Path, which: str) -> None:
         )
         return
     result = evaluate.evaluate(
-        captioner, data, captions, batch_size=batch_size, meteor=_METEOR.value, spice=spice, clip=clip
+        captioner,
+        data,
+        captions,
+        batch_size=batch_size,
+        meteor=_METEOR.value and parallel.is_main(),
+        spice=spice if parallel.is_main() else None,
+        clip=clip,
     )
-    evaluate.write(result, captioner, folder, console)
+    if parallel.is_main():
+        evaluate.write(result, captioner, folder, console)
 
 
 def main(_: list[str]) -> None:
-    parallel.keep_compiled_programs()
-    console, workdir = Console(), store.run_folder(_WORKDIR.value)
+    console, workdir = cli.start_processes(), store.run_folder(_WORKDIR.value)
     if not _FOLLOW.value:
         _evaluate(console, workdir, _WHICH.value)
         return

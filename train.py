@@ -7,7 +7,6 @@ from pathlib import Path
 
 from absl import flags
 from ml_collections import config_flags
-from rich.console import Console
 
 from clipcap_jax import config, datasets, parallel
 from clipcap_jax.checkpoints import store
@@ -21,8 +20,7 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "the run's folder [runs/<name of
 
 
 def main(_: list[str]) -> None:
-    parallel.keep_compiled_programs()
-    console = Console()
+    console = cli.start_processes()
     try:
         values = _CONFIG.value.to_dict()
     except OSError as error:  # ml_collections raises it only now
@@ -30,7 +28,8 @@ def main(_: list[str]) -> None:
     settings = config.from_dict(values)
     name = Path(config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]).stem
     if settings.data.name == "shapes":  # drawn rather than downloaded, so nobody needs to ask for it
-        console.print(datasets.prepare_shapes(settings.data.data_dir))
+        with parallel.in_turn():
+            console.print(datasets.prepare_shapes(settings.data.data_dir))
     loop.train(settings, store.run_folder(_WORKDIR.value or f"runs/{name}"), console)
 
 

@@ -5,6 +5,7 @@ stay ordinary arrays, without a device axis (`in_axes=None`, `out_axes=None`).
 """
 
 import collections
+import contextlib
 import functools
 import itertools
 import os
@@ -14,11 +15,13 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from clipcap_jax import files
 from clipcap_jax.errors import UserError
 
 AXIS = "data"
+_TEXT = 4096  # bytes of a message between processes
 
 
 def keep_compiled_programs() -> None:
@@ -35,6 +38,95 @@ def keep_compiled_programs() -> None:
     except OSError:
         return  # no home folder that can be written to: it works without, only slower
     jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
+# A process that has not been heard of for as long is taken for lost, and the others end.
+_LOST = 60  # seconds
+_PATIENCE = 3600  # seconds that the others wait at the end for process 0, which scores and writes
+
+
+def start(coordinator_address: str = "", num_processes: int = 0, process_id: int = -1) -> None:
+    """Let the processes of a cluster find each other, before any device is used; one alone needs nothing.
+
+    JAX finds them by itself on Cloud TPUs, in SLURM, Open MPI and Kubernetes; elsewhere all three have to be given.
+
+    Args:
+      coordinator_address: host and port of process 0, "" where JAX finds it.
+      num_processes: how many there are, 0 where JAX finds that.
+      process_id: this one's number, from 0; -1 where JAX finds it.
+
+    Raises:
+      UserError: they do not find each other, or are fewer than was said.
+    """
+    given = bool(coordinator_address or num_processes or process_id >= 0)
+    try:
+        jax.distributed.initialize(
+            coordinator_address or None,
+            num_processes or None,
+            process_id if process_id >= 0 else None,
+            heartbeat_timeout_seconds=_LOST,
+            shutdown_timeout_seconds=_PATIENCE,
+        )
+    except ValueError as error:  # no cluster that JAX knows
+        if given:
+            raise UserError(
+                f"the processes cannot start together: {error} Give all of --coordinator_address=HOST:PORT, "
+                "--num_processes and --process_id, or none of them."
+            ) from error
+    except RuntimeError as error:
+        raise UserError(f"the processes cannot start together: {error}") from error
+    if num_processes and process_count() != num_processes:
+        raise UserError(f"{num_processes} processes were to start together, but there are {process_count()}")
+
+
+def is_main() -> bool:
+    """Whether this is the one process that prints, logs and writes files."""
+    return process_index() == 0
+
+
+def agree(error: UserError | None = None) -> None:
+    """Called by all processes: raises in all what any of them had to raise, if anything.
+
+    Raises:
+      UserError: that of the first process that has one.
+    """
+    if process_count() == 1:
+        if error is not None:
+            raise error
+        return
+    text = np.zeros(_TEXT, np.uint8)
+    encoded = np.frombuffer(str(error or "").encode()[:_TEXT], np.uint8)
+    text[: len(encoded)] = encoded
+    for index, told in enumerate(multihost_utils.process_allgather(text)):
+        if told.any():
+            said = bytes(told[told != 0]).decode(errors="replace")
+            raise error or UserError(f"process {index} of {process_count()}: {said}")
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """What every process does by itself, before they go on: if one fails, all do, with its message."""
+    try:
+        yield
+    except UserError as error:
+        agree(error)
+    else:
+        agree()
+
+
+@contextlib.contextmanager
+def in_turn() -> Iterator[None]:
+    """What process 0 does first, and the others after it: they find it done."""
+    if not is_main():
+        multihost_utils.sync_global_devices("first")
+    yield
+    if is_main():
+        multihost_utils.sync_global_devices("first")
+
+
+def for_saving(tree: Any) -> Any:
+    """Replicated arrays as checkpoints take them: as they lie, or on the host where one process writes for several."""
+    return tree if process_count() == 1 else jax.device_get(tree)
 
 
 def device_count() -> int:
@@ -60,8 +152,14 @@ def describe_devices() -> str:
 
 def check_batch_size(batch_size: int, setting: str) -> None:
     """Raise a UserError unless a batch divides evenly over the devices."""
-    if batch_size < 1 or batch_size % device_count():
-        raise UserError(f"{setting} is {batch_size}: it has to be a multiple of the {device_count()} devices")
+    count = device_count()
+    if batch_size < 1 or batch_size % count:
+        below, above = batch_size // count * count, (max(batch_size, 0) // count + 1) * count
+        near = f"{below} or {above}" if below > 0 else str(above)
+        raise UserError(
+            f"{setting} is {batch_size}: it has to be a multiple of the {count} devices, such as {near}. A larger "
+            "batch usually goes with a larger learning rate, by as much or by its square root."
+        )
 
 
 def round_up(batch_size: int) -> int:
@@ -101,6 +199,11 @@ def replicate(tree: Any) -> Any:
 def on_devices(function: Callable[..., Any]) -> Callable[..., Any]:
     """A function of replicated arrays, whose results are replicated too: they never lie on one device alone before."""
     return jax.jit(function, out_shardings=_everywhere())
+
+
+def flag(value: bool) -> np.ndarray:
+    """A number of a batch that says the same on each of this process's devices."""
+    return np.full(jax.local_device_count(), value, np.float32)
 
 
 def send(batch: Any) -> Any:
@@ -179,9 +282,16 @@ def map_sum(function: Callable[..., Any], devices: Sequence[jax.Device] | None =
 
 
 def map_rows(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Run `function(constants, batch)` on every device's share; its results joined along axis 0, on the host."""
+    """Run `function(constants, batch)` on every device's share; its results joined along axis 0, on the host.
+
+    Each process gives its own rows, and gets those of all.
+    """
     begin = begin_rows(function)
     return lambda constants, batch: begin(constants, batch)()
+
+
+def _of_all_processes(rows: Any) -> Any:
+    return rows if process_count() == 1 else multihost_utils.process_allgather(rows, tiled=True)
 
 
 def begin_rows(function: Callable[..., Any]) -> Callable[..., Callable[[], Any]]:
@@ -190,6 +300,8 @@ def begin_rows(function: Callable[..., Any]) -> Callable[..., Callable[[], Any]]
 
     def begin(constants: Any, batch: Any) -> Callable[[], Any]:
         result = mapped(constants, batch)
-        return lambda: jax.tree.map(lambda x: np.reshape(x, (-1, *x.shape[2:])), jax.device_get(result))
+        return lambda: _of_all_processes(
+            jax.tree.map(lambda x: np.reshape(x, (-1, *x.shape[2:])), jax.device_get(result))
+        )
 
     return begin

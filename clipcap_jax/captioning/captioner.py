@@ -45,7 +45,7 @@ class BatchEmbedder:
         self, params: Any, data: CaptionData, indices: np.ndarray, batch_size: int, workers: int
     ) -> Iterator[np.ndarray]:
         """Embed the given examples, in order, each once; `workers` threads decode ahead of the devices."""
-        for rows, images in input_batches(data, indices, parallel.round_up(min(batch_size, len(indices))), workers):
+        for rows, images in _batches(data, indices, batch_size, workers):
             yield from self._embed(params, images)[:rows]
 
 
@@ -62,7 +62,7 @@ class BatchCaptioner:
         self._best = parallel.map_rows(best)
 
     def __call__(self, params: Any, inputs: np.ndarray) -> list[Caption]:
-        """Caption one batch, whose size is a multiple of the number of devices."""
+        """Caption one batch: a process gives its share of the rows, as many for each device, and gets all captions."""
         found = self._best(params, inputs)
         return [
             Caption(self._tokenizer.decode(tokens[:length]), bool(finished), float(score))
@@ -71,8 +71,20 @@ class BatchCaptioner:
 
     def all(self, params: Any, data: CaptionData, indices: np.ndarray, batch_size: int) -> Iterator[Caption]:
         """Caption the given examples, in order, each once."""
-        for rows, inputs in input_batches(data, indices, parallel.round_up(min(batch_size, len(indices)))):
+        for rows, inputs in _batches(data, indices, batch_size):
             yield from self(params, inputs)[:rows]
+
+
+def _batches(data: CaptionData, indices: np.ndarray, batch_size: int, workers: int = 0) -> Iterator[tuple[int, Any]]:
+    """As `input_batches`, each process its share."""
+    return input_batches(
+        data,
+        indices,
+        parallel.round_up(min(batch_size, len(indices))),
+        workers,
+        host=parallel.process_index(),
+        hosts=parallel.process_count(),
+    )
 
 
 class Captioner:

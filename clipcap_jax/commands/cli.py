@@ -14,6 +14,23 @@ from rich.markup import escape
 
 from clipcap_jax.errors import UserError
 
+_COORDINATOR = flags.DEFINE_string("coordinator_address", "", "HOST:PORT of process 0 [as JAX finds it]")
+_PROCESSES = flags.DEFINE_integer("num_processes", 0, "how many processes work together [as JAX finds them]", 0)
+_PROCESS = flags.DEFINE_integer("process_id", -1, "this process's number, from 0 [as JAX finds it]", -1)
+
+
+def start_processes() -> Console:
+    """Let the processes of a script find each other; returns the console, on which the first one alone prints.
+
+    Raises:
+      UserError: see `parallel.start`.
+    """
+    from clipcap_jax import parallel
+
+    parallel.keep_compiled_programs()
+    parallel.start(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+    return Console(quiet=not parallel.is_main())
+
 
 def run_script(main: Callable[[], Any]) -> None:
     """Run a program; a `UserError` ends it with its message alone and status 2.

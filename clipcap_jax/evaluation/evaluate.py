@@ -126,16 +126,19 @@ def evaluate(
     if data.name.startswith("shapes/"):
         right = [shapes.names_exactly(text, shapes.scene_of(image_id)) for image_id, text in texts.items()]
         more |= {"exact scenes": mean(right)}
-    scores = References(references).score(texts, meteor=meteor, spice=spice).add(more)
     pairs = data.pairs(metadata.tokenizer, config.data.max_tokens, config.train.targets)
-    loss = LossMeter(captioner.model, config.train.targets)
+    meter = LossMeter(captioner.model, config.train.targets)
+    # With all processes, before METEOR and SPICE keep the first one busy.
+    loss = meter(captioner.params, data, pairs, batch_size)
+    loss_permuted = meter(captioner.params, data, pairs, batch_size, permuted=True)
+    scores = References(references).score(texts, meteor=meteor, spice=spice).add(more)
     return Evaluation(
         data=data,
         captions=captions,
         scores=scores,
         domains=score_domains(references, texts, dict(zip(data.image_ids, data.domains, strict=True)), scores),
-        loss=loss(captioner.params, data, pairs, batch_size),
-        loss_permuted=loss(captioner.params, data, pairs, batch_size, permuted=True),
+        loss=loss,
+        loss_permuted=loss_permuted,
     )
 
 

@@ -328,8 +328,12 @@ def training_batches(
         )
 
 
-def validation_batches(data: CaptionData, pairs: Pairs, batch_size: int, *, permuted: bool = False) -> Iterator[Batch]:
+def validation_batches(
+    data: CaptionData, pairs: Pairs, batch_size: int, *, permuted: bool = False, host: int = 0, hosts: int = 1
+) -> Iterator[Batch]:
     """Every pair once, shortest captions first; the last batch is filled up with rows of length 0.
+
+    A host gets its own share of each batch, as of `make_batch`.
 
     With `permuted`, every caption is shown with another picture, always the same: a model that reads its pictures has
     a clearly higher loss then. A picture is read for each of its captions: see `CaptionData.embedded`.
@@ -340,7 +344,7 @@ def validation_batches(data: CaptionData, pairs: Pairs, batch_size: int, *, perm
         examples = pairs.examples[np.maximum(rows, 0)]
         if permuted:
             examples = other_pictures(examples, data)
-        yield make_batch(data, pairs, rows, examples)
+        yield make_batch(data, pairs, rows, examples, host=host, hosts=hosts)
 
 
 def other_pictures(examples: np.ndarray, data: CaptionData) -> np.ndarray:
@@ -349,17 +353,24 @@ def other_pictures(examples: np.ndarray, data: CaptionData) -> np.ndarray:
 
 
 def input_batches(
-    data: CaptionData, indices: np.ndarray, batch_size: int, workers: int = 0
+    data: CaptionData, indices: np.ndarray, batch_size: int, workers: int = 0, *, host: int = 0, hosts: int = 1
 ) -> Generator[tuple[int, np.ndarray]]:
     """The inputs of the given examples in order, as (real rows, batch); the last batch is filled up to its size.
 
-    They are read by `workers` threads, up to two batches ahead; 0: when asked for.
+    They are read by `workers` threads, up to two batches ahead; 0: when asked for. A host reads its own share of each
+    batch: the `host`-th of `hosts` equal blocks of rows; what is real is counted over all hosts.
     """
+    size = batch_size // hosts
+    batches = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
+    # Of the last batch a host may have no real row: it takes any, as something has to fill its share.
+    shares = [batch[host * size : (host + 1) * size] if len(batch) > host * size else batch[:1] for batch in batches]
     with contextlib.closing(
-        pictures.load_ahead(lambda i: data.inputs([i])[0], indices, workers=workers, ahead=2 * batch_size)
+        pictures.load_ahead(
+            lambda i: data.inputs([i])[0], itertools.chain.from_iterable(shares), workers=workers, ahead=2 * size
+        )
     ) as inputs:
-        while batch := list(itertools.islice(inputs, batch_size)):
-            yield len(batch), fill(np.stack(batch), batch_size)
+        for batch, share in zip(batches, shares, strict=True):
+            yield len(batch), fill(np.stack(list(itertools.islice(inputs, len(share)))), size)
 
 
 def fill(rows: np.ndarray, count: int) -> np.ndarray:

@@ -19,7 +19,20 @@ from clipcap_jax import progress
 from clipcap_jax.errors import UserError
 
 
-class MetricsLog:
+class NoLog:
+    """What other processes than the main one log to."""
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """As of a `MetricsLog`."""
+
+    def text(self, step: int, name: str, text: str) -> None:
+        """As of a `MetricsLog`."""
+
+    def close(self) -> None:
+        """As of a `MetricsLog`."""
+
+
+class MetricsLog(NoLog):
     """Writes `<run>/metrics.jsonl` and TensorBoard's event files in `<run>/tensorboard`."""
 
     def __init__(self, run: Path, first_step: int):
@@ -85,7 +98,7 @@ class Monitor:
 
     def __init__(
         self,
-        log: MetricsLog,
+        log: NoLog,
         console: Console,
         *,
         batch_size: int,
@@ -111,6 +124,7 @@ class Monitor:
         self._since, self._last = time.perf_counter(), start
         self._progress = progress.bar(console=console, disable=not console.is_terminal)
         self._task = self._progress.add_task("training", total=total, completed=start)
+        self.stop = False  # whether a process was asked to stop, as all have agreed by now
         self._progress.start()
 
     def push(self, step: int, metrics: dict[str, jax.Array]) -> None:
@@ -132,6 +146,7 @@ class Monitor:
                     "warmup_steps or clip_norm=1.0 usually helps; so does float32 instead of bfloat16."
                 )
         self.losses.append(float(metrics["loss"]))
+        self.stop = bool(metrics.get("stop", 0))
         if step % self._every == 0:
             now = time.perf_counter()
             rate = (step - self._last) * self._batch_size / (now - self._since)

@@ -3,7 +3,7 @@
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,9 @@ from clipcap_jax.config import Config
 from clipcap_jax.datasets.schema import open_builder, open_split
 from clipcap_jax.errors import UserError
 from clipcap_jax.inputs.batches import Batch, training_batches
-from clipcap_jax.training.logs import MetricsLog, Monitor
+from clipcap_jax.training.logs import MetricsLog, Monitor, NoLog
 from clipcap_jax.training.run import Run, open_run
-from clipcap_jax.training.step import TrainState, make_step
+from clipcap_jax.training.step import Params, TrainState, make_step
 
 
 def train(config: Config, folder: Path, console: Console) -> None:
@@ -36,8 +36,6 @@ def train(config: Config, folder: Path, console: Console) -> None:
     Raises:
       UserError: for anything the user can mend, such as a missing data set or a loss that is not finite.
     """
-    if parallel.process_count() > 1:
-        raise UserError("several hosts cannot train together yet: start on one, which uses all of its devices")
     parallel.check_batch_size(config.train.batch_size, "config.train.batch_size")
     # Before the run's folder is made, and data are unpacked: they may not be there.
     open_split(config.data.name, "train", config.data.data_dir)
@@ -46,7 +44,11 @@ def train(config: Config, folder: Path, console: Console) -> None:
             f"{config.data.name} has no split 'val' to validate on: prepare it with one, or train without: "
             "--config.evaluate.images=0"
         )
-    with _alone(folder), contextlib.closing(Checkpoints(folder, keep=config.checkpoint.keep)) as checkpoints:
+    with contextlib.ExitStack() as stack:
+        with parallel.together():
+            if parallel.is_main():
+                stack.enter_context(_alone(folder))
+        checkpoints = stack.enter_context(contextlib.closing(Checkpoints(folder, keep=config.checkpoint.keep)))
         run, state = open_run(config, folder, checkpoints, console)
         done = _take_steps(run, state, folder, checkpoints, console)
         checkpoints.wait()
@@ -60,10 +62,15 @@ def _take_steps(run: Run, state: TrainState, folder: Path, checkpoints: Checkpoi
     """Take the steps that are left, or those until a signal comes; returns how many are taken then."""
     config, step, stopping = run.config, run.start, False
     take_step = parallel.map_step(
-        make_step(run.model, run.optimizer, run.schedule, config.train, average_decay=config.optimizer.average_decay)
+        _agreeing(
+            make_step(
+                run.model, run.optimizer, run.schedule, config.train, average_decay=config.optimizer.average_decay
+            )
+        )
     )
     with contextlib.ExitStack() as stack:
-        log = stack.enter_context(contextlib.closing(MetricsLog(folder, run.start)))
+        log: NoLog = MetricsLog(folder, run.start) if parallel.is_main() else NoLog()
+        stack.enter_context(contextlib.closing(log))
         monitor = Monitor(
             log,
             console,
@@ -75,12 +82,13 @@ def _take_steps(run: Run, state: TrainState, folder: Path, checkpoints: Checkpoi
         )
         stack.enter_context(contextlib.closing(monitor))
         stop = stack.enter_context(_stop_signals())
-        batches = stack.enter_context(_batches(run))
+        batches = stack.enter_context(_batches(run, stop))
         while step < run.total and not stopping:
             state, metrics = take_step(state, run.frozen, next(batches))
             step += 1
             monitor.push(step, metrics)
-            stopping = stop.is_set()  # asked once, so that no step is the last without being saved
+            # Asked once, so that no step is the last without being saved; of several processes all stop after the same.
+            stopping = monitor.stop if parallel.process_count() > 1 else stop.is_set()
             validate = step % config.evaluate.every == 0 or step == run.total
             if validate or stopping or step % config.checkpoint.every == 0:
                 with monitor.paused():  # which first waits for the step, and stops here if it was not finite
@@ -89,8 +97,18 @@ def _take_steps(run: Run, state: TrainState, folder: Path, checkpoints: Checkpoi
     return step
 
 
+def _agreeing(step: Callable[..., Any]) -> Callable[..., Any]:
+    """A step whose metrics say whether any process was asked to stop when its batch was sent."""
+
+    def agreeing(state: TrainState, frozen: Params, batch: Batch) -> Any:
+        state, metrics = step(state, frozen, batch)
+        return state, {**metrics, "stop": parallel.sum_over_devices(batch["stop"].sum())}
+
+    return agreeing
+
+
 @contextlib.contextmanager
-def _batches(run: Run) -> Iterator[Iterator[Batch]]:
+def _batches(run: Run, stop: threading.Event) -> Iterator[Iterator[Batch]]:
     config = run.config
     batches = training_batches(
         run.data,
@@ -105,7 +123,7 @@ def _batches(run: Run) -> Iterator[Iterator[Batch]]:
         hosts=parallel.process_count(),
     )
     with contextlib.closing(batches):  # and with them their threads
-        yield parallel.send_ahead(batches)
+        yield parallel.send_ahead({**batch, "stop": parallel.flag(stop.is_set())} for batch in batches)
 
 
 def _save(
@@ -113,16 +131,16 @@ def _save(
 ) -> None:
     checkpoints.save(
         step,
-        params=state.best,
-        unaveraged=None if state.average is None else state.params,
-        optimizer=state.opt_state,
+        params=parallel.for_saving(state.best),
+        unaveraged=None if state.average is None else parallel.for_saving(state.params),
+        optimizer=parallel.for_saving(state.opt_state),
         position={"step": step, "total": run.total, "losses": losses, "fingerprint": run.data.fingerprint},
         metadata=run.metadata,
         metrics=scores,
     )
 
 
-def _validate(run: Run, step: int, state: TrainState, log: MetricsLog, console: Console) -> dict[str, float]:
+def _validate(run: Run, step: int, state: TrainState, log: NoLog, console: Console) -> dict[str, float]:
     if run.validator is None:
         return {}
     validation = run.validator({**run.frozen, **state.best})

@@ -34,7 +34,14 @@ class LossMeter:
         self, params: Any, data: CaptionData, pairs: Pairs, batch_size: int, *, permuted: bool = False
     ) -> float:
         """In nats per token; with `permuted`, every caption is shown with another picture."""
-        batches = validation_batches(data, pairs, parallel.round_up(batch_size), permuted=permuted)
+        batches = validation_batches(
+            data,
+            pairs,
+            parallel.round_up(batch_size),
+            permuted=permuted,
+            host=parallel.process_index(),
+            hosts=parallel.process_count(),
+        )
         sums = np.array([jax.device_get(self._loss(params, batch)) for batch in batches], np.float64)  # batches 2
         loss, tokens = sums.sum(axis=0)
         return float(loss / tokens)

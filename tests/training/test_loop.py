@@ -250,12 +250,6 @@ def test_one_training_in_a_folder(data_dir: Path, tmp_path: Path) -> None:
         train(tmp_path / "file", settings(data_dir))
 
 
-def test_several_hosts(data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(UserError, match="several hosts cannot train together yet"):
-        train(tmp_path, settings(data_dir))
-
-
 def test_a_part_that_stays_random_is_told(data_dir: Path, unstopped: Path, tmp_path: Path) -> None:
     changes: dict[str, Any] = {"train.trainable": ("mapper",), "train.epochs": 0.2}
     assert "Warning: gpt2 will stay random" in train(tmp_path / "run", settings(data_dir, changes))
