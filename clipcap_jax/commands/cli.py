@@ -4,9 +4,10 @@ import argparse
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from absl import app, flags, logging
 from rich.console import Console
@@ -44,10 +45,35 @@ def run_script(main: Callable[[], Any]) -> None:
         main()
     except UserError as error:
         Console(stderr=True).print(f"[red]Error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
-        sys.exit(2)
+        _leave(2)
     except KeyboardInterrupt:
         Console(stderr=True).print("Stopped.")
-        sys.exit(130)
+        _leave(130)
+    except Exception as error:
+        if not _works_with_others():
+            raise
+        traceback.print_exc()
+        if type(error).__name__ == "JaxRuntimeError":
+            told = "Error: another process was lost or failed. The same command goes on from the last checkpoint."
+            print(told, file=sys.stderr)
+        _leave(1)
+
+
+def _works_with_others() -> bool:
+    if "jax" not in sys.modules:
+        return False
+    from clipcap_jax import parallel
+
+    return parallel.process_count() > 1
+
+
+def _leave(code: int) -> NoReturn:
+    """End this process; of several, without waiting for the others, which JAX ends when they miss it."""
+    if not _works_with_others():
+        sys.exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def run_flags_script(main: Callable[[list[str]], None]) -> None:
