@@ -137,6 +137,9 @@ def training_step(model: ClipCap) -> Callable[..., Any]:
         init_from="",
         targets="all",
         label_smoothing=0.0,
+        accumulation=1,
+        remat=False,
+        gradient_dtype="float32",
         log_every=100,
     )
     return make_step(model, adamw(), optim.schedule(adamw_settings(), TOTAL_STEPS), train)

@@ -51,7 +51,12 @@ _SINCE: dict[int, dict[str, Any]] = {
     },
     3: {"optimizer.average_decay": 0.0},
     4: {"model.gpt2.word_dropout": 0.0},
-    5: {},
+    5: {
+        "train.accumulation": 1,
+        "train.remat": False,
+        "train.gradient_dtype": "float32",
+        "parallel": {"layout": "data"},
+    },
 }
 
 

@@ -38,7 +38,7 @@ def train(config: Config, folder: Path, console: Console) -> None:
     """
     if parallel.process_count() > 1:
         raise UserError("several hosts cannot train together yet: start on one, which uses all of its devices")
-    parallel.check_batch_size(config.train.batch_size, "config.train.batch_size")
+    parallel.check_batch_size(config.train.batch_size, "config.train.batch_size", config.train.accumulation)
     # Before the run's folder is made, and data are unpacked: they may not be there.
     open_split(config.data.name, "train", config.data.data_dir)
     if config.evaluate.images and "val" not in open_builder(config.data.name, config.data.data_dir).info.splits:
@@ -59,8 +59,15 @@ def train(config: Config, folder: Path, console: Console) -> None:
 def _take_steps(run: Run, state: TrainState, folder: Path, checkpoints: Checkpoints, console: Console) -> int:
     """Take the steps that are left, or those until a signal comes; returns how many are taken then."""
     config, step, stopping = run.config, run.start, False
-    take_step = parallel.map_step(
-        make_step(run.model, run.optimizer, run.schedule, config.train, average_decay=config.optimizer.average_decay)
+    take_step = run.layout.map_step(
+        make_step(
+            run.model,
+            run.optimizer,
+            run.schedule,
+            config.train,
+            average_decay=config.optimizer.average_decay,
+            layout=run.layout,
+        )
     )
     with contextlib.ExitStack() as stack:
         log = stack.enter_context(contextlib.closing(MetricsLog(folder, run.start)))
@@ -105,7 +112,7 @@ def _batches(run: Run) -> Iterator[Iterator[Batch]]:
         hosts=parallel.process_count(),
     )
     with contextlib.closing(batches):  # and with them their threads
-        yield parallel.send_ahead(batches)
+        yield parallel.send_ahead(batches, run.layout.send)
 
 
 def _save(
@@ -125,7 +132,8 @@ def _save(
 def _validate(run: Run, step: int, state: TrainState, log: MetricsLog, console: Console) -> dict[str, float]:
     if run.validator is None:
         return {}
-    validation = run.validator({**run.frozen, **state.best})
+    # Whole parameters on every device, for that long: what does not fit so is to be trained without validation.
+    validation = run.validator(run.layout.on_every_device({**run.frozen, **state.best}))
     metrics = validation.metrics
     log.write(step, {f"val/{name}": value for name, value in metrics.items()})
     chosen = list(validation.captions.items())[:: max(1, len(validation.captions) // 4)]

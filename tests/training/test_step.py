@@ -1,6 +1,7 @@
 import dataclasses
+import functools
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -64,6 +65,67 @@ def test_a_step_on_four_devices_equals_one_loss_on_one() -> None:
     norm = np.sqrt(sum(np.sum(np.square(grad, dtype=np.float64)) for grad in jax.tree.leaves(gradients)))
     np.testing.assert_allclose(metrics["gradient_norm"], norm, rtol=1e-5)
     assert state.step == 1
+
+
+WIDE = {
+    "inputs": random_embeddings(1, 16),
+    "tokens": random_tokens(1, 16, 7),
+    "lengths": np.array([7, 7, 1, 0, 3, 1, 0, 0, 5, 2, 7, 7, 0, 0, 0, 0], np.int32),
+}
+DATA, FSDP = parallel.DataParallel, functools.partial(parallel.FullySharded, whole_below=0)
+Variant = Literal["mlp", "transformer"]
+VARIANTS: dict[Variant, tuple[str, ...]] = {
+    "mlp": ("mapper", "gpt2"),
+    "transformer": ("mapper",),
+}
+LAYOUTS = [
+    pytest.param(kind(tuple(jax.devices()[:count])), id=f"{name}-{count}")
+    for name, kind, counts in (("data", DATA, (1, 2, 4)), ("fsdp", FSDP, (2, 4)))
+    for count in counts
+]
+
+
+@functools.cache
+def one_loss_on_one_device(mapper: Variant) -> tuple[Any, Any, Any]:
+    """The parameters of a variant, the loss of its WIDE batch and the gradients of what it trains."""
+    model = ClipCap(clipcap_config(mapper=mapper, dropout=0.0))
+    params = random_params(model, 0, WIDE["inputs"], WIDE["tokens"])
+
+    def loss(trained: Any) -> jax.Array:
+        logits = model.apply({"params": {**params, **trained}}, WIDE["inputs"], WIDE["tokens"])
+        real = np.arange(7)[None] < WIDE["lengths"][:, None]
+        return optax.softmax_cross_entropy_with_integer_labels(logits[real], WIDE["tokens"][real]).mean()
+
+    return params, *jax.jit(jax.value_and_grad(loss))({name: params[name] for name in VARIANTS[mapper]})
+
+
+@pytest.mark.parametrize(("accumulation", "remat"), [(1, False), (4, False), (4, True)])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("mapper", VARIANTS)
+def test_every_layout_gives_what_one_loss_on_one_device_gives(
+    mapper: Variant, layout: parallel.Layout, accumulation: int, remat: bool
+) -> None:
+    params, expected, gradients = one_loss_on_one_device(mapper)
+    trainable = VARIANTS[mapper]
+    step = make_step(
+        ClipCap(clipcap_config(mapper=mapper, dropout=0.0)),
+        keep_gradients(),
+        SCHEDULE,
+        settings(trainable=trainable, accumulation=accumulation, remat=remat),
+        layout=layout,
+    )
+    trained = {name: params[name] for name in trainable}
+    state = TrainState(jnp.int32(0), trained, None, keep_gradients().init(trained))
+    frozen = {name: part for name, part in params.items() if name not in trainable}
+    take_step = layout.map_step(step)
+    state, metrics = take_step(jax.tree.map(np.asarray, state), frozen, WIDE)
+    np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-5)
+    assert_close(named(state.opt_state), named(gradients))
+    assert_close(named(state.params), named(jax.tree.map(lambda param, grad: param - 0.1 * grad, trained, gradients)))
+    if isinstance(layout, parallel.FullySharded):
+        for name, leaf in named((state.params, state.opt_state)).items():
+            divisible = any(size % len(layout.mesh.devices) == 0 for size in leaf.shape)
+            assert leaf.is_fully_replicated != divisible, name
 
 
 def test_the_old_state_is_donated() -> None:
