@@ -177,16 +177,15 @@ class Transformer(nn.Module):
         @self.hooks.layer
         def layer(x: jax.Array, params_and_key: tuple[Any, jax.Array | None]) -> tuple[jax.Array, None]:
             params, key = params_and_key
-            params = self.hooks.whole(self._cast(params))
+            params = self.hooks.whole(params)
             rngs = {} if key is None else {"dropout": key}
             x, _ = self.block.apply({"params": params}, x, mask, deterministic=deterministic, rngs=rngs)
             return self.hooks.rows(x), None
 
-        return jax.lax.scan(layer, self.hooks.rows(x), (self.stacked, keys))[0]
-
-    def _cast(self, params: Any) -> Any:
-        """One layer's, its matrices in the dtype that they are used in: half as much to gather where that is half."""
-        return jax.tree.map(lambda leaf: leaf.astype(self.dtype) if leaf.ndim > 1 else leaf, params)
+        # The matrices in the dtype that they are used in, now and not a layer at a time: so `whole` moves half as much
+        # where that is half as wide, and the backward pass finds them here.
+        stacked = jax.tree.map(lambda leaf: leaf.astype(self.dtype) if leaf.ndim > 2 else leaf, self.stacked)
+        return jax.lax.scan(layer, self.hooks.rows(x), (stacked, keys))[0]
 
     def cached(
         self, x: jax.Array, mask: jax.Array, cache: tuple[LayerCache, ...], slot: jax.Array | int
