@@ -122,8 +122,10 @@ def shapes_of(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
 
 
-def training_step(model: ClipCap) -> Callable[..., Any]:
-    """`step.make_step` as the configs of the paper's two variants have it."""
+def training_step(
+    model: ClipCap, layout: parallel.Layout = parallel.DATA_PARALLEL, *, remat: bool = False
+) -> Callable[..., Any]:
+    """`step.make_step` as the configs of the paper's two variants have it, in this layout."""
     from clipcap_jax.config import PretrainedConfig, TrainConfig
     from clipcap_jax.training import optim
     from clipcap_jax.training.step import make_step
@@ -137,9 +139,12 @@ def training_step(model: ClipCap) -> Callable[..., Any]:
         init_from="",
         targets="all",
         label_smoothing=0.0,
+        accumulation=1,
+        remat=remat,
+        gradient_dtype="float32",
         log_every=100,
     )
-    return make_step(model, adamw(), optim.schedule(adamw_settings(), TOTAL_STEPS), train)
+    return make_step(model, adamw(), optim.schedule(adamw_settings(), TOTAL_STEPS), train, layout=layout)
 
 
 def adamw() -> Any:

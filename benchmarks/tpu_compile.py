@@ -55,15 +55,17 @@ Line = dict[str, Any]
 
 class Program(NamedTuple):
     """`mapped(function, devices)` takes `*constants` and a batch; `batch`: the shapes of one chip's share; `details`:
-    what its line says of it; `trained`: how many numbers have gradients; `steps`: of a search."""
+    what its line says of it; `trained`: how many numbers have gradients; `steps`: of a search; `divided`: whether each
+    chip holds a part of the constants and gradients."""
 
     function: Callable[..., Any]
-    mapped: Callable[..., parallel.Mapped]
+    mapped: Callable[..., parallel.Mapped | parallel.Sharded]
     constants: tuple[Any, ...]
     batch: Any
     details: Line
     trained: int = 0
     steps: int = 1
+    divided: bool = False
 
 
 def main() -> None:
@@ -118,6 +120,9 @@ def cases(chips: int, tiny: bool, first: bool) -> Iterator[tuple[str, Callable[[
         for sizes in ("gpt2-large", "gpt2-xl"):
             for kind in kinds:
                 yield f"training/{kind}/{sizes}", functools.partial(training, kind, sizes, rows)
+    if chips == 16:
+        sizes = "tiny" if tiny else "gpt2-xl"
+        yield f"training/mlp/{sizes}/fsdp", functools.partial(sharded_training, "mlp", sizes, rows)
 
 
 def training(kind: programs.Kind, sizes: str, rows: int) -> Program:
@@ -131,6 +136,15 @@ def training(kind: programs.Kind, sizes: str, rows: int) -> Program:
         {"rows": rows, "tokens": TOKENS, "dtype": "bfloat16", "trained": programs.size(state.params)},
         trained=programs.size(state.params),
     )
+
+
+def sharded_training(kind: programs.Kind, sizes: str, rows: int) -> Program:
+    def mapped(_: Any, devices: Sequence[Any]) -> parallel.Sharded:
+        layout = parallel.FullySharded(tuple(devices))
+        return layout.map_step(programs.training_step(programs.captioner(kind, sizes), layout, remat=True))
+
+    program = training(kind, sizes, rows)
+    return program._replace(mapped=mapped, divided=True, details={**program.details, "layout": "fsdp", "remat": True})
 
 
 def validation(sizes: str, rows: int) -> Program:
@@ -179,6 +193,7 @@ def attempt(program: Program, devices: Sequence[Any], memory: int, file: Path | 
     line = {**program.details, "flops": flops, "available": memory}
     # Gradients are float32, and all there at once, as they are summed over chips before any is used.
     least = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(program.constants)) + 4 * program.trained
+    least //= len(devices) if program.divided else 1
     if least > memory:
         return {**line, "fits": False, "needed": least, "source": "arithmetic: parameters, moments and gradients alone"}
 

@@ -119,6 +119,12 @@ class TrainConfig:
       targets: "all": a caption's tokens and the end token are learnt; "original": as in the original's code there is no
         end token, and token 0 is not learnt, wherever it stands.
       label_smoothing: see `training.loss.caption_loss`.
+      accumulation: micro-batches that a step splits a device's share of its batch into, one after the other, so that
+        their activations are never in memory together.
+      remat: whether the backward pass computes a layer's activations anew, from the layer's input, instead of finding
+        all layers' in memory: a third more arithmetic.
+      gradient_dtype: what gradients are summed over devices in; "bfloat16" halves what they exchange, and is for
+        `parallel.layout` "data": in the other, they are exchanged as XLA computes them.
       log_every: steps between log lines.
     """
 
@@ -130,6 +136,9 @@ class TrainConfig:
     init_from: str
     targets: Targets
     label_smoothing: float
+    accumulation: int
+    remat: bool
+    gradient_dtype: Literal["float32", "bfloat16"]
     log_every: int
 
 
@@ -177,6 +186,17 @@ class CheckpointConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ParallelConfig:
+    """How a training step is spread over devices.
+
+    `layout`: "data", all of them hold all parameters and their optimiser's state; "fsdp", for models that are too large
+    for that, each holds a part, and layers are gathered one at a time (see `clipcap_jax.parallel`).
+    """
+
+    layout: Literal["data", "fsdp"]
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """Everything that `train.py` reads."""
 
@@ -185,6 +205,7 @@ class Config:
     model: ClipCapConfig
     optimizer: OptimizerConfig
     train: TrainConfig
+    parallel: ParallelConfig
     evaluate: EvaluateConfig
     checkpoint: CheckpointConfig
 
@@ -217,6 +238,11 @@ def from_dict(values: Mapping[str, Any]) -> Config:
         raise UserError('config.train.trainable names "clip", but the model reads stored embeddings, not pictures')
     if not config.train.trainable:
         raise UserError("config.train.trainable is empty: name at least one of clip, mapper, gpt2")
+    if config.parallel.layout == "fsdp" and config.train.gradient_dtype != "float32":
+        raise UserError(
+            'config.train.gradient_dtype is "bfloat16", but with config.parallel.layout="fsdp" XLA sums gradients as '
+            'it computes them, those of matrices in config.model.dtype: set it to "float32"'
+        )
     _check_sizes(config.model)
     longest = config.model.mapper.prefix_length + max(config.data.max_tokens, config.evaluate.decode.max_tokens)
     if longest > config.model.gpt2.positions:

@@ -1,17 +1,19 @@
 """Everything that knows how many devices and processes there are.
 
-Batches are split over devices along their first axis; parameters and optimiser state are the same on all of them and
-stay ordinary arrays, without a device axis (`in_axes=None`, `out_axes=None`).
+Batches are split over devices along their first axis. Parameters and optimiser state are the same on all of them and
+stay ordinary arrays, without a device axis (`in_axes=None`, `out_axes=None`); or, of a model that is too large for
+that, each device holds a part of them. A `Layout` is one of the two, for a training step that need not know which.
 """
 
 import collections
 import contextlib
+import dataclasses
 import functools
 import itertools
 import os
 import platform
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
@@ -125,8 +127,10 @@ def in_turn() -> Iterator[None]:
 
 
 def for_saving(tree: Any) -> Any:
-    """Replicated arrays as checkpoints take them: as they lie, or on the host where one process writes for several."""
-    return tree if process_count() == 1 else jax.device_get(tree)
+    """Arrays as checkpoints take them: as they lie, but on the host where each process has them all, and one writes."""
+    if process_count() == 1:
+        return tree
+    return jax.tree.map(lambda leaf: jax.device_get(leaf) if leaf.is_fully_addressable else leaf, tree)
 
 
 def device_count() -> int:
@@ -150,15 +154,15 @@ def describe_devices() -> str:
     return f"{count} {kind} device{'s' * (count > 1)}"
 
 
-def check_batch_size(batch_size: int, setting: str) -> None:
-    """Raise a UserError unless a batch divides evenly over the devices."""
-    count = device_count()
-    if batch_size < 1 or batch_size % count:
-        below, above = batch_size // count * count, (max(batch_size, 0) // count + 1) * count
-        near = f"{below} or {above}" if below > 0 else str(above)
+def check_batch_size(batch_size: int, setting: str, accumulation: int = 1) -> None:
+    """Raise a UserError unless a batch divides evenly over the devices, and there into micro-batches."""
+    multiple = device_count() * accumulation
+    if batch_size < 1 or batch_size % multiple:
+        times = f" times config.train.accumulation={accumulation}" if accumulation > 1 else ""
+        below = max(0, batch_size // multiple) * multiple
         raise UserError(
-            f"{setting} is {batch_size}: it has to be a multiple of the {count} devices, such as {near}. A larger "
-            "batch usually goes with a larger learning rate, by as much or by its square root."
+            f"{setting} is {batch_size}: it has to be a multiple of the {device_count()} devices{times}, "
+            f"such as {f'{below} or ' if below else ''}{below + multiple}"
         )
 
 
@@ -215,7 +219,7 @@ def send(batch: Any) -> Any:
     return jax.device_put(_split(batch), jax.NamedSharding(_mesh(), jax.P(AXIS)))
 
 
-def send_ahead(batches: Iterator[Any]) -> Iterator[Any]:
+def send_ahead(batches: Iterator[Any], send: Callable[[Any], Any] = send) -> Iterator[Any]:
     """The batches, sent: each before the one ahead of it is handed out, so that it travels during that one's step."""
     sent = collections.deque(map(send, itertools.islice(batches, 1)))
     for batch in batches:
@@ -305,3 +309,184 @@ def begin_rows(function: Callable[..., Any]) -> Callable[..., Callable[[], Any]]
         )
 
     return begin
+
+
+@dataclasses.dataclass(frozen=True)
+class DataParallel:
+    """The layout of a training whose devices hold the same state, and each take a share of the batch.
+
+    Attributes:
+      devices: None: all there are.
+      by_share: whether a step sees one device's share of the batch, or all of it.
+    """
+
+    devices: tuple[jax.Device, ...] | None = None
+    by_share: ClassVar[bool] = True
+
+    def place(self, tree: Any) -> Any:
+        """A tree of arrays, on the devices as this layout has parameters and what is like them."""
+        return replicate(tree)
+
+    def placed(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A function of placed arrays whose results are placed too, and never lie elsewhere before."""
+        return on_devices(function)
+
+    def on_every_device(self, tree: Any) -> Any:
+        """A placed tree, as `map_sum` and `map_rows` take it: whole, on each of this process's devices."""
+        return tree
+
+    def send(self, batch: Any) -> Any:
+        """As `send`, for this layout's steps."""
+        return send(batch)
+
+    def map_step(self, step: Callable[..., Any]) -> Mapped:
+        """Run `step(state, constants, batch) -> (state, metrics)` on placed arrays and a batch, sent or not.
+
+        The state is donated: its buffers are reused for the new one. What follows is called inside the step.
+        """
+        return map_step(step, self.devices)
+
+    def sum_over_devices(self, tree: Any) -> Any:
+        """What depends on the batch that the step sees: for all of the batch."""
+        return sum_over_devices(tree)
+
+    def device_index(self) -> jax.Array | int:
+        """Which share of the batch the step sees."""
+        return device_index()
+
+    def pinned(self, tree: Any) -> Any:
+        """The same, placed."""
+        return tree
+
+    def rows(self, x: Any) -> Any:
+        """The same, each row of the batch where it lies."""
+        return x
+
+    def whole(self, tree: Any) -> Any:
+        """The same, on every device."""
+        return tree
+
+
+@dataclasses.dataclass(frozen=True)
+class FullySharded:
+    """The layout of a training whose devices share the state out among them, and gather one layer at a time to use it.
+
+    ZeRO-3 (Rajbhandari et al. 2020, arXiv 1910.02054), as XLA partitions one program for the whole batch. Methods as
+    in `DataParallel`.
+
+    Attributes:
+      devices: None: all there are.
+      whole_below: arrays of fewer bytes are not divided.
+    """
+
+    devices: tuple[jax.Device, ...] | None = None
+    whole_below: int = 2**20
+    by_share: ClassVar[bool] = False
+
+    @functools.cached_property
+    def mesh(self) -> jax.sharding.Mesh:
+        # Not of jax.make_mesh, whose axes are explicit: then every operation would have to say how it is divided.
+        return jax.sharding.Mesh(np.array(self.devices or jax.devices()), (AXIS,))
+
+    @property
+    def _whole(self) -> jax.NamedSharding:
+        return jax.NamedSharding(self.mesh, jax.P())
+
+    @property
+    def _rows(self) -> jax.NamedSharding:
+        return jax.NamedSharding(self.mesh, jax.P(AXIS))
+
+    def sharding(self, leaf: Any) -> jax.NamedSharding:
+        """Of an array, by its shape and type: divided along its largest axis that the number of devices divides."""
+        axes = [axis for axis, size in enumerate(leaf.shape) if size % self.mesh.size == 0]
+        if not axes or leaf.size * leaf.dtype.itemsize < self.whole_below:
+            return self._whole
+        axis = max(axes, key=lambda axis: leaf.shape[axis])
+        return jax.NamedSharding(self.mesh, jax.P(*[None] * axis, AXIS))
+
+    def place(self, tree: Any) -> Any:
+        def place(leaf: Any) -> jax.Array:
+            array = np.asarray(leaf)  # of which every device gets its part, whichever process it belongs to
+            return jax.make_array_from_callback(array.shape, self.sharding(array), array.__getitem__)
+
+        return jax.tree.map(place, tree)
+
+    def placed(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def place(*arguments: Any) -> Any:
+            shardings = jax.tree.map(self.sharding, jax.eval_shape(function, *arguments))
+            return _wait_on_cpu(jax.jit(function, out_shardings=shardings)(*arguments))
+
+        return place
+
+    def on_every_device(self, tree: Any) -> Any:
+        copies = _wait_on_cpu(jax.jit(lambda tree: tree, out_shardings=self._whole)(tree))
+        return replicate(jax.tree.map(lambda leaf: leaf.addressable_data(0), copies))
+
+    def send(self, batch: Any) -> Any:
+        return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(self._rows, leaf), batch)
+
+    def map_step(self, step: Callable[..., Any]) -> "Sharded":
+        return Sharded(step, self)
+
+    def sum_over_devices(self, tree: Any) -> Any:
+        return tree  # it was summed over the whole batch
+
+    def device_index(self) -> int:
+        return 0
+
+    def pinned(self, tree: Any) -> Any:
+        return jax.lax.with_sharding_constraint(tree, jax.tree.map(self.sharding, tree))
+
+    def rows(self, x: Any) -> Any:
+        # Without this, XLA would rather gather the activations of the whole batch than a layer's parameters.
+        return jax.lax.with_sharding_constraint(x, self._rows)
+
+    def whole(self, tree: Any) -> Any:
+        @jax.custom_vjp
+        def gathered(leaf: jax.Array) -> jax.Array:
+            return jax.lax.with_sharding_constraint(leaf, self._whole)
+
+        # A gradient becomes whole nowhere: each device needs only its part of the sum over devices.
+        gathered.defvjp(lambda leaf: (gathered(leaf), None), lambda _, cotangent: (self.pinned(cotangent),))
+        return jax.tree.map(gathered, tree)
+
+    def keeps(self, primitive: Any, *_: Any, **__: Any) -> bool:
+        """A policy of `jax.checkpoint`: what was gathered for the forward pass is gathered again for the backward pass;
+        kept, the layers of the forward pass would in the end be the whole model, on every device. `rows` and `whole`
+        are these two primitives."""
+        return bool(primitive.name not in ("sharding_constraint", "custom_vjp_call"))
+
+
+Layout = DataParallel | FullySharded
+DATA_PARALLEL = DataParallel()
+LAYOUTS: dict[str, Callable[[], Layout]] = {"data": DataParallel, "fsdp": FullySharded}
+
+
+class Sharded:
+    """A step of the layout `FullySharded`, as `Mapped` is one of `DataParallel`."""
+
+    def __init__(self, step: Callable[..., Any], layout: FullySharded):
+        self._step, self._layout = step, layout
+        self._jitted: Any = None
+
+    def __call__(self, state: Any, constants: Any, batch: Any) -> Any:
+        if not all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(batch)):
+            batch = self._layout.send(batch)
+        return _wait_on_cpu(self._program(state, constants)(state, constants, batch))
+
+    def lower(self, *arguments: Any) -> jax.stages.Lowered:
+        """As `Mapped.lower`."""
+        lowered: jax.stages.Lowered = self._program(*arguments[:2]).lower(*arguments)
+        return lowered
+
+    def _program(self, state: Any, constants: Any) -> Any:
+        if self._jitted is None:
+            layout = self._layout
+            placed, constant = (jax.tree.map(layout.sharding, tree) for tree in (state, constants))
+            self._jitted = jax.jit(
+                self._step,
+                in_shardings=(placed, constant, layout._rows),
+                out_shardings=(placed, layout._whole),
+                donate_argnums=0,
+            )
+        return self._jitted

@@ -46,8 +46,12 @@ def get_config(variant: str = "embeddings") -> ConfigDict:
         init_from="",
         targets="all",
         label_smoothing=0.1,
+        accumulation=1,
+        remat=False,
+        gradient_dtype="float32",
         log_every=100,
     )
+    config.parallel = dict(layout="data")
     config.evaluate = dict(
         every=1876,
         images=1000,

@@ -41,8 +41,12 @@ def get_config() -> ConfigDict:
         init_from="",
         targets="all",
         label_smoothing=0.0,
+        accumulation=1,
+        remat=False,
+        gradient_dtype="float32",
         log_every=50,
     )
+    config.parallel = dict(layout="data")
     config.evaluate = dict(
         every=1100,
         images=200,

@@ -119,8 +119,12 @@ def get_config(variant: str = "embeddings") -> ConfigDict:
                 "init_from": "",
                 "targets": "all",
                 "label_smoothing": 0.1,
+                "accumulation": 1,
+                "remat": False,
+                "gradient_dtype": "float32",
                 "log_every": 1,
             },
+            "parallel": {"layout": "data"},
             "evaluate": {
                 "every": 6,
                 "images": 4,

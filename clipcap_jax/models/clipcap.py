@@ -13,6 +13,7 @@ from clipcap_jax.models.clip_resnet import ClipResnet, ClipResnetConfig
 from clipcap_jax.models.clip_vit import ClipVit, ClipVitConfig, normalize_pixels
 from clipcap_jax.models.gpt2 import Cache, Gpt2, Gpt2Config
 from clipcap_jax.models.mapper import MAPPERS, MapperConfig
+from clipcap_jax.models.transformer import Hooks
 
 ClipConfig = ClipVitConfig | ClipResnetConfig
 
@@ -60,16 +61,18 @@ class ClipCap(nn.Module):
     """Images or embeddings and caption tokens in, logits out.
 
     `inputs` is throughout either uint8 images, `B H W 3`, or stored embeddings, float `B E`. The parameters' top
-    level is `clip` (absent without a tower), `mapper`, `gpt2`: what training's `trainable` names.
+    level is `clip` (absent without a tower), `mapper`, `gpt2`: what training's `trainable` names. `hooks` reach the
+    mapper and GPT-2, not the tower.
     """
 
     config: ClipCapConfig
+    hooks: Hooks = Hooks()
 
     def setup(self) -> None:
         config, dtype = self.config, jnp.dtype(self.config.dtype)
         self.clip = None if config.clip is None else tower(config.clip, dtype)
-        self.mapper = MAPPERS[config.mapper.kind](config.mapper, config.gpt2.width, dtype)
-        self.gpt2 = Gpt2(config.gpt2, dtype)
+        self.mapper = MAPPERS[config.mapper.kind](config.mapper, config.gpt2.width, dtype, self.hooks)
+        self.gpt2 = Gpt2(config.gpt2, dtype, self.hooks)
 
     @_in_precision
     def embed(self, images: jax.Array) -> jax.Array:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from clipcap_jax.models.transformer import EPSILON, LayerCache, Transformer
+from clipcap_jax.models.transformer import EPSILON, Hooks, LayerCache, Transformer
 
 Cache = tuple[LayerCache, ...]
 
@@ -47,6 +47,7 @@ class Gpt2(nn.Module):
 
     config: Gpt2Config
     dtype: jnp.dtype
+    hooks: Hooks = Hooks()
 
     def setup(self) -> None:
         config = self.config
@@ -65,6 +66,7 @@ class Gpt2(nn.Module):
             residual_init=nn.initializers.normal((2 * config.width * config.layers) ** -0.5),
             dropout=config.dropout,
             dtype=self.dtype,
+            hooks=self.hooks,
         )
         self.final_norm = nn.LayerNorm(epsilon=EPSILON, dtype=self.dtype)
         self.drop = nn.Dropout(config.dropout)
@@ -72,7 +74,8 @@ class Gpt2(nn.Module):
 
     def embed(self, tokens: jax.Array, *, deterministic: bool = True) -> jax.Array:
         """int ids `B T` to embeddings `B T D`, without positions; unless `deterministic`, with word dropout."""
-        return self.drop_words(self.token_embeddings[tokens].astype(self.dtype), deterministic=deterministic)
+        words = self.hooks.rows(self.hooks.whole(self.token_embeddings)[tokens]).astype(self.dtype)
+        return self.drop_words(words, deterministic=deterministic)
 
     def __call__(self, embeddings: jax.Array, *, deterministic: bool = True) -> jax.Array:
         """Input embeddings `B L D` to final hidden states `B L D`, causally.
@@ -80,15 +83,16 @@ class Gpt2(nn.Module):
         Captions are padded on the right, so the causal mask alone keeps padding from real positions.
         """
         length = embeddings.shape[1]
-        x = embeddings + self.position_embeddings[None, :length].astype(self.dtype)
+        positions = self.hooks.whole(self.position_embeddings[None, :length])
+        x = self.hooks.rows(embeddings + positions.astype(self.dtype))
         x = self.drop(x, deterministic=deterministic)
         causal = jnp.tril(jnp.ones((length, length), bool))[None, None]  # 1 1 L L
         return self.final_norm(self.transformer(x, causal, deterministic=deterministic))
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Hidden states `... D` to float32 logits `... V`, through the tied embedding."""
-        weights = self.token_embeddings.astype(self.dtype)
-        return jnp.einsum("...d,vd->...v", hidden, weights, preferred_element_type=jnp.float32)
+        weights = self.hooks.whole(self.token_embeddings.astype(self.dtype))
+        return self.hooks.rows(jnp.einsum("...d,vd->...v", hidden, weights, preferred_element_type=jnp.float32))
 
     def prefill(self, embeddings: jax.Array, slots: int) -> tuple[jax.Array, Cache]:
         """Read a prefix into a fresh cache.

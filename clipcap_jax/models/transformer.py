@@ -13,6 +13,22 @@ Initializer = Callable[..., jax.Array]
 EPSILON = 1e-5  # layer norms of CLIP, of GPT-2 and torch's default, which the original's mapper takes
 
 
+def _as_it_is(x: Any) -> Any:
+    return x
+
+
+class Hooks(NamedTuple):
+    """What a training step may put into a model, to spread it over devices and memory; by default, nothing.
+
+    No hook changes a value. Each is called at the few places where it matters: `rows` on activations that begin with an
+    axis of the batch, `whole` on parameters just before they are used, `layer` on the function that applies one layer.
+    """
+
+    rows: Callable[[jax.Array], jax.Array] = _as_it_is
+    whole: Callable[[Any], Any] = _as_it_is
+    layer: Callable[[Callable[..., Any]], Callable[..., Any]] = _as_it_is
+
+
 class LayerCache(NamedTuple):
     """Keys and values of one layer, each `B S H K`; slots not yet written hold zeros and are masked."""
 
@@ -132,6 +148,7 @@ class Transformer(nn.Module):
     dtype: jnp.dtype
     qkv_bias: bool = True
     dropout: float = 0.0
+    hooks: Hooks = Hooks()
 
     def setup(self) -> None:
         self.block = Block(
@@ -157,13 +174,18 @@ class Transformer(nn.Module):
         """`B L D` to `B L D`; `mask` as in `Block`."""
         keys = None if deterministic else jax.random.split(self.make_rng("dropout"), self.layers)
 
+        @self.hooks.layer
         def layer(x: jax.Array, params_and_key: tuple[Any, jax.Array | None]) -> tuple[jax.Array, None]:
             params, key = params_and_key
+            params = self.hooks.whole(params)
             rngs = {} if key is None else {"dropout": key}
             x, _ = self.block.apply({"params": params}, x, mask, deterministic=deterministic, rngs=rngs)
-            return x, None
+            return self.hooks.rows(x), None
 
-        return jax.lax.scan(layer, x, (self.stacked, keys))[0]
+        # The matrices in the dtype that they are used in, now and not a layer at a time: so `whole` moves half as much
+        # where that is half as wide, and the backward pass finds them here.
+        stacked = jax.tree.map(lambda leaf: leaf.astype(self.dtype) if leaf.ndim > 2 else leaf, self.stacked)
+        return jax.lax.scan(layer, self.hooks.rows(x), (stacked, keys))[0]
 
     def cached(
         self, x: jax.Array, mask: jax.Array, cache: tuple[LayerCache, ...], slot: jax.Array | int

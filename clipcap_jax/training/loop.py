@@ -36,7 +36,7 @@ def train(config: Config, folder: Path, console: Console) -> None:
     Raises:
       UserError: for anything the user can mend, such as a missing data set or a loss that is not finite.
     """
-    parallel.check_batch_size(config.train.batch_size, "config.train.batch_size")
+    parallel.check_batch_size(config.train.batch_size, "config.train.batch_size", config.train.accumulation)
     # Before the run's folder is made, and data are unpacked: they may not be there.
     open_split(config.data.name, "train", config.data.data_dir)
     if config.evaluate.images and "val" not in open_builder(config.data.name, config.data.data_dir).info.splits:
@@ -61,11 +61,17 @@ def train(config: Config, folder: Path, console: Console) -> None:
 def _take_steps(run: Run, state: TrainState, folder: Path, checkpoints: Checkpoints, console: Console) -> int:
     """Take the steps that are left, or those until a signal comes; returns how many are taken then."""
     config, step, stopping = run.config, run.start, False
-    take_step = parallel.map_step(
+    take_step = run.layout.map_step(
         _agreeing(
+            run,
             make_step(
-                run.model, run.optimizer, run.schedule, config.train, average_decay=config.optimizer.average_decay
-            )
+                run.model,
+                run.optimizer,
+                run.schedule,
+                config.train,
+                average_decay=config.optimizer.average_decay,
+                layout=run.layout,
+            ),
         )
     )
     with contextlib.ExitStack() as stack:
@@ -97,12 +103,13 @@ def _take_steps(run: Run, state: TrainState, folder: Path, checkpoints: Checkpoi
     return step
 
 
-def _agreeing(step: Callable[..., Any]) -> Callable[..., Any]:
+def _agreeing(run: Run, step: Callable[..., Any]) -> Callable[..., Any]:
     """A step whose metrics say whether any process was asked to stop when its batch was sent."""
 
     def agreeing(state: TrainState, frozen: Params, batch: Batch) -> Any:
+        flags, batch = batch["stop"], {name: rows for name, rows in batch.items() if name != "stop"}
         state, metrics = step(state, frozen, batch)
-        return state, {**metrics, "stop": parallel.sum_over_devices(batch["stop"].sum())}
+        return state, {**metrics, "stop": run.layout.sum_over_devices(flags.sum())}
 
     return agreeing
 
@@ -123,7 +130,8 @@ def _batches(run: Run, stop: threading.Event) -> Iterator[Iterator[Batch]]:
         hosts=parallel.process_count(),
     )
     with contextlib.closing(batches):  # and with them their threads
-        yield parallel.send_ahead({**batch, "stop": parallel.flag(stop.is_set())} for batch in batches)
+        flagged = ({**batch, "stop": parallel.flag(stop.is_set())} for batch in batches)
+        yield parallel.send_ahead(flagged, run.layout.send)
 
 
 def _save(
@@ -143,7 +151,8 @@ def _save(
 def _validate(run: Run, step: int, state: TrainState, log: NoLog, console: Console) -> dict[str, float]:
     if run.validator is None:
         return {}
-    validation = run.validator({**run.frozen, **state.best})
+    # Whole parameters on every device, for that long: what does not fit so is to be trained without validation.
+    validation = run.validator(run.layout.on_every_device({**run.frozen, **state.best}))
     metrics = validation.metrics
     log.write(step, {f"val/{name}": value for name, value in metrics.items()})
     chosen = list(validation.captions.items())[:: max(1, len(validation.captions) // 4)]

@@ -32,6 +32,7 @@ class Run:
       config: everything about it.
       data, pairs: what it learns from.
       metadata: what its checkpoints say about the model.
+      layout: how its steps are spread over devices.
       model: the model.
       optimizer, schedule: of the trained parts, and the learning rate by step.
       frozen: the parts that a step reads and does not change, on the devices.
@@ -45,6 +46,7 @@ class Run:
     data: CaptionData
     pairs: Pairs
     metadata: Metadata
+    layout: parallel.Layout
     model: ClipCap
     optimizer: optax.GradientTransformation
     schedule: optax.Schedule
@@ -101,26 +103,25 @@ def open_run(config: Config, folder: Path, checkpoints: Checkpoints, console: Co
     trained: Params = {name: part for name, part in params.items() if name in config.train.trainable}
     frozen = {name: part for name, part in params.items() if name not in config.train.trainable}
     checkpoints.save_frozen(jax.device_get(frozen))
-    optimizer = optim.optimizer(config.optimizer, total)
+    optimizer, layout = optim.optimizer(config.optimizer, total), parallel.LAYOUTS[config.parallel.layout]()
     if restored:
         state = TrainState(jnp.int32(restored.step), trained, restored.average, restored.optimizer)
-        state = parallel.replicate(state)
+        state = layout.place(state)
     else:
-        trained = parallel.replicate(trained)
+        trained = layout.place(trained)
         average = jax.tree.map(jnp.copy, trained) if config.optimizer.average_decay else None
-        state = TrainState(
-            parallel.replicate(jnp.int32(0)), trained, average, parallel.on_devices(optimizer.init)(trained)
-        )
+        state = TrainState(layout.place(jnp.int32(0)), trained, average, layout.placed(optimizer.init)(trained))
     run = Run(
         config=config,
         data=data,
         pairs=pairs,
         metadata=Metadata(config, tokenizer, data.encoder or "", width),
+        layout=layout,
         model=model,
         optimizer=optimizer,
         schedule=optim.schedule(config.optimizer, total),
         # A tower beside stored embeddings is not read: it stays where it is.
-        frozen=parallel.replicate(
+        frozen=layout.place(
             {name: part for name, part in frozen.items() if name != "clip" or config.data.input == "image"}
         ),
         validator=validator,

@@ -67,7 +67,9 @@ def choose_tokenizer(config: Config, base: Metadata | None, captions: Sequence[t
 _FREE_TO_CHANGE = (
     "config.data.data_dir",
     "config.data.workers",
+    "config.train.remat",
     "config.train.log_every",
+    "config.parallel.layout",
     "config.evaluate.every",  # but not what is captioned and how: CIDErs are compared to find the best checkpoint
     "config.evaluate.batch_size",
     "config.checkpoint.",

@@ -274,6 +274,9 @@ def test_format_1_is_still_read() -> None:
     assert stored["evaluate"]["decode"].pop("stop") == ""
     assert stored["optimizer"].pop("average_decay") == 0.0
     assert stored["model"]["gpt2"].pop("word_dropout") == 0.0
+    train = stored["train"]
+    assert (train.pop("accumulation"), train.pop("remat"), train.pop("gradient_dtype")) == (1, False, "float32")
+    assert stored.pop("parallel") == {"layout": "data"}
     assert stored == expected["config"]
     assert captioner.metadata.tokenizer.encode(list(expected["tokens"])) == list(expected["tokens"].values())
     assert checksums(named(jax.device_get(captioner.params))) == expected["sha256"]
