@@ -122,7 +122,9 @@ def shapes_of(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
 
 
-def training_step(model: ClipCap, layout: parallel.Layout = parallel.DATA_PARALLEL) -> Callable[..., Any]:
+def training_step(
+    model: ClipCap, layout: parallel.Layout = parallel.DATA_PARALLEL, *, remat: bool = False
+) -> Callable[..., Any]:
     """`step.make_step` as the configs of the paper's two variants have it, in this layout."""
     from clipcap_jax.config import PretrainedConfig, TrainConfig
     from clipcap_jax.training import optim
@@ -138,7 +140,7 @@ def training_step(model: ClipCap, layout: parallel.Layout = parallel.DATA_PARALL
         targets="all",
         label_smoothing=0.0,
         accumulation=1,
-        remat=False,
+        remat=remat,
         gradient_dtype="float32",
         log_every=100,
     )

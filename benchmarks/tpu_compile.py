@@ -141,10 +141,10 @@ def training(kind: programs.Kind, sizes: str, rows: int) -> Program:
 def sharded_training(kind: programs.Kind, sizes: str, rows: int) -> Program:
     def mapped(_: Any, devices: Sequence[Any]) -> parallel.Sharded:
         layout = parallel.FullySharded(tuple(devices))
-        return layout.map_step(programs.training_step(programs.captioner(kind, sizes), layout))
+        return layout.map_step(programs.training_step(programs.captioner(kind, sizes), layout, remat=True))
 
     program = training(kind, sizes, rows)
-    return program._replace(mapped=mapped, divided=True, details={**program.details, "layout": "fsdp"})
+    return program._replace(mapped=mapped, divided=True, details={**program.details, "layout": "fsdp", "remat": True})
 
 
 def validation(sizes: str, rows: int) -> Program:

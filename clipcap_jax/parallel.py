@@ -334,12 +334,19 @@ class FullySharded:
         return jax.lax.with_sharding_constraint(x, self._rows)
 
     def whole(self, tree: Any) -> Any:
-        return jax.lax.with_sharding_constraint(tree, self._whole)
+        @jax.custom_vjp
+        def gathered(leaf: jax.Array) -> jax.Array:
+            return jax.lax.with_sharding_constraint(leaf, self._whole)
+
+        # A gradient becomes whole nowhere: each device needs only its part of the sum over devices.
+        gathered.defvjp(lambda leaf: (gathered(leaf), None), lambda _, cotangent: (self.pinned(cotangent),))
+        return jax.tree.map(gathered, tree)
 
     def keeps(self, primitive: Any, *_: Any, **__: Any) -> bool:
         """A policy of `jax.checkpoint`: what was gathered for the forward pass is gathered again for the backward pass;
-        kept, the layers of the forward pass would in the end be the whole model, on every device."""
-        return bool(primitive.name != "sharding_constraint")
+        kept, the layers of the forward pass would in the end be the whole model, on every device. `rows` and `whole`
+        are these two primitives."""
+        return bool(primitive.name not in ("sharding_constraint", "custom_vjp_call"))
 
 
 Layout = DataParallel | FullySharded
@@ -359,9 +366,10 @@ class Sharded:
             batch = self._layout.send(batch)
         return _wait_on_cpu(self._program(state, constants)(state, constants, batch))
 
-    def lower(self, state: Any, constants: Any, batch: Any) -> jax.stages.Lowered:
+    def lower(self, *arguments: Any) -> jax.stages.Lowered:
         """As `Mapped.lower`."""
-        return self._program(state, constants).lower(state, constants, batch)
+        lowered: jax.stages.Lowered = self._program(*arguments[:2]).lower(*arguments)
+        return lowered
 
     def _program(self, state: Any, constants: Any) -> Any:
         if self._jitted is None:

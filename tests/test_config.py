@@ -217,3 +217,8 @@ def test_a_tower_is_the_one_whose_fields_are_given() -> None:
 def test_a_misspelt_variant() -> None:
     with pytest.raises(Exception, match="has no variant 'pixel': it can be embeddings or pixels"):
         load("--config=configs/flickr8k.py:pixel")
+
+
+def test_sharded_gradients_are_summed_as_they_are_computed() -> None:
+    with pytest.raises(UserError, match=r'config.train.gradient_dtype is "bfloat16", but'):
+        changed(EMBEDDINGS, {"parallel.layout": "fsdp", "train.gradient_dtype": "bfloat16"})

@@ -53,6 +53,16 @@ def test_batch_sizes_that_do_not(batch_size: int) -> None:
         parallel.check_batch_size(batch_size, "config.train.batch_size")
 
 
+@pytest.mark.parametrize(
+    ("batch_size", "accumulation", "nearest"),
+    [(3, 1, "such as 4"), (6, 1, "such as 4 or 8"), (40, 4, "times config.train.accumulation=4, such as 32 or 48")],
+)
+def test_batch_sizes_that_would_do_are_named(batch_size: int, accumulation: int, nearest: str) -> None:
+    with pytest.raises(UserError, match=f"{re.escape(nearest)}$"):
+        parallel.check_batch_size(batch_size, "config.train.batch_size", accumulation)
+    parallel.check_batch_size(int(nearest.split()[-1]), "config.train.batch_size", accumulation)
+
+
 @given(st.integers(1, 10**6))
 def test_round_up(batch_size: int) -> None:
     rounded = parallel.round_up(batch_size)
@@ -220,3 +230,46 @@ def test_jax_s_own_setting_comes_first(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", COMPILE], env=environment, check=True)
     assert any("lambda" in path.name for path in tmp_path.iterdir())
     assert not (tmp_path / "home").exists()
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        ((3, 8, 12), (3, 8, 3)),  # the largest axis
+        ((3, 8, 13), (3, 2, 13)),  # that can be divided
+        ((8, 8), (2, 8)),
+        ((50257, 6), (50257, 6)),  # none can
+        ((), ()),
+    ],
+)
+def test_how_arrays_are_divided(shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    array = np.zeros(shape, np.float32)
+    assert parallel.FullySharded(whole_below=0).sharding(array).shard_shape(shape) == expected
+    assert parallel.FullySharded(whole_below=array.nbytes + 1).sharding(array).is_fully_replicated
+
+
+def test_sharded_arrays() -> None:
+    layout = parallel.FullySharded(whole_below=0)
+    tree = {"a": RANDOM.normal(size=(8, 3)).astype(np.float32), "b": [np.int32(3), np.arange(3)]}
+    placed = layout.place(tree)
+    doubled = layout.placed(lambda tree: jax.tree.map(lambda leaf: 2 * leaf, tree))(placed)
+    whole = layout.on_every_device(placed)
+    for found, times in ((placed, 1), (doubled, 2), (whole, 1)):
+        jax.tree.map(
+            lambda leaf, expected, times=times: np.testing.assert_array_equal(leaf, times * expected), found, tree
+        )
+    for sharded in (placed, doubled):
+        assert [shard.data.shape for shard in sharded["a"].addressable_shards] == [(2, 3)] * 4
+    assert all(leaf.sharding == parallel.replicate(leaf).sharding for leaf in jax.tree.leaves(whole))
+
+
+def test_sharded_batches_are_sent_once() -> None:
+    layout = parallel.FullySharded(whole_below=0)
+    step = layout.map_step(lambda state, constants, batch: (state + batch["x"].sum(), batch["x"].max()))
+    batch = {"x": np.arange(BATCH, dtype=np.float32)}
+    sent, state = layout.send(batch), layout.place(np.float32(0))
+    assert [shard.data.tolist() for shard in sent["x"].addressable_shards] == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    state, _ = step(state, {}, batch)  # compiled
+    with jax.transfer_guard("disallow"):
+        state, largest = step(state, {}, sent)
+    assert (float(state), float(largest)) == (56, 7)

@@ -371,8 +371,11 @@ class Checkpoints:
         return found
 
     def _params(self, step: int) -> dict[str, Any]:
-        found = self._restore(step, params=ocp.args.StandardRestore())["params"]
-        return dict(jax.tree.map(np.asarray, found))
+        # As NumPy arrays: otherwise Orbax wants the devices that they were saved from.
+        with contextlib.suppress(OSError, KeyError, ValueError):  # which `_restore` explains
+            example = jax.tree.map(_example, dict(self._manager.item_metadata(step)["params"]))
+            return dict(self._restore(step, params=ocp.args.StandardRestore(example))["params"])
+        return dict(self._restore(step, params=ocp.args.StandardRestore())["params"])
 
     def _frozen(self) -> dict[str, Any]:
         folder = self._run / FROZEN

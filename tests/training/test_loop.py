@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -426,3 +427,26 @@ def test_a_batch_that_does_not_divide(data_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"config.train.batch_size is 6: it has to be a multiple of the 4 devices"):
         train(tmp_path, settings(data_dir, {"train.batch_size": 6}))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_run_goes_on_in_another_layout_and_on_other_devices(data_dir: Path, tmp_path: Path) -> None:
+    """Replicated, sharded over four devices and over two, replicated again: as if it had not been stopped."""
+    quiet = {"model.gpt2.dropout": 0.0, "model.gpt2.word_dropout": 0.0, "optimizer.average_decay": 0.9}
+    config = {layout: settings(data_dir, {**quiet, "parallel.layout": layout}) for layout in ("data", "fsdp")}
+    train(tmp_path / "whole", config["data"])
+    run = tmp_path / "stopped"
+    train_until(run, config["data"], 3)
+    train_sharded_until(run, config["fsdp"], 5)
+    assert {path.name for path in (run / "checkpoints" / "5" / "optimizer").rglob("*sharding*")}
+    in_process(train_sharded_until, run, config["fsdp"], 7, devices=2)
+    train(run, config["data"])
+    assert_close(saved(run, STEPS), saved(tmp_path / "whole", STEPS))
+    for found, expected in zip(logged(run), logged(tmp_path / "whole"), strict=True):
+        assert found == pytest.approx(expected, rel=1e-4)
+
+
+def train_sharded_until(run: Path, config: Config, step: int) -> None:
+    """Train, everything divided that can be, and get a signal in that step."""
+    sharded = functools.partial(parallel.FullySharded, whole_below=0)
+    with mock.patch.dict(parallel.LAYOUTS, fsdp=sharded):
+        assert f"Stopped after step {step}" in train_until(run, config, step)

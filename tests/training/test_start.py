@@ -80,6 +80,7 @@ def test_scores_of_a_run_can_be_compared(data_dir: Path, changes: dict[str, Any]
         {"data.data_dir": "elsewhere"},
         {"evaluate.every": 100, "evaluate.batch_size": 8},
         {"checkpoint.every": 1, "checkpoint.keep": 1},
+        {"parallel.layout": "fsdp", "train.remat": True},
     ],
 )
 def test_settings_that_change_nothing_that_is_learnt(data_dir: Path, changes: dict[str, Any]) -> None:

@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,12 +11,18 @@ import optax
 import pytest
 from jax.extend.core import jaxprs_in_params
 from random_models import clipcap_config, random_embeddings, random_params, random_tokens
-from tiny import assert_close, make_config, named
+from tiny import assert_close, in_process, make_config, named
 
 from clipcap_jax import parallel
 from clipcap_jax.config import TrainConfig
-from clipcap_jax.models.clipcap import ClipCap
-from clipcap_jax.training.step import TrainState, make_step
+from clipcap_jax.models import gpt2
+from clipcap_jax.models.clipcap import ClipCap, ClipCapConfig
+from clipcap_jax.models.mapper import MapperConfig
+from clipcap_jax.training import optim
+from clipcap_jax.training.step import TrainState, make_step, param_shapes
+
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+import hlo
 
 BATCH = {
     "inputs": random_embeddings(0, 8),
@@ -78,10 +85,18 @@ VARIANTS: dict[Variant, tuple[str, ...]] = {
     "mlp": ("mapper", "gpt2"),
     "transformer": ("mapper",),
 }
-LAYOUTS = [
-    pytest.param(kind(tuple(jax.devices()[:count])), id=f"{name}-{count}")
+# On four devices in every run, with accumulation where the layout makes it hardest; a program takes seconds to compile.
+CASES = [
+    pytest.param(
+        kind(tuple(jax.devices()[:count])),
+        accumulation,
+        remat,
+        id=f"{name} over {count}, accumulation {accumulation}{', remat' if remat else ''}",
+        marks=[] if count == 4 and (name, accumulation) != ("data", 1) else pytest.mark.slow,
+    )
     for name, kind, counts in (("data", DATA, (1, 2, 4)), ("fsdp", FSDP, (2, 4)))
     for count in counts
+    for accumulation, remat in ((1, False), (4, count != 2))
 ]
 
 
@@ -99,8 +114,7 @@ def one_loss_on_one_device(mapper: Variant) -> tuple[Any, Any, Any]:
     return params, *jax.jit(jax.value_and_grad(loss))({name: params[name] for name in VARIANTS[mapper]})
 
 
-@pytest.mark.parametrize(("accumulation", "remat"), [(1, False), (4, False), (4, True)])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("layout", "accumulation", "remat"), CASES)
 @pytest.mark.parametrize("mapper", VARIANTS)
 def test_every_layout_gives_what_one_loss_on_one_device_gives(
     mapper: Variant, layout: parallel.Layout, accumulation: int, remat: bool
@@ -117,15 +131,98 @@ def test_every_layout_gives_what_one_loss_on_one_device_gives(
     trained = {name: params[name] for name in trainable}
     state = TrainState(jnp.int32(0), trained, None, keep_gradients().init(trained))
     frozen = {name: part for name, part in params.items() if name not in trainable}
-    take_step = layout.map_step(step)
-    state, metrics = take_step(jax.tree.map(np.asarray, state), frozen, WIDE)
+    state, metrics = layout.map_step(step)(jax.tree.map(np.asarray, state), frozen, WIDE)
     np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-5)
     assert_close(named(state.opt_state), named(gradients))
     assert_close(named(state.params), named(jax.tree.map(lambda param, grad: param - 0.1 * grad, trained, gradients)))
     if isinstance(layout, parallel.FullySharded):
         for name, leaf in named((state.params, state.opt_state)).items():
-            divisible = any(size % len(layout.mesh.devices) == 0 for size in leaf.shape)
+            divisible = any(size % layout.mesh.size == 0 for size in leaf.shape)
             assert leaf.is_fully_replicated != divisible, name
+
+
+def test_gradients_summed_in_bfloat16() -> None:
+    """They are those of float32 but for 8 bits of mantissa, and what follows is float32 again."""
+    params, expected, gradients = one_loss_on_one_device("mlp")
+    model = ClipCap(clipcap_config(dropout=0.0))
+    step = make_step(model, keep_gradients(), SCHEDULE, settings(gradient_dtype="bfloat16"))
+    state, metrics = parallel.map_step(step)(start(params), {}, WIDE)
+    np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-5)
+    found, exact = named(state.opt_state), named(gradients)
+    for name, gradient in exact.items():
+        assert found[name].dtype == np.float32
+        np.testing.assert_allclose(found[name], gradient, rtol=0, atol=2**-6 * np.abs(gradient).max(), err_msg=name)
+    assert any(np.any(found[name] != gradient) for name, gradient in exact.items())
+
+
+@pytest.mark.parametrize(
+    ("mapper", "dtype", "remat"),
+    [("mlp", "bfloat16", False), pytest.param("transformer", "float32", True, marks=pytest.mark.slow)],
+)
+def test_a_sharded_step_gathers_one_layer_at_a_time(
+    mapper: Variant, dtype: Literal["float32", "bfloat16"], remat: bool
+) -> None:
+    """And nothing of the batch: all that is gathered is a parameter, or one layer's slice of it."""
+    config = clipcap_config(mapper=mapper, dtype=dtype, vocab_size=12)  # a size that four devices divide
+    config = dataclasses.replace(
+        config,
+        mapper=dataclasses.replace(config.mapper, layers=5),
+        gpt2=dataclasses.replace(config.gpt2, layers=5),
+    )
+    model, layout = ClipCap(config), FSDP()
+    rows = 44  # in all, of which a device has 11: neither is a size of a parameter
+    batch = {"inputs": random_embeddings(0, rows), "tokens": random_tokens(0, rows, 7), "lengths": np.full(rows, 7)}
+    params = jax.eval_shape(model.init, jax.random.key(0), batch["inputs"], batch["tokens"])["params"]
+    optimizer = optax.adamw(0.1)
+    state = jax.eval_shape(lambda params: TrainState(jnp.int32(0), params, None, optimizer.init(params)), params)
+    train = settings(trainable=("mapper", "gpt2"), remat=remat)
+    program = layout.map_step(make_step(model, optimizer, SCHEDULE, train, layout=layout)).lower(state, {}, batch)
+    module = hlo.Module(str(program.compile().as_text()))
+
+    gathered = [visit for visit in module.walk() if visit.instruction.opcode.startswith("all-gather")]
+    shapes = {shape.dims for visit in gathered for shape in visit.instruction.shapes}
+    layers, alone = set(), set()
+    for name, leaf in named(params).items():
+        if ".layers." in name:
+            layers |= {(1, *leaf.shape[1:]), leaf.shape[1:], (1, *leaf.shape[:0:-1]), leaf.shape[:0:-1]}
+        else:  # of the position embeddings, as many as there are positions
+            alone |= {leaf.shape, (9, *leaf.shape[1:]), (1, 9, *leaf.shape[1:])}
+    assert shapes <= layers | alone
+    assert {visit.times for visit in gathered if len(visit.instruction.shapes[0].dims) == 3} == {5}
+    # What the forward pass gathered is not kept for the backward pass: loops carry the devices' parts alone.
+    kernels = {leaf.shape for name, leaf in named(params).items() if ".layers." in name and name.endswith("kernel")}
+    parts = {layout.sharding(jax.ShapeDtypeStruct(shape, np.float32)).shard_shape(shape) for shape in kernels}
+    loops = [visit.instruction for visit in module.walk() if visit.instruction.opcode == "while"]
+    carried = {shape.dims for loop in loops for shape in loop.shapes}
+    assert parts <= carried
+    assert not carried & (kernels - parts)
+
+
+def xl_state_bytes() -> tuple[int, int]:
+    """Of gpt2-xl with AdamW: what one of this process's devices holds, and what all parameters, moments and gradients
+    take."""
+    config = ClipCapConfig(
+        clip=None,
+        mapper=MapperConfig("mlp", prefix_length=10, clip_length=10, layers=8, heads=8, dropout=0.0),
+        gpt2=gpt2.PRESETS["gpt2-xl"],
+        normalize_embedding=False,
+        dtype="bfloat16",
+        matmul_precision="default",
+    )
+    params = param_shapes(ClipCap(config), 640)
+    optimizer = optim.optimizer(make_config(Path()).optimizer, 1000)
+    state = jax.eval_shape(lambda params: TrainState(jnp.int32(0), params, None, optimizer.init(params)), params)
+    layout, here, total = parallel.FullySharded(), 0, 0
+    for leaf in jax.tree.leaves((state, params)):  # gradients are as large as parameters
+        here += int(np.prod(layout.sharding(leaf).shard_shape(leaf.shape))) * leaf.dtype.itemsize
+        total += leaf.size * leaf.dtype.itemsize
+    return here, total
+
+
+def test_gpt2_xl_fits_sixteen_devices() -> None:
+    here, total = in_process(xl_state_bytes, devices=16)
+    assert total > 16 * 1.5e9
+    assert total / 16 <= here < 1.01 * total / 16 < 2 * 2**30  # of 16 GB that a TPU v5e has
 
 
 def test_the_old_state_is_donated() -> None:
