@@ -429,6 +429,7 @@ def test_a_batch_that_does_not_divide(data_dir: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_in_another_layout_and_on_other_devices(data_dir: Path, tmp_path: Path) -> None:
     """Replicated, sharded over four devices and over two, replicated again: as if it had not been stopped."""
     # A large epsilon, as keys' biases have gradients of rounding alone, which Adam would scale up to the learning rate.
