@@ -122,7 +122,7 @@ class TrainConfig:
       accumulation: micro-batches that a step splits a device's share of its batch into, one after the other, so that
         their activations are never in memory together.
       remat: whether the backward pass computes a layer's activations anew, from the layer's input, instead of finding
-        all layers' in memory: a third more arithmetic.
+        all layers' in memory: a third more arithmetic. In the mapper and GPT-2, not in the tower.
       gradient_dtype: what gradients are summed over devices in; "bfloat16" halves what they exchange, and is for
         `parallel.layout` "data": in the other, they are exchanged as XLA computes them.
       log_every: steps between log lines.

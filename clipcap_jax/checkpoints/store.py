@@ -372,10 +372,12 @@ class Checkpoints:
 
     def _params(self, step: int) -> dict[str, Any]:
         # As NumPy arrays: otherwise Orbax wants the devices that they were saved from.
-        with contextlib.suppress(OSError, KeyError, ValueError):  # which `_restore` explains
-            example = jax.tree.map(_example, dict(self._manager.item_metadata(step)["params"]))
-            return dict(self._restore(step, params=ocp.args.StandardRestore(example))["params"])
-        return dict(self._restore(step, params=ocp.args.StandardRestore())["params"])
+        with self._intact(step):
+            stored = self._manager.item_metadata(step)["params"]
+            if stored is None:
+                raise FileNotFoundError(f"{self.folder / str(step) / 'params'} is missing")
+        example = jax.tree.map(_example, dict(stored))
+        return dict(self._restore(step, params=ocp.args.StandardRestore(example))["params"])
 
     def _frozen(self) -> dict[str, Any]:
         folder = self._run / FROZEN
@@ -425,8 +427,13 @@ class Checkpoints:
         return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
 
     def _restore(self, step: int, **items: Any) -> Any:
-        try:
+        with self._intact(step):
             return self._manager.restore(step, args=ocp.args.Composite(**items))
+
+    @contextlib.contextmanager
+    def _intact(self, step: int) -> Iterator[None]:
+        try:
+            yield
         except (OSError, KeyError, ValueError) as error:
             raise Damaged(
                 f"the checkpoint {self.folder}/{step} is gone or not whole: {error}\n"
