@@ -79,6 +79,10 @@ def start(coordinator_address: str = "", num_processes: int = 0, process_id: int
         raise UserError(f"the processes cannot start together: {error}") from error
     if num_processes and process_count() != num_processes:
         raise UserError(f"{num_processes} processes were to start together, but there are {process_count()}")
+    if process_count() > 1:
+        # They connect now, while they are in step: on CPUs JAX waits 30 s for that, and one may compile for longer.
+        multihost_utils.sync_global_devices("start")
+        jax.block_until_ready(jax.pmap(sum_over_devices, axis_name=AXIS)(flag(True)))
 
 
 def is_main() -> bool:
