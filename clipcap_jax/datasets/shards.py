@@ -171,10 +171,10 @@ class Writer:
             fields["problems"] = [Problem(**problem) for problem in fields["problems"]]
             shard = Shard(**fields)
             whole = (self.shards / self.names[index]).stat().length == shard.bytes
+            same = note["plan"] == self._digest and note["part"] == part.holds  # it may be left of others
         except (FileNotFoundError, ValueError, TypeError, KeyError):
             return None
-        # It may be left of another plan, or of other pictures.
-        return shard if whole and note["plan"] == self._digest and note["part"] == part.holds else None
+        return shard if whole and same else None
 
     def ids(self, index: int) -> list[str]:
         """The image_id of every example of a finished shard."""

@@ -156,6 +156,21 @@ def test_a_shard_of_another_plan_is_not_finished(tmp_path: Path) -> None:
         assert writer.finished(0, writer.source.parts[0]) is not None
 
 
+@pytest.mark.parametrize("field", ["plan", "part", "shard"])
+def test_a_note_of_an_earlier_version_counts_for_nothing(tmp_path: Path, field: str) -> None:
+    """Its shard is written again, where a preparation goes on that another version has begun."""
+    log, parts = tmp_path / "log", [("a",), ("fail",), ("b",)]
+    with pytest.raises(UserError):
+        prepare.prepare(source(log, *parts), str(tmp_path))
+    (path,) = (tmp_path / "made").rglob("*.note.json")
+    note = json.loads(path.read_text())
+    del note[field]
+    path.write_text(json.dumps(note))
+    prepare.prepare(source(log, *parts), str(tmp_path))
+    assert log.read_text().splitlines().count("('a',)") == 2
+    assert read(tmp_path) == ["a", "fail"]
+
+
 def test_killed_when_it_had_just_got_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = source(tmp_path / "log", ("a",), ("b",))
     with monkeypatch.context() as patch:
