@@ -11,7 +11,7 @@ from pathlib import Path
 from absl import flags
 from rich.console import Console
 
-from clipcap_jax import parallel
+from clipcap_jax import cluster
 from clipcap_jax.captioning.captioner import Captioner
 from clipcap_jax.checkpoints import store
 from clipcap_jax.commands import cli
@@ -62,7 +62,7 @@ def _evaluate(console: Console, workdir: Path, which: str) -> None:
         console.print(f"{name} will not be computed: {reason}", style="yellow", markup=False, soft_wrap=True)
     data = evaluate.embed_all(captioner, data, batch_size=batch_size, console=console)
     captions = evaluate.caption_all(captioner, data, batch_size=batch_size, console=console)
-    if parallel.is_main():
+    if cluster.is_main():
         evaluate.write_captions(data, captions, folder)
     if not any(data.captions):
         console.print(
@@ -76,11 +76,11 @@ def _evaluate(console: Console, workdir: Path, which: str) -> None:
         data,
         captions,
         batch_size=batch_size,
-        meteor=_METEOR.value and parallel.is_main(),
-        spice=spice if parallel.is_main() else None,
+        meteor=_METEOR.value and cluster.is_main(),
+        spice=spice if cluster.is_main() else None,
         clip=clip,
     )
-    if parallel.is_main():
+    if cluster.is_main():
         evaluate.write(result, captioner, folder, console)
 
 

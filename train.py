@@ -8,7 +8,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from clipcap_jax import config, datasets, parallel
+from clipcap_jax import cluster, config, datasets
 from clipcap_jax.checkpoints import store
 from clipcap_jax.commands import cli
 from clipcap_jax.errors import UserError
@@ -28,7 +28,7 @@ def main(_: list[str]) -> None:
     settings = config.from_dict(values)
     name = Path(config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]).stem
     if settings.data.name == "shapes":  # drawn rather than downloaded, so nobody needs to ask for it
-        with parallel.in_turn():
+        with cluster.in_turn():
             console.print(datasets.prepare_shapes(settings.data.data_dir))
     loop.train(settings, store.run_folder(_WORKDIR.value or f"runs/{name}"), console)
 

@@ -1,4 +1,4 @@
-"""Everything that knows how many devices and processes there are.
+"""Everything that knows how many devices there are.
 
 Batches are split over devices along their first axis. Parameters and optimiser state are the same on all of them and
 stay ordinary arrays, without a device axis (`in_axes=None`, `out_axes=None`); or, of a model that is too large for
@@ -6,7 +6,6 @@ that, each device holds a part of them. A `Layout` is one of the two, for a trai
 """
 
 import collections
-import contextlib
 import dataclasses
 import functools
 import itertools
@@ -19,11 +18,10 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from clipcap_jax import files
+from clipcap_jax import cluster, files
 from clipcap_jax.errors import UserError
 
 AXIS = "data"
-_TEXT = 4096  # bytes of a message between processes
 
 
 def keep_compiled_programs() -> None:
@@ -42,114 +40,32 @@ def keep_compiled_programs() -> None:
     jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
-# A process that has not been heard of for as long is taken for lost, and the others end.
-_LOST = 60  # seconds
-_PATIENCE = 3600  # seconds that the others wait at the end for process 0, which scores and writes
-
-
-def start(coordinator_address: str = "", num_processes: int = 0, process_id: int = -1) -> None:
-    """Let the processes of a cluster find each other, before any device is used; one alone needs nothing.
-
-    JAX finds them by itself on Cloud TPUs, in SLURM, Open MPI and Kubernetes; elsewhere all three have to be given.
-
-    Args:
-      coordinator_address: host and port of process 0, "" where JAX finds it.
-      num_processes: how many there are, 0 where JAX finds that.
-      process_id: this one's number, from 0; -1 where JAX finds it.
-
-    Raises:
-      UserError: they do not find each other, or are fewer than was said.
-    """
-    given = bool(coordinator_address or num_processes or process_id >= 0)
-    try:
-        jax.distributed.initialize(
-            coordinator_address or None,
-            num_processes or None,
-            process_id if process_id >= 0 else None,
-            heartbeat_timeout_seconds=_LOST,
-            shutdown_timeout_seconds=_PATIENCE,
-        )
-    except ValueError as error:  # no cluster that JAX knows
-        if given:
-            raise UserError(
-                f"the processes cannot start together: {error} Give all of --coordinator_address=HOST:PORT, "
-                "--num_processes and --process_id, or none of them."
-            ) from error
-    except RuntimeError as error:
-        raise UserError(f"the processes cannot start together: {error}") from error
-    if num_processes and process_count() != num_processes:
-        raise UserError(f"{num_processes} processes were to start together, but there are {process_count()}")
-    if process_count() > 1:
-        # They connect now, while they are in step: on CPUs JAX waits 30 s for that, and one may compile for longer.
-        multihost_utils.sync_global_devices("start")
+def connect() -> None:
+    """Let the devices of several processes find each other, while these are in step: on CPUs JAX waits 30 s for that,
+    and one may compile for longer."""
+    if cluster.count() > 1:
+        cluster.meet()
         jax.block_until_ready(jax.pmap(sum_over_devices, axis_name=AXIS)(flag(True)))
 
 
-def is_main() -> bool:
-    """Whether this is the one process that prints, logs and writes files."""
-    return process_index() == 0
-
-
-def agree(error: UserError | None = None) -> None:
-    """Called by all processes: raises in all what any of them had to raise, if anything.
-
-    Raises:
-      UserError: that of the first process that has one.
-    """
-    if process_count() == 1:
-        if error is not None:
-            raise error
-        return
-    text = np.zeros(_TEXT, np.uint8)
-    encoded = np.frombuffer(str(error or "").encode()[:_TEXT], np.uint8)
-    text[: len(encoded)] = encoded
-    for index, told in enumerate(multihost_utils.process_allgather(text)):
-        if told.any():
-            said = bytes(told[told != 0]).decode(errors="replace")
-            raise error or UserError(f"process {index} of {process_count()}: {said}")
-
-
-@contextlib.contextmanager
-def together() -> Iterator[None]:
-    """What every process does by itself, before they go on: if one fails, all do, with its message."""
-    try:
-        yield
-    except UserError as error:
-        agree(error)
-    else:
-        agree()
-
-
-@contextlib.contextmanager
-def in_turn() -> Iterator[None]:
-    """What process 0 does first, and the others after it: they find it done."""
-    if not is_main():
-        multihost_utils.sync_global_devices("first")
-    yield
-    if is_main():
-        multihost_utils.sync_global_devices("first")
-
-
 def for_saving(tree: Any) -> Any:
-    """Arrays as checkpoints take them: as they lie, but on the host where each process has them all, and one writes."""
-    if process_count() == 1:
+    """Arrays as checkpoints take them, not copied: one that each process has on its own devices as one of all."""
+    if cluster.count() == 1:
         return tree
-    return jax.tree.map(lambda leaf: jax.device_get(leaf) if leaf.is_fully_addressable else leaf, tree)
+    everywhere = jax.NamedSharding(jax.sharding.Mesh(np.array(jax.devices()), (AXIS,)), jax.P())
+
+    def of_all(leaf: jax.Array) -> jax.Array:
+        if not leaf.is_fully_addressable:
+            return leaf
+        copies = [shard.data for shard in leaf.addressable_shards]
+        return jax.make_array_from_single_device_arrays(leaf.shape, everywhere, copies)
+
+    return jax.tree.map(of_all, tree)
 
 
 def device_count() -> int:
     """Devices of all processes."""
     return jax.device_count()
-
-
-def process_index() -> int:
-    """This process's number, from 0; its devices take that block of every batch."""
-    return jax.process_index()
-
-
-def process_count() -> int:
-    """How many processes share every batch."""
-    return jax.process_count()
 
 
 def describe_devices() -> str:
@@ -299,7 +215,7 @@ def map_rows(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _of_all_processes(rows: Any) -> Any:
-    return rows if process_count() == 1 else multihost_utils.process_allgather(rows, tiled=True)
+    return rows if cluster.count() == 1 else multihost_utils.process_allgather(rows, tiled=True)
 
 
 def begin_rows(function: Callable[..., Any]) -> Callable[..., Callable[[], Any]]:

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clipcap_jax import parallel
+from clipcap_jax import cluster, parallel
 from clipcap_jax.errors import UserError
 from clipcap_jax.training.loss import caption_loss
 
@@ -38,7 +38,7 @@ def loss(weights: jax.Array, batch: Any) -> tuple[jax.Array, jax.Array]:
 def test_there_are_several_devices() -> None:
     assert parallel.device_count() == jax.local_device_count() == DEVICES
     assert parallel.describe_devices() == "4 cpu devices"
-    assert (parallel.process_index(), parallel.process_count()) == (0, 1)
+    assert (cluster.index(), cluster.count()) == (0, 1)
 
 
 @pytest.mark.parametrize("batch_size", [4, 8, 400])

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from clipcap_jax import parallel, pictures
+from clipcap_jax import cluster, parallel, pictures
 from clipcap_jax.captioning.decode import Hypotheses, beam_search
 from clipcap_jax.checkpoints import store
 from clipcap_jax.config import DecodeConfig
@@ -82,8 +82,8 @@ def _batches(data: CaptionData, indices: np.ndarray, batch_size: int, workers: i
         indices,
         parallel.round_up(min(batch_size, len(indices))),
         workers,
-        host=parallel.process_index(),
-        hosts=parallel.process_count(),
+        host=cluster.index(),
+        hosts=cluster.count(),
     )
 
 

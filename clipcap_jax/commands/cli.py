@@ -1,13 +1,13 @@
 """What the `clipcap` command and the two scripts share."""
 
 import argparse
+import contextlib
 import os
 import signal
 import sys
-import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from absl import app, flags, logging
 from rich.console import Console
@@ -18,19 +18,21 @@ from clipcap_jax.errors import UserError
 _COORDINATOR = flags.DEFINE_string("coordinator_address", "", "HOST:PORT of process 0 [as JAX finds it]")
 _PROCESSES = flags.DEFINE_integer("num_processes", 0, "how many processes work together [as JAX finds them]", 0)
 _PROCESS = flags.DEFINE_integer("process_id", -1, "this process's number, from 0 [as JAX finds it]", -1)
+_LOST_AFTER = flags.DEFINE_integer("lost_after", 60, "a process not heard of for so many seconds is lost: all end", 10)
 
 
 def start_processes() -> Console:
     """Let the processes of a script find each other; returns the console, on which the first one alone prints.
 
     Raises:
-      UserError: see `parallel.start`.
+      UserError: see `cluster.start`.
     """
-    from clipcap_jax import parallel
+    from clipcap_jax import cluster, parallel
 
     parallel.keep_compiled_programs()
-    parallel.start(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
-    return Console(quiet=not parallel.is_main())
+    cluster.start(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value, _LOST_AFTER.value)
+    parallel.connect()
+    return Console(quiet=not cluster.is_main())
 
 
 def run_script(main: Callable[[], Any]) -> None:
@@ -42,38 +44,31 @@ def run_script(main: Callable[[], Any]) -> None:
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
             signal.signal(number, lambda number, _: sys.exit(128 + number))
     try:
-        main()
+        with _others():
+            main()
     except UserError as error:
         Console(stderr=True).print(f"[red]Error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
-        _leave(2)
+        sys.exit(2)
     except KeyboardInterrupt:
         Console(stderr=True).print("Stopped.")
-        _leave(130)
-    except Exception as error:
-        if not _works_with_others():
-            raise
-        traceback.print_exc()
-        if type(error).__name__ == "JaxRuntimeError":
-            told = "Error: another process was lost or failed. The same command goes on from the last checkpoint."
-            print(told, file=sys.stderr)
-        _leave(1)
+        sys.exit(130)
 
 
-def _works_with_others() -> bool:
-    if "jax" not in sys.modules:
-        return False
-    from clipcap_jax import parallel
-
-    return parallel.process_count() > 1
-
-
-def _leave(code: int) -> NoReturn:
-    """End this process; of several, without waiting for the others, which JAX ends when they miss it."""
-    if not _works_with_others():
-        sys.exit(code)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+@contextlib.contextmanager
+def _others() -> Iterator[None]:
+    """At the end, part from the other processes, if this one works with any; if it fails, all end with its reason."""
+    try:
+        yield
+        ended: BaseException = SystemExit()
+    except BaseException as error:
+        ended = error
+    cluster = sys.modules.get("clipcap_jax.cluster")  # to import it takes seconds
+    if cluster and cluster.joined():
+        if isinstance(ended, SystemExit) and not ended.code:  # as absl ends every script
+            cluster.leave()
+        else:
+            cluster.fail(ended)
+    raise ended
 
 
 def run_flags_script(main: Callable[[list[str]], None]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from clipcap_jax import files, parallel
+from clipcap_jax import cluster, files, parallel
 from clipcap_jax.checkpoints.store import Checkpoints
 from clipcap_jax.config import Config
 from clipcap_jax.datasets.schema import open_builder, open_split
@@ -45,10 +45,10 @@ def train(config: Config, folder: Path, console: Console) -> None:
             "--config.evaluate.images=0"
         )
     with contextlib.ExitStack() as stack:
-        with parallel.together():
-            if parallel.is_main():
-                stack.enter_context(_alone(folder))
+        if cluster.is_main():
+            stack.enter_context(_alone(folder))
         checkpoints = stack.enter_context(contextlib.closing(Checkpoints(folder, keep=config.checkpoint.keep)))
+        stack.enter_context(cluster.together())
         run, state = open_run(config, folder, checkpoints, console)
         done = _take_steps(run, state, folder, checkpoints, console)
         checkpoints.wait()
@@ -75,7 +75,7 @@ def _take_steps(run: Run, state: TrainState, folder: Path, checkpoints: Checkpoi
         )
     )
     with contextlib.ExitStack() as stack:
-        log: NoLog = MetricsLog(folder, run.start) if parallel.is_main() else NoLog()
+        log: NoLog = MetricsLog(folder, run.start) if cluster.is_main() else NoLog()
         stack.enter_context(contextlib.closing(log))
         monitor = Monitor(
             log,
@@ -94,7 +94,7 @@ def _take_steps(run: Run, state: TrainState, folder: Path, checkpoints: Checkpoi
             step += 1
             monitor.push(step, metrics)
             # Asked once, so that no step is the last without being saved; of several processes all stop after the same.
-            stopping = monitor.stop if parallel.process_count() > 1 else stop.is_set()
+            stopping = monitor.stop if cluster.count() > 1 else stop.is_set()
             validate = step % config.evaluate.every == 0 or step == run.total
             if validate or stopping or step % config.checkpoint.every == 0:
                 with monitor.paused():  # which first waits for the step, and stops here if it was not finite
@@ -126,8 +126,8 @@ def _batches(run: Run, stop: threading.Event) -> Iterator[Iterator[Batch]]:
         steps=run.total,
         workers=config.data.workers,
         start=run.start,
-        host=parallel.process_index(),
-        hosts=parallel.process_count(),
+        host=cluster.index(),
+        hosts=cluster.count(),
     )
     with contextlib.closing(batches):  # and with them their threads
         flagged = ({**batch, "stop": parallel.flag(stop.is_set())} for batch in batches)

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from clipcap_jax import parallel
+from clipcap_jax import cluster, parallel
 from clipcap_jax.captioning.captioner import BatchCaptioner, BatchEmbedder
 from clipcap_jax.config import Config, Targets
 from clipcap_jax.errors import UserError
@@ -39,8 +39,8 @@ class LossMeter:
             pairs,
             parallel.round_up(batch_size),
             permuted=permuted,
-            host=parallel.process_index(),
-            hosts=parallel.process_count(),
+            host=cluster.index(),
+            hosts=cluster.count(),
         )
         sums = np.array([jax.device_get(self._loss(params, batch)) for batch in batches], np.float64)  # batches 2
         loss, tokens = sums.sum(axis=0)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -86,16 +87,53 @@ def test_two_processes_train_and_evaluate_as_one(data_dir: Path, alone: Path, tm
     assert one == two
 
 
+def steps_logged(run: Path, started: Sequence[subprocess.Popen[str]], count: int) -> None:
+    """Wait until a run has logged as many steps."""
+    log = run / "metrics.jsonl"
+    while not log.exists() or len(log.read_text().splitlines()) < count:
+        assert all(process.poll() is None for process in started), [process.communicate()[0] for process in started]
+        time.sleep(0.1)
+
+
+# For as long as a test needs.
+LONG = {"train.epochs": 10000.0, "evaluate.images": 0, "checkpoint.every": 100}
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_one_is_killed(data_dir: Path, tmp_path: Path, killed: int) -> None:
+    started = start("train.py", *settings(data_dir, tmp_path, **LONG), "--lost_after=10", processes=2, devices=1)
+    steps_logged(tmp_path, started, 5)
+    started[killed].kill()
+    printed = [process.communicate(timeout=300)[0] for process in started][1 - killed]
+    assert started[1 - killed].returncode not in (None, 0)
+    if killed == 1:
+        assert "process 1 of 2 was lost: it was not heard of for 10 s" in printed
+    else:  # whose end JAX does not survive
+        assert "Process 1 of 2 was ended from outside" in printed
+        assert "process 0 was lost" in printed
+    assert "The same command goes on from the last checkpoint" in printed
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_the_disk_of_one_is_full(data_dir: Path, tmp_path: Path, failing: int) -> None:
+    """In the sharded layout each process writes its part of a checkpoint, elsewhere the first one all."""
+    flags = settings(data_dir, tmp_path, **LONG, **{"checkpoint.keep": 2, "parallel.layout": "fsdp"})
+    started = start("train.py", *flags, processes=2, devices=1)
+    steps_logged(tmp_path, started, 5)
+    resource.prlimit(started[failing].pid, resource.RLIMIT_FSIZE, (2000, 2000))
+    printed = [process.communicate(timeout=300)[0] for process in started]
+    assert all(process.returncode == 2 for process in started), printed
+    assert all("Make room" in text or "make room" in text for text in printed), printed
+    assert f"process {failing} of 2: " in printed[1 - failing]
+
+
 @pytest.mark.slow
 def test_a_signal_to_one_stops_both_after_the_same_step(data_dir: Path, tmp_path: Path) -> None:
     flags = settings(
         data_dir, tmp_path / "stopped", **{"train.epochs": 60.0, "evaluate.images": 0, "checkpoint.every": 1000}
     )
     started = start("train.py", *flags, processes=2, devices=2)
-    log = tmp_path / "stopped" / "metrics.jsonl"
-    while not log.exists() or len(log.read_text().splitlines()) < 5:
-        assert all(process.poll() is None for process in started)
-        time.sleep(0.1)
+    steps_logged(tmp_path / "stopped", started, 5)
     started[1].send_signal(signal.SIGTERM)
     first, _ = ended(started)
     assert "The same command goes on from there" in first
