@@ -35,6 +35,7 @@ _SPICE_JARS = flags.DEFINE_string("spice_jars", "", "the folder with Stanford Co
 _CLIPSCORE = flags.DEFINE_string("clipscore", "", "CLIPScore as well, by this CLIP: a file, a folder or a hub name")
 _CLIP_TOKENIZER = flags.DEFINE_string("clip_tokenizer", "", "CLIP's: a file, folder or hub name [beside its weights]")
 _OUTPUT = flags.DEFINE_string("output", "", "folder for the results [<workdir>/evaluations/<split>-<step>]")
+cli.define_cluster_flags()
 
 # Seconds between looks at a run that is followed.
 _PATIENCE = 5.0
@@ -85,7 +86,7 @@ def _evaluate(console: Console, workdir: Path, which: str) -> None:
 
 
 def main(_: list[str]) -> None:
-    console, workdir = cli.start_processes(), store.run_folder(_WORKDIR.value)
+    console, workdir = cli.start_processes(flags.FLAGS), store.run_folder(_WORKDIR.value)
     if not _FOLLOW.value:
         _evaluate(console, workdir, _WHICH.value)
         return

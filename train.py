@@ -18,9 +18,11 @@ _DEFAULT = str(Path(__file__).parent / "configs" / "shapes.py")
 _CONFIG = config_flags.DEFINE_config_file("config", _DEFAULT, "what to train, and how")
 _WORKDIR = flags.DEFINE_string("workdir", None, "the run's folder [runs/<name of the config file>]")
 
+cli.define_cluster_flags()
+
 
 def main(_: list[str]) -> None:
-    console = cli.start_processes()
+    console = cli.start_processes(flags.FLAGS)
     try:
         values = _CONFIG.value.to_dict()
     except OSError as error:  # ml_collections raises it only now

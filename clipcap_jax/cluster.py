@@ -6,7 +6,9 @@ sum over devices that one of them will never join.
 """
 
 import contextlib
+import hashlib
 import itertools
+import json
 import os
 import subprocess
 import sys
@@ -18,7 +20,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 import jax
-from jax._src import distributed  # its client is not public; Orbax takes it from here too
+from jax._src import distributed, xla_bridge  # not public; Orbax takes the client from here too
 from rich.console import Console
 
 from clipcap_jax.errors import UserError
@@ -37,7 +39,7 @@ def start(coordinator_address: str = "", num_processes: int = 0, process_id: int
 
     Args:
       coordinator_address: host and port of process 0, "" where JAX finds it.
-      num_processes: how many there are, 0 where JAX finds that.
+      num_processes: how many there are, 0 where JAX finds that; 1: this one works alone, whatever JAX would find.
       process_id: this one's number, from 0; -1 where JAX finds it.
       lost_after: seconds without a sign of life after which a process is taken for lost, and the others end.
 
@@ -45,7 +47,11 @@ def start(coordinator_address: str = "", num_processes: int = 0, process_id: int
       UserError: they do not find each other, or are fewer than was said.
     """
     global _watch
+    if num_processes == 1:
+        return
     given = bool(coordinator_address or num_processes or process_id >= 0)
+    if not given and xla_bridge.backends_are_initialized():
+        return  # a notebook or a test, that already computes alone
     try:
         jax.distributed.initialize(
             coordinator_address or None,
@@ -62,7 +68,9 @@ def start(coordinator_address: str = "", num_processes: int = 0, process_id: int
                 "--num_processes and --process_id, or none of them."
             ) from error
     except RuntimeError as error:
-        raise UserError(f"the processes cannot start together: {error}") from error
+        raise UserError(
+            f"the processes cannot start together: {error}. --num_processes=1 lets this one work alone."
+        ) from error
     if num_processes and count() != num_processes:
         raise UserError(f"{num_processes} processes were to start together, but there are {count()}")
     if count() > 1:
@@ -108,6 +116,36 @@ def in_turn() -> Iterator[None]:
     yield
     if is_main():
         meet()
+
+
+def check_same(what: str, value: str) -> None:
+    """Raise a UserError unless all processes have the same of something, which they then do not tell each other."""
+    if count() == 1:
+        return
+    client: Any = distributed.global_state.client
+    key = f"same/{next(_meetings)}"
+    client.key_value_set(f"{key}/{index()}", hashlib.sha256(value.encode()).hexdigest())
+    meet()
+    if len({digest for _, digest in client.key_value_dir_get(key)}) > 1:
+        raise UserError(f"the processes have different {what}: start all with the same flags, from the same files")
+
+
+def collect(blocks: Iterator[list[Any]]) -> Iterator[list[Any]]:
+    """The blocks of all processes on process 0: the first of each one, in their order, then the second, and so on.
+
+    Blocks are lists of what JSON can hold, as many from each process. None waits for another but process 0; there
+    alone anything comes out.
+    """
+    client: Any = distributed.global_state.client
+    for number, block in enumerate(blocks):
+        if not is_main():
+            client.key_value_set(f"blocks/{number}/{index()}", json.dumps(block))
+            continue
+        yield block
+        for other in range(1, count()):
+            key = f"blocks/{number}/{other}"
+            yield json.loads(client.blocking_key_value_get(key, _PATIENCE * 1000))
+            client.key_value_delete(key)
 
 
 def joined() -> bool:

@@ -69,9 +69,14 @@ def device_count() -> int:
 
 
 def describe_devices() -> str:
-    """Such as "4 cpu devices"."""
+    """Such as "4 TPU v5 lite devices of 15.7 GiB, in 2 processes"."""
     count, kind = jax.device_count(), jax.devices()[0].device_kind
-    return f"{count} {kind} device{'s' * (count > 1)}"
+    memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")  # CPUs do not say
+    return (
+        f"{count} {kind} device{'s' * (count > 1)}"
+        + (f" of {memory / 2**30:.1f} GiB" if memory else "")
+        + (f", in {cluster.count()} processes" if cluster.count() > 1 else "")
+    )
 
 
 def check_batch_size(batch_size: int, setting: str, accumulation: int = 1) -> None:
@@ -82,13 +87,16 @@ def check_batch_size(batch_size: int, setting: str, accumulation: int = 1) -> No
         below = max(0, batch_size // multiple) * multiple
         raise UserError(
             f"{setting} is {batch_size}: it has to be a multiple of the {device_count()} devices{times}, "
-            f"such as {f'{below} or ' if below else ''}{below + multiple}"
+            f"such as {f'{below} or ' if below else ''}{below + multiple}. With k times the batch, begin with "
+            "sqrt(k) times config.optimizer.learning_rate, and warmup_steps between 1/k and 1 times as many (see "
+            "docs/pods.md)"
         )
 
 
-def round_up(batch_size: int) -> int:
-    """The next multiple of the number of devices."""
-    return -(-batch_size // device_count()) * device_count()
+def round_up(batch_size: int, *, local: bool = False) -> int:
+    """The next multiple of the number of devices, or of this process's."""
+    count = jax.local_device_count() if local else device_count()
+    return -(-batch_size // count) * count
 
 
 def sum_over_devices(tree: Any) -> Any:
@@ -205,28 +213,28 @@ def map_sum(function: Callable[..., Any], devices: Sequence[jax.Device] | None =
     return Mapped(summed, devices, in_axes=(None, 0), out_axes=None)
 
 
-def map_rows(function: Callable[..., Any]) -> Callable[..., Any]:
+def map_rows(function: Callable[..., Any], *, local: bool = False) -> Callable[..., Any]:
     """Run `function(constants, batch)` on every device's share; its results joined along axis 0, on the host.
 
-    Each process gives its own rows, and gets those of all.
+    Each process gives its own rows, and gets those of all; `local`: it runs alone, on its own devices.
     """
-    begin = begin_rows(function)
+    begin = begin_rows(function, local=local)
     return lambda constants, batch: begin(constants, batch)()
 
 
-def _of_all_processes(rows: Any) -> Any:
-    return rows if cluster.count() == 1 else multihost_utils.process_allgather(rows, tiled=True)
-
-
-def begin_rows(function: Callable[..., Any]) -> Callable[..., Callable[[], Any]]:
+def begin_rows(function: Callable[..., Any], *, local: bool = False) -> Callable[..., Callable[[], Any]]:
     """As `map_rows`, but a call only begins: what it returns, called in turn, waits for the results and gives them."""
-    mapped = Mapped(function, in_axes=(None, 0))
+    mapped = Mapped(function, jax.local_devices() if local else None, in_axes=(None, 0))
+    alone = local or cluster.count() == 1
 
     def begin(constants: Any, batch: Any) -> Callable[[], Any]:
         result = mapped(constants, batch)
-        return lambda: _of_all_processes(
-            jax.tree.map(lambda x: np.reshape(x, (-1, *x.shape[2:])), jax.device_get(result))
-        )
+
+        def wait() -> Any:
+            rows = jax.tree.map(lambda x: np.reshape(x, (-1, *x.shape[2:])), jax.device_get(result))
+            return rows if alone else multihost_utils.process_allgather(rows, tiled=True)
+
+        return wait
 
     return begin
 

@@ -58,7 +58,7 @@ def test_batch_sizes_that_do_not(batch_size: int) -> None:
     [(3, 1, "such as 4"), (6, 1, "such as 4 or 8"), (40, 4, "times config.train.accumulation=4, such as 32 or 48")],
 )
 def test_batch_sizes_that_would_do_are_named(batch_size: int, accumulation: int, nearest: str) -> None:
-    with pytest.raises(UserError, match=f"{re.escape(nearest)}$"):
+    with pytest.raises(UserError, match=re.escape(f"{nearest}. ")):
         parallel.check_batch_size(batch_size, "config.train.batch_size", accumulation)
     parallel.check_batch_size(int(nearest.split()[-1]), "config.train.batch_size", accumulation)
 

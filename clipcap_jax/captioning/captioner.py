@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from rich.console import Console
 
 from clipcap_jax import cluster, parallel, pictures
 from clipcap_jax.captioning.decode import Hypotheses, beam_search
@@ -52,14 +53,15 @@ class BatchEmbedder:
 class BatchCaptioner:
     """Captions batches on all devices, with whatever parameters it is given."""
 
-    def __init__(self, model: ClipCap, tokenizer: Tokenizer, decode: DecodeConfig):
+    def __init__(self, model: ClipCap, tokenizer: Tokenizer, decode: DecodeConfig, *, local: bool = False):
+        """`local`: on this process's devices alone."""
         self._tokenizer = tokenizer
 
         def best(params: Any, inputs: jax.Array) -> Hypotheses:
             found = beam_search(model, params, inputs, decode, tokenizer.stop_id(decode.stop))
             return jax.tree.map(lambda x: x[:, 0], found)
 
-        self._best = parallel.map_rows(best)
+        self._best = parallel.map_rows(best, local=local)
 
     def __call__(self, params: Any, inputs: np.ndarray) -> list[Caption]:
         """Caption one batch: a process gives its share of the rows, as many for each device, and gets all captions."""
@@ -90,42 +92,67 @@ def _batches(data: CaptionData, indices: np.ndarray, batch_size: int, workers: i
 class Captioner:
     """A trained model, ready to caption.
 
+    Where there are several processes, they caption a split together, with `generate` and `embed`; or each captions by
+    itself what it is given, with `caption` and `caption_files` of a captioner that was made with `local`.
+
     Attributes:
       metadata: what the checkpoint says about the model.
       model, params: the model.
       step: the checkpoint's.
     """
 
-    def __init__(self, metadata: store.Metadata, params: Any, step: int, decode: DecodeConfig | None = None):
+    def __init__(
+        self,
+        metadata: store.Metadata,
+        params: Any,
+        step: int,
+        decode: DecodeConfig | None = None,
+        *,
+        local: bool = False,
+    ):
         self.metadata = metadata
         self.step = step
         self.model = ClipCap(metadata.config.model)
         self.params = parallel.replicate(params)
         self.decode = decode or metadata.config.evaluate.decode
-        self.generate = BatchCaptioner(self.model, metadata.tokenizer, self.decode)
+        self._local = local
+        self.generate = BatchCaptioner(self.model, metadata.tokenizer, self.decode, local=local)
         self.embed = BatchEmbedder(self.model)
 
     @classmethod
-    def load(cls, run: str | Path, which: str = "best", decode: DecodeConfig | None = None) -> "Captioner":
-        """Load a checkpoint.
+    def load(
+        cls, run: str | Path, which: str = "best", decode: DecodeConfig | None = None, *, local: bool = False
+    ) -> "Captioner":
+        """Load a checkpoint; where the best or latest one is damaged, the newest that is not, with a warning.
 
         Args:
           run: the folder that training wrote to.
           which: "best" (by CIDEr on the validation subset), "latest" or a step.
           decode: how to search; None: as the run's config says.
+          local: whether to use this process's devices alone.
 
         Raises:
           UserError: there is no such checkpoint, or this version cannot read it.
         """
         with store.opened(run) as checkpoints:
-            step = checkpoints.find(which)
-            return cls(checkpoints.metadata(step), checkpoints.params(step), step, decode)
+            steps = [checkpoints.find(which)]
+            if not which.isdigit():
+                steps += [step for step in reversed(checkpoints.steps()) if step != steps[0]]
+            while True:
+                step = steps.pop(0)
+                try:
+                    return cls(checkpoints.metadata(step), checkpoints.params(step), step, decode, local=local)
+                except store.Damaged as error:
+                    if not steps:
+                        raise
+                    told = f"Warning: {error} The one of step {steps[0]} is tried."
+                    Console(stderr=True).print(told, style="yellow", markup=False, highlight=False, soft_wrap=True)
 
     def with_decode(self, decode: DecodeConfig) -> "Captioner":
         """The same model, searching differently."""
         other = copy.copy(self)
         other.decode = decode
-        other.generate = BatchCaptioner(self.model, self.metadata.tokenizer, decode)
+        other.generate = BatchCaptioner(self.model, self.metadata.tokenizer, decode, local=self._local)
         return other
 
     @property
@@ -153,7 +180,7 @@ class Captioner:
             except OSError as error:
                 return UserError(f"cannot be read: {error.strerror}")
 
-        batch_size = parallel.round_up(min(batch_size, len(paths)))
+        batch_size = parallel.round_up(min(batch_size, len(paths)), local=self._local)
         loaded = zip(paths, pictures.load_ahead(load, paths, workers=workers, ahead=batch_size), strict=True)
         while batch := list(itertools.islice(loaded, batch_size)):
             pixels = [picture for _, picture in batch if isinstance(picture, np.ndarray)]
@@ -173,7 +200,7 @@ class Captioner:
             raise UserError("this checkpoint was trained on pictures and cannot caption embeddings")
         if inputs.ndim != 4:
             self._check_embeddings(inputs)
-        batch_size = parallel.round_up(max(1, min(batch_size, len(inputs))))
+        batch_size = parallel.round_up(max(1, min(batch_size, len(inputs))), local=self._local)
         for start in range(0, len(inputs), batch_size):
             yield from self._caption_batch(inputs[start : start + batch_size], batch_size)
 

@@ -1,9 +1,11 @@
 """`clipcap caption`."""
 
 import argparse
+import collections
 import csv
 import dataclasses
 import glob
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from clipcap_jax.commands.cli import positive
+from clipcap_jax.commands.cli import add_cluster_options, positive, start_processes
 from clipcap_jax.commands.convert import ORIGINAL_OPTIONS, add_original_options, load_original
 from clipcap_jax.errors import UserError
 from clipcap_jax.progress import track
@@ -36,6 +38,7 @@ def add(commands: Any) -> None:
     caption.add_argument("--batch-size", type=positive, default=64, help="pictures per step, over all devices [64]")
     caption.add_argument("--workers", type=positive, default=4, help="threads that decode pictures [4]")
 
+    add_cluster_options(caption)
     add_original_options(caption)
 
 
@@ -63,38 +66,34 @@ def find_pictures(inputs: list[str]) -> list[Path]:
 
 
 def _caption(arguments: argparse.Namespace) -> None:
-    from clipcap_jax import parallel
+    from clipcap_jax import cluster
     from clipcap_jax.captioning.captioner import Captioner
 
-    parallel.keep_compiled_programs()
+    console = start_processes(arguments, stderr=True)
     if arguments.output and arguments.output.suffix not in (".jsonl", ".csv"):
         raise UserError(f"--output {arguments.output}: the name has to end in .jsonl or .csv")
     matrices = [name for name in arguments.inputs if name.endswith(".npy")]
     if matrices and len(arguments.inputs) > 1:
         raise UserError("give either pictures or one .npy matrix of embeddings, not both")
-    console = Console(stderr=True)
     paths = [] if matrices else find_pictures(arguments.inputs)
     if Path(arguments.run_folder).is_file():
-        captioner = Captioner(*load_original(Path(arguments.run_folder), arguments), step=0)
+        captioner = Captioner(*load_original(Path(arguments.run_folder), arguments), step=0, local=True)
     else:
         if given := [name for name in ORIGINAL_OPTIONS if getattr(arguments, name)]:
             names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
             raise UserError(f"{names}: for the original's .pt files alone, and {arguments.run_folder} is none")
-        captioner = Captioner.load(arguments.run_folder, arguments.checkpoint)
+        captioner = Captioner.load(arguments.run_folder, arguments.checkpoint, local=True)
     if arguments.beam_size:
         captioner = captioner.with_decode(dataclasses.replace(captioner.decode, beam_size=arguments.beam_size))
 
-    results: Iterator[tuple[str, Any]]
-    if matrices:
-        embeddings = _load_matrix(matrices[0])
-        total = len(embeddings)
-        captions = captioner.caption(embeddings, arguments.batch_size)
-        results = ((str(row), caption) for row, caption in enumerate(captions))
-    else:
-        total = len(paths)
-        captioned = captioner.caption_files(paths, batch_size=arguments.batch_size, workers=arguments.workers)
-        results = ((str(path), caption) for path, caption in captioned)
+    inputs: Any = _load_matrix(matrices[0]) if matrices else paths
+    total = len(inputs)
+    cluster.check_same("pictures", "\n".join(map(str, paths)) or str(inputs.shape))
+    results: Iterator[tuple[str, Any]] = _shared(captioner, inputs, arguments.batch_size, arguments.workers)
     results = iter(track(results, "Captioning", total=total, console=console, transient=True))
+    if not cluster.is_main():
+        collections.deque(results, maxlen=0)  # nothing comes out here: process 0 has them
+        return
     skipped = _write(results, arguments.output) if arguments.output else _show(results)
     console.print(f"{total - len(skipped)} captions, {len(skipped)} pictures skipped", highlight=False)
     for name, error in skipped[:20]:
@@ -103,6 +102,37 @@ def _caption(arguments: argparse.Namespace) -> None:
         console.print(f"  ... and {len(skipped) - 20} more")
     if len(skipped) == total:
         raise UserError("none of the pictures could be read")
+
+
+def _shared(captioner: Any, inputs: Any, batch_size: int, workers: int) -> Iterator[tuple[str, Any]]:
+    """Captions, or errors in their place, by name, in order, on process 0; of n processes each makes every n-th batch.
+
+    Args:
+      captioner: a local one.
+      inputs: paths of pictures, or a matrix of embeddings.
+      batch_size: over all processes.
+      workers: threads of each that decode.
+    """
+    from clipcap_jax import cluster
+    from clipcap_jax.captioning.captioner import Caption
+
+    size = -(-min(batch_size, len(inputs)) // cluster.count())
+    rounds = range(0, len(inputs), size * cluster.count())
+    mine = [range(len(inputs))[start + cluster.index() * size :][:size] for start in rounds]
+    if isinstance(inputs, np.ndarray):
+        batches = (captioner.caption(inputs[rows.start : rows.stop], size) for rows in mine)
+        captions: Iterator[Any] = zip(itertools.chain(*mine), itertools.chain.from_iterable(batches), strict=True)
+    else:
+        paths = [inputs[row] for row in itertools.chain(*mine)]
+        captions = captioner.caption_files(paths, batch_size=size, workers=workers)
+    told = ([_told(*item) for item in itertools.islice(captions, len(rows))] for rows in mine)
+    for name, found in itertools.chain.from_iterable(cluster.collect(told)):
+        yield name, Caption(**found) if isinstance(found, dict) else UserError(found)
+
+
+def _told(name: Path | int, caption: Any) -> tuple[str, Any]:
+    """As a process tells it to another."""
+    return str(name), str(caption) if isinstance(caption, UserError) else dataclasses.asdict(caption)
 
 
 def _load_matrix(name: str) -> np.ndarray:

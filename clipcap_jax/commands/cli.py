@@ -15,14 +15,35 @@ from rich.markup import escape
 
 from clipcap_jax.errors import UserError
 
-_COORDINATOR = flags.DEFINE_string("coordinator_address", "", "HOST:PORT of process 0 [as JAX finds it]")
-_PROCESSES = flags.DEFINE_integer("num_processes", 0, "how many processes work together [as JAX finds them]", 0)
-_PROCESS = flags.DEFINE_integer("process_id", -1, "this process's number, from 0 [as JAX finds it]", -1)
-_LOST_AFTER = flags.DEFINE_integer("lost_after", 60, "a process not heard of for so many seconds is lost: all end", 10)
+# The arguments of `cluster.start`: name, what is taken when it is not given, and help.
+_CLUSTER: list[tuple[str, Any, str]] = [
+    ("coordinator_address", "", "HOST:PORT of process 0 [as JAX finds it]"),
+    ("num_processes", 0, "how many processes work together, 1 for this one alone [as JAX finds them]"),
+    ("process_id", -1, "this process's number, from 0 [as JAX finds it]"),
+    ("lost_after", 60, "a process not heard of for so many seconds is lost, and all end [60]"),
+]
 
 
-def start_processes() -> Console:
-    """Let the processes of a script find each other; returns the console, on which the first one alone prints.
+def define_cluster_flags() -> None:
+    """For a script with absl's flags: those of `start_processes`."""
+    for name, default, text in _CLUSTER:
+        define: Any = flags.DEFINE_string if isinstance(default, str) else flags.DEFINE_integer
+        define(name, default, text)
+
+
+def add_cluster_options(command: argparse.ArgumentParser) -> None:
+    """For a command of `clipcap`: the options of `start_processes`."""
+    for name, default, text in _CLUSTER:
+        names = {f"--{name.replace('_', '-')}", f"--{name}"}  # as all options of commands, and as the scripts' flags
+        command.add_argument(*sorted(names), type=type(default), default=default, help=text)
+
+
+def start_processes(options: Any, **console: Any) -> Console:
+    """Let the processes of a script or command find each other; returns the console, on which the first alone prints.
+
+    Args:
+      options: the flags or options, as attributes.
+      console: how it is made.
 
     Raises:
       UserError: see `cluster.start`.
@@ -30,9 +51,9 @@ def start_processes() -> Console:
     from clipcap_jax import cluster, parallel
 
     parallel.keep_compiled_programs()
-    cluster.start(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value, _LOST_AFTER.value)
+    cluster.start(*(getattr(options, name) for name, *_ in _CLUSTER))
     parallel.connect()
-    return Console(quiet=not cluster.is_main())
+    return Console(quiet=not cluster.is_main(), **console)
 
 
 def run_script(main: Callable[[], Any]) -> None:

@@ -1,11 +1,12 @@
 """`clipcap prepare` and `clipcap embed`."""
 
 import argparse
+import functools
 from typing import Any
 
 from rich.console import Console
 
-from clipcap_jax.commands.cli import cpus, positive
+from clipcap_jax.commands.cli import add_cluster_options, cpus, positive, start_processes
 from clipcap_jax.errors import UserError
 
 # Data sets that are read from their owners' files; docs/ has a page for each.
@@ -79,6 +80,7 @@ def add(commands: Any) -> None:
     )
     embed.add_argument("--max-skipped", type=_fraction, default=0.01, help="share of pictures that may be bad [0.01]")
     _add_options(embed)
+    add_cluster_options(embed)
 
 
 def _add_options(command: argparse.ArgumentParser) -> None:
@@ -158,25 +160,31 @@ def _prepare_records(arguments: argparse.Namespace) -> None:
 
 
 def _embed(arguments: argparse.Namespace) -> None:
-    from clipcap_jax import parallel
+    from clipcap_jax import cluster
     from clipcap_jax.convert.clip import load_clip
     from clipcap_jax.inputs.embed import Encoder, embed
 
-    parallel.keep_compiled_programs()
+    console = start_processes(arguments)
     encoder = Encoder(*load_clip(arguments.clip, arguments.clip_heads), arguments.dtype)
     name = arguments.name or arguments.data.replace("/", "_")
-    number, shares = arguments.share
-    summary = embed(
+    if cluster.joined() and arguments.share != (0, 1):
+        raise UserError("--share is for processes that are started without knowing each other: leave it out")
+    number, shares = share = (cluster.index(), cluster.count()) if cluster.joined() else arguments.share
+    do_share = functools.partial(
+        embed,
         encoder,
         arguments.data,
         name,
         arguments.data_dir,
         batch_size=arguments.batch_size,
         workers=arguments.workers,
-        share=arguments.share,
+        share=share,
         max_skipped=arguments.max_skipped,
     )
-    console = Console()
+    summary = do_share()
+    if cluster.joined():
+        cluster.meet()
+        summary = do_share()  # nothing, but to find what the last one has put together
     if summary is None:
         console.print(f"Share {number} of {shares} is finished, others are not yet: the last one puts them together.")
     else:

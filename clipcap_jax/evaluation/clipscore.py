@@ -6,6 +6,7 @@ cosine with the references is not below 0; where both parts of RefCLIPScore are 
 NaN there. The weight of 2.5 was chosen for ViT-B/32: scores of different CLIPs do not compare.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from clipcap_jax import hub, parallel, pictures
+from clipcap_jax import cluster, hub, parallel, pictures
 from clipcap_jax.convert import clip, clip_text
 from clipcap_jax.errors import UserError
 from clipcap_jax.metrics.measure import Measure, mean
@@ -143,14 +144,17 @@ class ClipScorer:
                 raise UserError(f"picture {names[index]} cannot be read: {error.strerror}") from error
 
         size = _even(batch_size, len(names))
-        loaded = pictures.load_ahead(load, range(len(names)), workers=workers, ahead=2 * size)
+        starts = range(0, len(names), size)
+        mine = [range(len(names))[start:][_share(size)] for start in starts]
+        loaded = pictures.load_ahead(load, itertools.chain(*mine), workers=workers, ahead=2 * size)
         embeddings = np.empty((len(names), self.vision.embedding_width), np.float32)
-        pixels = np.zeros((size, self.vision.image_size, self.vision.image_size, 3), np.uint8)  # one shape
-        for start in _track(range(0, len(names), size), "CLIPScore: pictures"):
-            rows = slice(start, min(start + size, len(names)))
-            for i in range(rows.stop - start):
+        shape = size // cluster.count(), self.vision.image_size, self.vision.image_size, 3
+        pixels = np.zeros(shape, np.uint8)  # one shape
+        for start, share in zip(_track(starts, "CLIPScore: pictures"), mine, strict=True):
+            for i in range(len(share)):
                 pixels[i] = next(loaded)
-            embeddings[rows] = self._see(self.vision_params, pixels)[: rows.stop - start]
+            rows = embeddings[start : start + size]
+            rows[:] = self._see(self.vision_params, pixels)[: len(rows)]
         return embeddings
 
     def _embed_texts(self, texts: Sequence[str], batch_size: int) -> np.ndarray:
@@ -167,7 +171,7 @@ class ClipScorer:
             batch = np.zeros((size, min(longest, self.text.context_length)), np.int32)
             for i, row in enumerate(rows):
                 batch[i, : len(tokens[row])] = tokens[row]
-            embeddings[rows] = self._read(self.text_params, batch)[: len(rows)]
+            embeddings[rows] = self._read(self.text_params, batch[_share(size)])[: len(rows)]
         return embeddings
 
 
@@ -202,6 +206,11 @@ def _map_exactly(apply: Callable[..., jax.Array]) -> Callable[..., Any]:
     return parallel.map_rows(exactly)
 
 
+def _share(size: int) -> slice:
+    """This process's rows of a batch."""
+    return slice(cluster.index() * size // cluster.count(), (cluster.index() + 1) * size // cluster.count())
+
+
 def _even(batch_size: int, count: int) -> int:
     """A size up to `batch_size` of batches of which the last need hardly be filled up."""
     batches = max(1, -(-count // batch_size))
@@ -209,7 +218,13 @@ def _even(batch_size: int, count: int) -> int:
 
 
 def _track(batches: Sequence[int], description: str) -> Any:
-    return track(batches, description, total=len(batches), console=Console(stderr=True), transient=True)
+    return track(
+        batches,
+        description,
+        total=len(batches),
+        console=Console(stderr=True, quiet=not cluster.is_main()),
+        transient=True,
+    )
 
 
 def _unit(embeddings: np.ndarray, names: Sequence[str]) -> np.ndarray:

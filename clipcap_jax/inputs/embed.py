@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import tensorflow_datasets as tfds
 
-from clipcap_jax import files, parallel, pictures, progress
+from clipcap_jax import cluster, files, parallel, pictures, progress
 from clipcap_jax.config import PRESETS
 from clipcap_jax.datasets import prepare, schema
 from clipcap_jax.datasets.schema import Example, Split, open_builder, open_split
@@ -140,7 +140,7 @@ class _Embedder:
     def __init__(self, encoder: Encoder, batch_size: int, workers: int, name: str, data_dir: str):
         self.encoder, self._workers = encoder, workers
         self._name, self._data_dir = name, data_dir
-        self._batch_size = parallel.round_up(batch_size)
+        self._batch_size = parallel.round_up(batch_size, local=True)
 
     @functools.cached_property
     def _known(self) -> Known:
@@ -164,7 +164,7 @@ class _Embedder:
             with jax.default_matmul_precision("highest" if encoder.dtype == "float32" else "default"):
                 return model.apply({"params": params}, normalize_pixels(pixels)).astype(jnp.float32)
 
-        begin, params = parallel.begin_rows(apply), parallel.replicate(encoder.params)
+        begin, params = parallel.begin_rows(apply, local=True), parallel.replicate(encoder.params)
         return lambda pixels: begin(params, parallel.send(pixels))
 
     def __call__(self, split: Split, rows: range) -> Iterator[Example | Problem]:
@@ -248,7 +248,7 @@ def _source(embedder: _Embedder, output: str, splits: dict[str, Split]) -> Sourc
 def _embed_shards(writer: Writer, indices: list[int]) -> None:
     """The shards of these parts, one after the other."""
     parts = [writer.source.parts[index] for index in indices]
-    with progress.bar() as bar:
+    with progress.bar(disable=not cluster.is_main()) as bar:
         task = bar.add_task(f"Embedding {writer.source.name}", total=sum(part.count for part in parts))
 
         def counted(part: Part) -> Iterator[Example | Problem]:

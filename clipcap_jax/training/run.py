@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from rich.console import Console
 
-from clipcap_jax import parallel
+from clipcap_jax import cluster, parallel
 from clipcap_jax.checkpoints import store
 from clipcap_jax.checkpoints.store import Checkpoints, Metadata, Restored
 from clipcap_jax.config import Config
@@ -79,6 +79,11 @@ def open_run(config: Config, folder: Path, checkpoints: Checkpoints, console: Co
     total = max(1, round(config.train.epochs * steps_per_epoch(len(pairs), config.train.batch_size)))
     if restored:
         _check_same_data(restored, data, total)
+    same = dataclasses.replace(config.data, data_dir="", workers=0)
+    cluster.check_same(
+        "settings, data or checkpoints",
+        f"{dataclasses.replace(config, data=same)} {data.fingerprint} {restored.step if restored else 0}",
+    )
     model, clip = ClipCap(config.model), config.model.clip
     width = data.embedding_width or clip.embedding_width  # type: ignore[union-attr]
     if clip is not None and width != clip.embedding_width:
@@ -223,16 +228,21 @@ def _check_encoder(config: Config, data: CaptionData, params: Params, console: C
 
 
 def _describe(run: Run, trained: Params, frozen: Params, console: Console) -> None:
-    parts = [
-        f"{name} {sum(leaf.size for leaf in jax.tree.leaves(part)) / 1e6:.2f}M{note}"
-        for parts, note in ((trained, ""), (frozen, " (frozen)"))
+    model = [
+        f"{name} {sum(leaf.size for leaf in jax.tree.leaves(part)) / 1e6:.2f}M ({note})"
+        for parts, note in ((trained, "trained"), (frozen, "frozen"))
         for name, part in parts.items()
     ]
-    console.print(
-        f"{run.data.name}: {len(run.data)} pictures, {len(run.pairs)} captions. "
-        f"Model: {', '.join(parts)}. {parallel.describe_devices()}.",
-        highlight=False,
-    )
+    batch = run.config.train.batch_size
+    lines = [
+        f"Data: {run.data.name}, {len(run.data)} pictures, {len(run.pairs)} captions",
+        f"Model: {', '.join(model)}",
+        f"Devices: {parallel.describe_devices()}; layout {run.config.parallel.layout}",
+        f"Batch: {batch} captions, {batch // parallel.device_count()} a device"
+        + (f", in {run.config.train.accumulation} parts" if run.config.train.accumulation > 1 else ""),
+    ]
+    for line in lines:
+        console.print(line, highlight=False, soft_wrap=True)
     pretrained, config = dataclasses.asdict(run.config.train.pretrained), run.config.train
     if random := [name for name in frozen if not pretrained.get(name) and not config.init_from]:
         console.print(
