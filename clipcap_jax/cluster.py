@@ -26,6 +26,7 @@ from rich.console import Console
 from clipcap_jax.errors import UserError
 
 _LOOK = 2.0  # seconds between two signs of life
+_REASON = 2000  # characters of an error that may show whole arrays
 _PATIENCE = 3600  # seconds that processes wait for each other: one may prepare data, or score
 
 _meetings = itertools.count()  # all processes hold them in the same order
@@ -176,7 +177,7 @@ def together() -> Iterator[None]:
 def fail(error: BaseException) -> NoReturn:
     """End this process with an error, and all others with this one as the reason."""
     assert _watch
-    code, reason = 1, f"{type(error).__name__}: {error}"
+    code, reason = 1, f"{type(error).__name__}: {error}"[:_REASON]
     match error:
         case UserError():
             code, reason = 2, str(error)
@@ -184,8 +185,8 @@ def fail(error: BaseException) -> NoReturn:
             code, reason = 130, "it was interrupted"
         case SystemExit():
             code, reason = error.code if isinstance(error.code, int) else 1, f"it was stopped ({error.code})"
-        case jax.errors.JaxRuntimeError() if "RESOURCE_EXHAUSTED" not in str(error):
-            _watch.wait_for_reason()
+        case Exception():  # such as that of a sum over devices that another process was to join
+            _watch.wait_for_reason(reason)
     _watch.tell(f"process {index()} of {count()}: {reason}", code)
     if code == 1:
         traceback.print_exception(error)
@@ -240,16 +241,16 @@ class _Watch(threading.Thread):
         with contextlib.suppress(RuntimeError):  # process 0 is gone
             self._client.key_value_set(f"told/{index()}", f"{code} {reason}")
 
-    def wait_for_reason(self) -> None:
-        """After a sum over devices that failed for want of another process: wait to be ended with the reason."""
-        _print("Another process seems to be lost. Waiting to hear which.")
+    def wait_for_reason(self, error: str) -> None:
+        """After an error that may be another's: wait to be ended with that one's reason."""
+        _print(f"{error}\nPerhaps because another process was lost: waiting to hear of one.")
         time.sleep(self._lost_after + 5 * _LOOK)
 
     def end_process(self, code: int) -> NoReturn:
         """End this process without waiting for the others, as JAX would."""
+        self.end()
         if is_main():
             time.sleep(3 * _LOOK)  # it is from here that the others hear of it
-        self.end()
         os._exit(code)
 
     def end(self) -> None:

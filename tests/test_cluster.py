@@ -13,12 +13,11 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from clip_files import write_clip
-from tiny import Clipcap, Source, assert_close, assert_same, saved
+from tiny import Clipcap, Source, assert_close, assert_same, named, saved
 
 ROOT = Path(__file__).parents[1]
 STEPS = 15
@@ -105,15 +104,10 @@ def test_two_processes_train_and_evaluate_as_one(data_dir: Path, alone: Path, tm
         scores["details"].pop("date")
         results.append((json.loads((output / "captions.json").read_text()), scores))
     assert results[0][0] == results[1][0]
-    assert named_numbers(results[0][1]) == pytest.approx(named_numbers(results[1][1]), rel=1e-5)
-
-
-def named_numbers(tree: Any, name: str = "") -> dict[str, Any]:
-    """The leaves of what JSON holds."""
-    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else None
-    if items is None:
-        return {name: tree}
-    return {path: leaf for key, part in items for path, leaf in named_numbers(part, f"{name}.{key}").items()}
+    one, two = (named(scores) for _, scores in results)
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        assert two[name] == (value if isinstance(value, str) else pytest.approx(value, rel=1e-5)), name
 
 
 def test_two_processes_train_sharded(data_dir: Path, alone: Path, tmp_path: Path) -> None:
@@ -151,7 +145,7 @@ def test_embedding_and_captioning_are_shared(
     shutil.copytree(data_dir, tmp_path / "data")
     command = ["-m", "clipcap_jax", "embed", "records/both", "--clip", write_clip(tmp_path / "clip")]
     first, _ = ended(start(*command, "--data-dir", tmp_path / "data", processes=2, devices=1))
-    assert "embeddings/records_both is prepared" in first
+    assert "--config.data.name=embeddings/records_both" in first
 
     pictures = tmp_path / "pictures"
     shutil.copytree(source.pictures, pictures)

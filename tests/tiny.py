@@ -257,12 +257,17 @@ def in_process(function: Callable[..., T], *args: Any, devices: int = 4) -> T:
 
 def saved(run: Path, step: int) -> dict[str, Any]:
     """All that a checkpoint holds, by name, with what is frozen: arrays, and numbers of `position`; read by Orbax
-    alone."""
-    items = {"params": args.StandardRestore(), "optimizer": args.StandardRestore(), "position": args.JsonRestore()}
-    if (run / "checkpoints" / str(step) / "unaveraged").exists():
-        items["unaveraged"] = args.StandardRestore()
-    with ocp.CheckpointManager(run / "checkpoints", item_names=tuple(items)) as manager:
-        stored = dict(manager.restore(step, args=args.Composite(**items)).items())
+    alone, as NumPy arrays: otherwise it wants the devices that they were saved from."""
+    folder = run / "checkpoints" / str(step)
+    names = [name for name in ("params", "optimizer", "unaveraged") if (folder / name).exists()]
+    handlers = {name: ocp.StandardCheckpointHandler() for name in names}
+    with ocp.CheckpointManager(
+        run / "checkpoints", item_handlers={**handlers, "position": ocp.JsonCheckpointHandler()}
+    ) as manager:
+        found = manager.item_metadata(step)
+        arrays = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), {name: found[name] for name in names})
+        items = {name: args.StandardRestore(example) for name, example in arrays.items()}
+        stored = dict(manager.restore(step, args=args.Composite(**items, position=args.JsonRestore())).items())
     if (run / "frozen").exists():
         with ocp.StandardCheckpointer() as checkpointer:
             stored["params"] = {**checkpointer.restore(run / "frozen"), **stored["params"]}

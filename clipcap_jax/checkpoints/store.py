@@ -28,6 +28,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
+from clipcap_jax import cluster
 from clipcap_jax import config as config_lib
 from clipcap_jax.errors import UserError
 from clipcap_jax.text.tokenizer import Tokenizer
@@ -164,14 +165,29 @@ def _despite_deletions(look: Callable[[], T]) -> T:
     return look()
 
 
-def _item_handlers() -> dict[str, Any]:
-    return {
-        "params": ocp.StandardCheckpointHandler(),
-        "unaveraged": ocp.StandardCheckpointHandler(),
-        "optimizer": ocp.StandardCheckpointHandler(),
-        "position": ocp.JsonCheckpointHandler(),
-        "metadata": ocp.JsonCheckpointHandler(),
-    }
+def _arrays(failed: Callable[[Exception], None]) -> ocp.StandardCheckpointHandler:
+    """A handler that tells at once that a write failed: where there are several processes, Orbax would have the one
+    that failed wait for the others, and these for it, for ten minutes."""
+    handler = ocp.StandardCheckpointHandler()
+    save = handler.async_save
+
+    async def async_save(*arguments: Any, **options: Any) -> list[ocp.future.Future]:
+        return [_Told(future, failed) for future in await save(*arguments, **options) or []]
+
+    handler.async_save = async_save  # a subclass would need arguments of its own
+    return handler
+
+
+class _Told(ocp.future.Future):
+    def __init__(self, future: ocp.future.Future, failed: Callable[[Exception], None]):
+        self._future, self._failed = future, failed
+
+    def result(self, timeout: float | None = None) -> Any:
+        try:
+            return self._future.result(timeout)
+        except Exception as error:
+            self._failed(error)
+            raise
 
 
 def run_folder(name: str | Path) -> Path:
@@ -212,10 +228,23 @@ class Checkpoints:
         self._writing = 0  # the step that is being saved
         try:
             self._manager = _despite_deletions(
-                lambda: ocp.CheckpointManager(self.folder, options=options, item_handlers=_item_handlers())
+                lambda: ocp.CheckpointManager(self.folder, options=options, item_handlers=self._item_handlers())
             )
         except (OSError, ValueError) as error:
             raise UserError(f"{self.folder} cannot be {'used' if writing else 'read'}: {error}") from error
+
+    def _item_handlers(self) -> dict[str, Any]:
+        return {
+            "params": _arrays(self._failed),
+            "unaveraged": _arrays(self._failed),
+            "optimizer": _arrays(self._failed),
+            "position": ocp.JsonCheckpointHandler(),
+            "metadata": ocp.JsonCheckpointHandler(),
+        }
+
+    def _failed(self, error: Exception) -> None:
+        if cluster.joined():
+            cluster.fail(self._not_saved(self._writing, str(error)) if _is_of_the_system(error) else error)
 
     def save(
         self,
@@ -309,9 +338,10 @@ class Checkpoints:
             raise self._not_saved(self._writing, str(error)) from error
 
     def _not_saved(self, step: int, reason: str) -> UserError:
-        with contextlib.suppress(OSError, ValueError):
-            self._manager.wait_until_finished()
-        steps = [found for found in self.steps() if found != step]
+        if not cluster.joined():  # whose processes would wait for each other
+            with contextlib.suppress(OSError, ValueError):
+                self._manager.wait_until_finished()
+        steps = [found for found in sorted(ocp.utils.checkpoint_steps(self.folder)) if found != step]
         newest = f"The newest whole checkpoint is {steps[-1]}" if steps else "There is no whole checkpoint yet"
         return UserError(
             f"saving the checkpoint of step {step} to {self.folder} failed: {reason}. {newest}. "

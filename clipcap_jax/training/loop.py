@@ -95,8 +95,9 @@ def _take_steps(run: Run, state: TrainState, folder: Path, checkpoints: Checkpoi
             monitor.push(step, metrics)
             # Asked once, so that no step is the last without being saved; of several processes all stop after the same.
             stopping = monitor.stop if cluster.count() > 1 else stop.is_set()
-            validate = step % config.evaluate.every == 0 or step == run.total
-            if validate or stopping or step % config.checkpoint.every == 0:
+            last = step == run.total
+            validate = run.validator is not None and (last or step % config.evaluate.every == 0)
+            if validate or last or stopping or step % config.checkpoint.every == 0:
                 with monitor.paused():  # which first waits for the step, and stops here if it was not finite
                     scores = _validate(run, step, state, log, console) if validate else {}
                     _save(run, step, state, list(monitor.losses), checkpoints, scores)

@@ -370,8 +370,8 @@ def test_what_is_not_finite_stops_the_run_and_is_not_saved(
 ) -> None:
     map_step = parallel.map_step
 
-    def map_poisoned(step: Callable[..., Any]) -> Callable[..., Any]:
-        take_step = map_step(step)
+    def map_poisoned(step: Callable[..., Any], devices: Any) -> Callable[..., Any]:
+        take_step = map_step(step, devices)
 
         def poisoned(state: TrainState, frozen: Any, batch: Any) -> Any:
             if state.step == bad - 1:
