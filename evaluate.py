@@ -11,7 +11,7 @@ from pathlib import Path
 from absl import flags
 from rich.console import Console
 
-from clipcap_jax import cluster
+from clipcap_jax import cluster, files
 from clipcap_jax.captioning.captioner import Captioner
 from clipcap_jax.checkpoints import store
 from clipcap_jax.commands import cli
@@ -56,7 +56,7 @@ def _evaluate(console: Console, workdir: Path, which: str) -> None:
     captioner = captioner.with_decode(decode)
     data = evaluate.open_data(captioner, _DATA.value, _SPLIT.value, _DATA_DIR.value)
     batch_size = _BATCH_SIZE.value or captioner.metadata.config.evaluate.batch_size
-    folder = Path(_OUTPUT.value or workdir / "evaluations" / f"{_SPLIT.value}-{captioner.step}")
+    folder = files.place(_OUTPUT.value or workdir / "evaluations" / f"{_SPLIT.value}-{captioner.step}")
     clip = _clip()
     spice = SpiceConfig(_SPICE_JARS.value) if _SPICE.value else None
     for name, reason in unavailable(meteor=False, spice=spice).items():  # METEOR is computed where it can be
@@ -91,7 +91,7 @@ def main(_: list[str]) -> None:
         _evaluate(console, workdir, _WHICH.value)
         return
     with console.status(f"Waiting for a run in {workdir}"):
-        while not (workdir / store.FOLDER).is_dir():
+        while not store.has_checkpoints(workdir):
             time.sleep(_PATIENCE)
     with store.opened(workdir) as checkpoints:
         done, ended = -1, False

@@ -1,14 +1,18 @@
-"""Folders of files that are made once and from then on only read."""
+"""Folders of files that are made once and from then on only read, and files that lie elsewhere than on a disk."""
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import os
 import shutil
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from etils import epath
 
 from clipcap_jax.errors import UserError
 
@@ -94,6 +98,67 @@ def _make(target: Path, write: Callable[[Path], None], *, alone: bool) -> None:
 def is_remote(path: Any) -> bool:
     """Whether a path of TFDS's (etils.epath) is such as gs://, which array_record cannot read and nothing can map."""
     return "://" in os.fspath(path)
+
+
+def place(name: str | Path) -> Path:
+    """What a name means: a `pathlib.Path`, or an `epath.Path` where it is such as gs://, which has the same methods.
+
+    Raises:
+      UserError: nothing is known of such places.
+    """
+    if not is_remote(name):
+        return Path(name).expanduser()
+    try:
+        path: Path = epath.Path(name)
+    except KeyError as error:
+        raise UserError(f"{name}: nothing is known of {error.args[0]}; gs:// can be reached") from error
+    return path
+
+
+# What raises exceptions of its own where a store cannot be reached, or refuses.
+_STORES = {"gcsfs", "google", "aiohttp", "requests", "s3fs", "botocore", "adlfs", "azure", "tensorflow"}
+
+
+@contextlib.contextmanager
+def reached(path: Any) -> Iterator[None]:
+    """Whatever goes wrong on the way to a remote `path` is an OSError that says what, as it is on a disk.
+
+    Raises:
+      UserError: the package is missing that reaches it.
+      OSError: as above; FileNotFoundError where something is not there.
+    """
+    try:
+        yield
+    except ImportError as error:
+        if not is_remote(path):
+            raise
+        raise UserError(f"{path} cannot be reached: {error}. For gs:// pip install clipcap_jax[gcs].") from error
+    except Exception as error:
+        if isinstance(error, FileNotFoundError) and not error.strerror:
+            raise FileNotFoundError(errno.ENOENT, f"there is no such file or bucket ({error})") from error
+        foreign = type(error).__module__.partition(".")[0] in _STORES
+        if not is_remote(path) or not (foreign or isinstance(error, OSError)) or getattr(error, "strerror", None):
+            raise
+        raise OSError(errno.EREMOTEIO, str(error) or type(error).__name__) from error
+
+
+@contextlib.contextmanager
+def on_disk(path: Path) -> Iterator[Path]:
+    """A file to write: `path` itself, or a temporary one that is copied to a remote `path` in the end, come what may.
+
+    Raises:
+      OSError: it cannot be copied.
+    """
+    if not is_remote(path):
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        here = Path(folder, path.name)
+        try:
+            yield here
+        finally:
+            with reached(path):
+                path.write_bytes(here.read_bytes())
 
 
 def local_copy(path: Any, digest: str) -> Path:

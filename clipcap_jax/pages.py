@@ -8,7 +8,7 @@ from typing import Any
 
 import jinja2
 
-from clipcap_jax import pictures
+from clipcap_jax import files, pictures
 from clipcap_jax.errors import UserError
 
 _LONGEST_SIDE = 320  # of a picture, in pixels
@@ -34,7 +34,7 @@ def write(path: str | Path, template: str, **content: Any) -> None:
         loader=jinja2.PackageLoader("clipcap_jax"), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     )
     page = environment.get_template(template).render(content)
-    path = Path(path)
+    path = files.place(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8")
 

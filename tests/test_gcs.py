@@ -1,11 +1,8 @@
-"""Data sets on gs://: always in a folder that stands in for it, and in an emulator where there is one
-(`pip install gcp-storage-emulator gcsfs`)."""
+"""Data sets on gs:// (see buckets.py)."""
 
 import importlib
 import importlib.util
 import shutil
-import socket
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,51 +20,19 @@ from clipcap_jax.inputs.batches import CaptionData
 from clipcap_jax.inputs.embed import Encoder, embed
 from clipcap_jax.text.tokenizer import Tokenizer
 
-# They have no types.
-backend, gpath = map(importlib.import_module, ("etils.epath.backend", "etils.epath.gpath"))
+gpath = importlib.import_module("etils.epath.gpath")  # it has no types
 
 
-class Folder:
-    """A backend of etils.epath that keeps gs://bucket/ in a folder."""
-
-    def __init__(self, folder: Path):
-        self._folder = folder
-
-    def __getattr__(self, name: str) -> Any:
-        def method(*arguments: Any, **options: Any) -> Any:
-            local = [str(argument).replace("gs:/", str(self._folder)) for argument in arguments]
-            found = getattr(backend.os_backend, name)(*local, **options)
-            return [path.replace(str(self._folder), "gs:/") for path in found] if name == "glob" else found
-
-        return method
-
-
-@pytest.fixture(params=["folder", "emulator"])
-def bucket(
-    request: pytest.FixtureRequest, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[str]:
+@pytest.fixture
+def bucket(gs: str, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """The tiny data sets on gs://."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    if request.param == "folder":
-        folder = Folder(tmp_path)
-        monkeypatch.setitem(gpath._PREFIX_TO_BACKEND, "gs", folder)
-        monkeypatch.setattr(gpath, "_GCS_BACKENDS", [folder])
-        shutil.copytree(data_dir, tmp_path / "bucket" / "data", ignore=shutil.ignore_patterns("columns"))
-        yield "gs://bucket/data"
-        return
-    gcsfs = pytest.importorskip("gcsfs", reason="needs gcsfs and gcp-storage-emulator")
-    emulator = pytest.importorskip("gcp_storage_emulator.server", reason="needs gcsfs and gcp-storage-emulator")
-    with socket.create_server(("localhost", 0)) as free:
-        port = free.getsockname()[1]
-    monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://localhost:{port}")
-    server = emulator.create_server("localhost", port, in_memory=True, default_bucket="bucket")
-    server.start()
     for path in data_dir.rglob("*"):
         if path.is_file() and "columns" not in path.parts:
-            tfds.core.Path("gs://bucket/data", path.relative_to(data_dir)).write_bytes(path.read_bytes())
-    yield "gs://bucket/data"
-    server.stop()
-    gcsfs.GCSFileSystem.current().invalidate_cache()  # it knows what lay in the bucket
+            there = tfds.core.Path(gs, "data", path.relative_to(data_dir))
+            there.parent.mkdir(parents=True, exist_ok=True)
+            there.write_bytes(path.read_bytes())
+    return f"{gs}/data"
 
 
 def test_a_data_set_on_gs(bucket: str, data_dir: Path) -> None:
@@ -125,7 +90,7 @@ def test_prepared_on_gs(bucket: str, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("apache_beam") is None, reason="needs Apache Beam: the extra beam")
-@pytest.mark.parametrize("bucket", ["emulator"], indirect=True)  # which Beam's workers, processes of their own, see too
+@pytest.mark.parametrize("gs", ["emulated_gs"], indirect=True)  # which Beam's workers, processes of their own, see too
 def test_prepared_on_gs_by_beam(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a failed job has written is not written again, even from another machine."""
     monkeypatch.setattr(shapes, "PICTURES_PER_SHARD", 10)

@@ -76,7 +76,7 @@ def test_evaluation_follows_a_run_that_goes_on(data_dir: Path, tmp_path: Path) -
         ("train.py", ["--config=tests/tiny.py", "--config.data.data_dir=/nowhere"], "not prepared in /nowhere"),
         ("train.py", ["--config=tests/tiny.py", "--config.train.batch_size=6"], "multiple of the 4 devices"),
         ("evaluate.py", ["--workdir=/nowhere"], "/nowhere holds no checkpoints"),
-        ("evaluate.py", ["--workdir=gs://bucket/run"], "gs://bucket/run: runs and their checkpoints lie on a disk"),
+        ("evaluate.py", ["--workdir=s3://bucket/run"], "s3://bucket/run: runs and their checkpoints lie on a disk"),
     ],
 )
 def test_mistakes(script: str, arguments: list[str], message: str, tmp_path: Path) -> None:

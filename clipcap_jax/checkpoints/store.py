@@ -12,23 +12,29 @@
 `<run>/frozen/` is an Orbax checkpoint of the parts that are not trained: it is written once. With it, `params` and
 `metadata` are all that captioning needs; plain Orbax restores them without this package. Up to format 4, `params` held
 the frozen parts too, and `optimizer` what is now `unaveraged`.
+
+A run lies on a disk, or on gs://: there Orbax writes the arrays by tensorstore's own driver, and the rest through
+etils.epath; and a checkpoint is whole when Orbax has put the file `commit_success.txt` into it.
 """
 
 import contextlib
 import copy
 import dataclasses
+import logging
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+import fsspec.config
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
-from clipcap_jax import cluster
+from clipcap_jax import cluster, files
 from clipcap_jax import config as config_lib
 from clipcap_jax.errors import UserError
 from clipcap_jax.text.tokenizer import Tokenizer
@@ -40,6 +46,10 @@ FROZEN = "frozen"
 _LOOKS = 10
 
 T = TypeVar("T")
+
+# Or what another process writes to a run on gs:// would not be seen: gcsfs keeps what it was once told of a folder.
+fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
+logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # what goes wrong it also raises
 
 
 # Settings that a format brought, and what was the only way before.
@@ -191,14 +201,27 @@ class _Told(ocp.future.Future):
 
 
 def run_folder(name: str | Path) -> Path:
-    """The folder that a run's name means.
+    """The folder that a run's name means: a `pathlib.Path`, or of gs:// an `epath.Path`, which has the same methods.
 
     Raises:
-      UserError: it is on another machine, such as gs://.
+      UserError: it is at a place that Orbax does not write to, such as s3://.
     """
-    if "://" in str(name):
-        raise UserError(f"{name}: runs and their checkpoints lie on a disk; copy them there, or mount the bucket")
-    return Path(name).expanduser()
+    if files.is_remote(name) and not str(name).startswith("gs://"):
+        raise UserError(f"{name}: runs and their checkpoints lie on a disk or on gs://, which Orbax can write to")
+    return files.place(name)
+
+
+def has_checkpoints(run: Path) -> bool:
+    """Whether a training has begun in a run's folder.
+
+    Raises:
+      UserError: it cannot be reached.
+    """
+    try:
+        with files.reached(run):
+            return (run / FOLDER).is_dir()
+    except OSError as error:
+        raise UserError(f"{run} cannot be read: {error.strerror}") from error
 
 
 class Checkpoints:
@@ -212,9 +235,9 @@ class Checkpoints:
           keep: how many of the newest to keep when saving; None: only reading, beside a training run perhaps.
         """
         writing = keep is not None
-        self._run = run.absolute()
+        self._run = run if files.is_remote(run) else run.absolute()
         self.folder = self._run / FOLDER
-        if not writing and not self.folder.is_dir():
+        if not writing and not has_checkpoints(run):
             raise UserError(f"{run} holds no checkpoints: give the folder of a run, the one that train.py wrote to")
         best = BestN(get_metric_fn=_best_metric, n=1, keep_checkpoints_without_metrics=False)
         options = ocp.CheckpointManagerOptions(
@@ -227,9 +250,10 @@ class Checkpoints:
         )
         self._writing = 0  # the step that is being saved
         try:
-            self._manager = _despite_deletions(
-                lambda: ocp.CheckpointManager(self.folder, options=options, item_handlers=self._item_handlers())
-            )
+            with files.reached(run):
+                self._manager = _despite_deletions(
+                    lambda: ocp.CheckpointManager(self.folder, options=options, item_handlers=self._item_handlers())
+                )
         except (OSError, ValueError) as error:
             raise UserError(f"{self.folder} cannot be {'used' if writing else 'read'}: {error}") from error
 
@@ -269,7 +293,7 @@ class Checkpoints:
           metrics: of a validation, among them `BEST_METRIC`; or nothing.
 
         Raises:
-          UserError: the disk is full or cannot be written to.
+          UserError: the disk is full or cannot be written to, or the store cannot be.
         """
         items = {
             "params": ocp.args.StandardSave(params),
@@ -288,15 +312,18 @@ class Checkpoints:
           UserError: as `save`.
         """
         folder = self._run / FROZEN
-        if not params or folder.exists():  # Orbax gives it its name when it is whole
+        if not params:
             return
         try:
-            with ocp.StandardCheckpointer() as checkpointer:
-                checkpointer.save(folder, params)
+            with files.reached(folder):
+                # On a disk Orbax gives it its name when it is whole; on gs:// a file says so, and there may be a part.
+                if not ocp.utils.is_checkpoint_finalized(folder):
+                    with ocp.StandardCheckpointer() as checkpointer:
+                        checkpointer.save(folder, params, force=files.is_remote(folder))
         except (OSError, ValueError) as error:
             if not _is_of_the_system(error):
                 raise
-            raise UserError(f"{folder} cannot be written: {error}. Make room, then start again.") from error
+            raise UserError(f"{folder} cannot be written: {error}. {self._mend}, then start again.") from error
 
     def save_weights(self, params: Any, metadata: Metadata) -> None:
         """Write weights that no training made, as step 0: captioning and `train.init_from` read them.
@@ -309,10 +336,11 @@ class Checkpoints:
         self.wait()
 
     def _save(self, step: int, items: dict[str, Any], arrays: Any, metrics: dict[str, float]) -> None:
-        size = sum(leaf.nbytes for leaf in jax.tree.leaves(arrays))
-        disk = shutil.disk_usage(self.folder)
-        if disk.free < size and disk.total:  # some file systems do not tell, and say 0
-            raise self._not_saved(step, f"it takes {size:,} bytes, and {disk.free:,} are free")
+        if not files.is_remote(self.folder):
+            size = sum(leaf.nbytes for leaf in jax.tree.leaves(arrays))
+            disk = shutil.disk_usage(self.folder)
+            if disk.free < size and disk.total:  # some file systems do not tell, and say 0
+                raise self._not_saved(step, f"it takes {size:,} bytes, and {disk.free:,} are free")
         with self._explained():
             self._manager.wait_until_finished()
         self._writing = step
@@ -331,7 +359,8 @@ class Checkpoints:
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
         try:
-            yield
+            with files.reached(self.folder):
+                yield
         except (OSError, ValueError) as error:
             if not _is_of_the_system(error):
                 raise
@@ -339,18 +368,34 @@ class Checkpoints:
 
     def _not_saved(self, step: int, reason: str) -> UserError:
         if not cluster.joined():  # whose processes would wait for each other
-            with contextlib.suppress(OSError, ValueError):
+            with contextlib.suppress(OSError, ValueError), files.reached(self.folder):
                 self._manager.wait_until_finished()
-        steps = [found for found in sorted(ocp.utils.checkpoint_steps(self.folder)) if found != step]
-        newest = f"The newest whole checkpoint is {steps[-1]}" if steps else "There is no whole checkpoint yet"
+        try:
+            with files.reached(self.folder):
+                steps = [found for found in sorted(ocp.utils.checkpoint_steps(self.folder)) if found != step]
+            newest = f"The newest whole checkpoint is {steps[-1]}" if steps else "There is no whole checkpoint yet"
+        except OSError as error:
+            newest = str(error)
         return UserError(
             f"saving the checkpoint of step {step} to {self.folder} failed: {reason}. {newest}. "
-            "Make room, then the same command goes on."
+            f"{self._mend}, then the same command goes on."
         )
 
+    @property
+    def _mend(self) -> str:
+        return "Mend that" if files.is_remote(self.folder) else "Make room"
+
     def steps(self) -> list[int]:
-        """The steps of the checkpoints there are, ascending."""
-        _despite_deletions(self._manager.reload)
+        """The steps of the checkpoints there are, ascending.
+
+        Raises:
+          UserError: the folder cannot be read.
+        """
+        try:
+            with files.reached(self.folder):
+                _despite_deletions(self._manager.reload)
+        except OSError as error:
+            raise UserError(f"{self.folder} cannot be read: {error}") from error
         return sorted(self._manager.all_steps())
 
     def find(self, which: str) -> int:
@@ -411,10 +456,10 @@ class Checkpoints:
 
     def _frozen(self) -> dict[str, Any]:
         folder = self._run / FROZEN
-        if not folder.exists():
-            return {}  # everything is trained, or an older format has it in `params`
         try:
-            with ocp.StandardCheckpointer() as checkpointer:
+            with files.reached(folder), ocp.StandardCheckpointer() as checkpointer:
+                if not folder.exists():
+                    return {}  # everything is trained, or an older format has it in `params`
                 return dict(jax.tree.map(np.asarray, checkpointer.restore(folder)))
         except (OSError, KeyError, ValueError) as error:
             raise UserError(f"{folder} is not whole: {error}\nCopy it again.") from error
@@ -448,8 +493,12 @@ class Checkpoints:
     def set_aside(self, step: int) -> Path:
         """Move a damaged checkpoint out of the way of a new one of its step; returns where it is then."""
         place = self._run / f"damaged-{step}-{uuid.uuid4().hex[:8]}"
-        (self.folder / str(step)).rename(place)
-        self._manager.reload()
+        try:
+            with files.reached(place):
+                (self.folder / str(step)).rename(place)
+                self._manager.reload()
+        except OSError as error:
+            raise UserError(f"{self.folder / str(step)} is damaged and cannot be moved away: {error}") from error
         return place
 
     def _items(self, step: int) -> set[str]:
@@ -463,8 +512,11 @@ class Checkpoints:
     @contextlib.contextmanager
     def _intact(self, step: int) -> Iterator[None]:
         try:
-            yield
+            with files.reached(self.folder):
+                yield
         except (OSError, KeyError, ValueError) as error:
+            if files.is_remote(self.folder) and _is_of_the_system(error) and not _is_missing(error):
+                raise UserError(f"the checkpoint {self.folder}/{step} cannot be read: {error}") from error
             raise Damaged(
                 f"the checkpoint {self.folder}/{step} is gone or not whole: {error}\n"
                 "Copy it again, or delete its folder and use the one before."
@@ -483,8 +535,13 @@ def _example(leaf: Any) -> np.ndarray:
 
 
 def _is_of_the_system(error: Exception) -> bool:
-    """Whether it is the disk's and not ours."""
-    return isinstance(error, OSError) or "os_error_code" in str(error)  # as tensorstore wraps them
+    """Whether it is the disk's or the store's and not ours."""
+    wrapped = r"os_error_code|http_response_code|^UNAVAILABLE|^DEADLINE_EXCEEDED"  # as tensorstore does
+    return isinstance(error, OSError) or re.search(wrapped, str(error)) is not None
+
+
+def _is_missing(error: Exception) -> bool:
+    return isinstance(error, FileNotFoundError) or str(error).startswith("NOT_FOUND")
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ from rich.text import Text
 from clipcap_jax.commands.cli import add_cluster_options, positive, start_processes
 from clipcap_jax.commands.convert import ORIGINAL_OPTIONS, add_original_options, load_original
 from clipcap_jax.errors import UserError
+from clipcap_jax.files import on_disk, place
 from clipcap_jax.progress import track
 
 IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
@@ -30,7 +31,7 @@ def add(commands: Any) -> None:
     caption.set_defaults(run=_caption)
     caption.add_argument("run_folder", help="the folder of a run, which train.py wrote to, or the original's .pt file")
     caption.add_argument("inputs", nargs="+", help="pictures, folders (with all below them), globs, or one .npy matrix")
-    caption.add_argument("--output", type=Path, help="write to this .jsonl or .csv file instead of the screen")
+    caption.add_argument("--output", type=place, help="write to this .jsonl or .csv file instead of the screen")
     caption.add_argument("--checkpoint", default="best", help='"best", "latest" or a step [best]')
     caption.add_argument(
         "--beam-size", type=positive, help="hypotheses per picture, 1 for greedy [as the run's config says]"
@@ -150,7 +151,10 @@ def _write(results: Iterator[tuple[str, Any]], path: Path) -> Skipped:
     columns = ("image", "caption", "score", "finished")
     try:
         # POSIX file names need not be UTF-8: what is not is written as it is.
-        with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        with (
+            on_disk(path) as here,
+            here.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
+        ):
             table = csv.DictWriter(file, columns)
             if path.suffix == ".csv":
                 table.writeheader()

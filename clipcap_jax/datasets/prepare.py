@@ -275,7 +275,7 @@ def find_prepared(
     Raises:
       UserError: it was prepared from another origin.
     """
-    with schema.reachable(data_dir):
+    with files.reached(data_dir):
         folder = tfds.core.Path(data_dir).expanduser() / name / VERSION
         if not schema.is_finished(folder):
             return None

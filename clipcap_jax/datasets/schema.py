@@ -270,7 +270,7 @@ def open_split(name: str, split: str, data_dir: str) -> Split:
 
 def open_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
     """Opens the newest version of a prepared data set; as `open_split`, for its metadata and the list of its splits."""
-    with reachable(data_dir):
+    with files.reached(data_dir):
         folder = tfds.core.Path(data_dir).expanduser() / name
         versions = tfds.core.utils.version.list_all_versions(folder)  # the newest last
         versions = [version for version in versions if is_finished(folder / str(version))]
@@ -320,15 +320,6 @@ def read_builder(folder: Any) -> tfds.core.DatasetBuilder:
             f"{folder} is damaged: its metadata cannot be read ({error}). Delete it and prepare the data set again."
         ) from error
     return builder
-
-
-@contextlib.contextmanager
-def reachable(data_dir: str) -> Iterator[None]:
-    """Where the package is missing that reaches a remote folder, a UserError says so."""
-    try:
-        yield
-    except ImportError as error:
-        raise UserError(f"{data_dir} cannot be reached: {error}. For gs:// pip install clipcap_jax[gcs].") from error
 
 
 def is_finished(folder: Any) -> bool:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
+from clipcap_jax import files
 from clipcap_jax.captioning.captioner import Caption, Captioner
 from clipcap_jax.datasets import shapes
 from clipcap_jax.datasets.schema import open_split
@@ -177,14 +178,15 @@ def open_data(captioner: Captioner, name: str, split: str, data_dir: str) -> Cap
 @contextlib.contextmanager
 def _written_to(folder: Path) -> Iterator[None]:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        yield
+        with files.reached(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            yield
     except OSError as error:
         raise UserError(f"the results cannot be written to {folder}: {error.strerror}") from error
 
 
 def write_captions(data: CaptionData, captions: list[Caption], folder: Path) -> None:
-    """Write `captions.json` (COCO results format) to `folder`, which is made."""
+    """Write `captions.json` (COCO results format) to `folder`, on a disk or such as gs://, which is made."""
     texts = {image_id: caption.text for image_id, caption in zip(data.image_ids, captions, strict=True)}
     with _written_to(folder):
         coco_files.write_results(folder / "captions.json", texts)

@@ -3,6 +3,9 @@
 import contextlib
 import itertools
 import json
+import shutil
+import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,8 +18,12 @@ from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from clipcap_jax import progress
+from clipcap_jax import files, progress
 from clipcap_jax.errors import UserError
+from clipcap_jax.training.alone import Hold
+from clipcap_jax.training.background import regularly
+
+COPIED = 30.0  # seconds between copies of the logs of a run on a store
 
 
 class NoLog:
@@ -27,6 +34,9 @@ class NoLog:
 
     def text(self, step: int, name: str, text: str) -> None:
         """As of a `MetricsLog`."""
+
+    def keep(self) -> None:
+        """See that what was written outlives this process, if that is killed."""
 
     def close(self) -> None:
         """As of a `MetricsLog`."""
@@ -91,6 +101,67 @@ class MetricsLog(NoLog):
                 f"the logs of {self._run} cannot be written: {error.strerror}. Mend that, for instance make room; then "
                 "the same command goes on from the last checkpoint."
             ) from error
+
+
+class CopiedLog(MetricsLog):
+    """A `MetricsLog` of a run on a store such as gs://, where nothing is appended to a file.
+
+    It is written to a folder on this machine. From there whole files are copied: every `COPIED` seconds, before a
+    checkpoint is saved, and in the end. If they cannot be, training goes on, as nothing depends on them: it is told
+    once, and they are copied the next time. In the end they stay on this machine if the last copy failed.
+    """
+
+    def __init__(self, run: Path, first_step: int, hold: Hold, console: Console):
+        """As of a `MetricsLog`; nothing is copied any more when the run is not this training's."""
+        self._there, self._hold, self._console = run, hold, console
+        self._here = Path(tempfile.mkdtemp(prefix="clipcap_jax_logs_"))
+        try:
+            with files.reached(run):
+                (run / "tensorboard").mkdir(parents=True, exist_ok=True)
+                with contextlib.suppress(FileNotFoundError):
+                    (self._here / "metrics.jsonl").write_bytes((run / "metrics.jsonl").read_bytes())
+        except OSError as error:
+            raise UserError(f"the logs of {run} cannot be read: {error.strerror}") from error
+        super().__init__(self._here, first_step)
+        self._copied: dict[Path, tuple[int, int]] = {}  # the sizes and times of the files that were copied
+        self._busy, self._failed = threading.Lock(), False
+        self._copying = contextlib.ExitStack()
+        self._copying.enter_context(regularly(self.keep, COPIED))
+
+    def keep(self) -> None:
+        with self._busy:
+            self._hold.look()
+            try:
+                with files.reached(self._there):
+                    self._copy()
+            except OSError as error:
+                if not self._failed:
+                    told = f"Warning: the logs cannot be copied to {self._there} for now: {error.strerror}"
+                    self._console.print(told, style="yellow", markup=False, highlight=False)
+                self._failed = True
+
+    def _copy(self) -> None:
+        for path in [self._here / "metrics.jsonl", *(self._here / "tensorboard").iterdir()]:
+            state = (path.stat().st_size, path.stat().st_mtime_ns)
+            if self._copied.get(path) != state and not self._hold.lost:
+                (self._there / path.relative_to(self._here)).write_bytes(path.read_bytes())
+                self._copied[path] = state
+        self._failed = False
+
+    def close(self) -> None:
+        self._copying.close()
+        super().close()
+        self.keep()
+        if self._failed:
+            told = f"Warning: the last lines of the logs are in {self._here} alone: copy them to {self._there}."
+            self._console.print(told, style="yellow", markup=False, highlight=False)
+        else:
+            shutil.rmtree(self._here)
+
+
+def open_log(run: Path, first_step: int, hold: Hold, console: Console) -> MetricsLog:
+    """The log of a run, wherever it lies; as of a `MetricsLog` and a `CopiedLog`."""
+    return CopiedLog(run, first_step, hold, console) if files.is_remote(run) else MetricsLog(run, first_step)
 
 
 class Monitor:

@@ -9,13 +9,14 @@ from typing import Any
 
 from rich.console import Console
 
-from clipcap_jax import cluster, files, parallel
+from clipcap_jax import cluster, parallel
 from clipcap_jax.checkpoints.store import Checkpoints
 from clipcap_jax.config import Config
 from clipcap_jax.datasets.schema import open_builder, open_split
 from clipcap_jax.errors import UserError
 from clipcap_jax.inputs.batches import Batch, training_batches
-from clipcap_jax.training.logs import MetricsLog, Monitor, NoLog
+from clipcap_jax.training.alone import Hold, alone
+from clipcap_jax.training.logs import Monitor, NoLog, open_log
 from clipcap_jax.training.run import Run, open_run
 from clipcap_jax.training.step import Params, TrainState, make_step
 
@@ -30,7 +31,7 @@ def train(config: Config, folder: Path, console: Console) -> None:
 
     Args:
       config: everything about the run.
-      folder: the run's.
+      folder: the run's, on a disk or on gs:// (see `store.run_folder`).
       console: where progress is shown.
 
     Raises:
@@ -45,12 +46,14 @@ def train(config: Config, folder: Path, console: Console) -> None:
             "--config.evaluate.images=0"
         )
     with contextlib.ExitStack() as stack:
+        hold = Hold()
         if cluster.is_main():
-            stack.enter_context(_alone(folder))
+            hold = stack.enter_context(alone(folder, console))
+        cluster.meet()
         checkpoints = stack.enter_context(contextlib.closing(Checkpoints(folder, keep=config.checkpoint.keep)))
         stack.enter_context(cluster.together())
         run, state = open_run(config, folder, checkpoints, console)
-        done = _take_steps(run, state, folder, checkpoints, console)
+        done = _take_steps(run, state, folder, checkpoints, hold, console)
         checkpoints.wait()
     if done < run.total:
         console.print(f"Stopped after step {done} of {run.total}. The same command goes on from there.")
@@ -58,7 +61,9 @@ def train(config: Config, folder: Path, console: Console) -> None:
         console.print(f"Trained {run.total} steps. The run is in {folder}")
 
 
-def _take_steps(run: Run, state: TrainState, folder: Path, checkpoints: Checkpoints, console: Console) -> int:
+def _take_steps(
+    run: Run, state: TrainState, folder: Path, checkpoints: Checkpoints, hold: Hold, console: Console
+) -> int:
     """Take the steps that are left, or those until a signal comes; returns how many are taken then."""
     config, step, stopping = run.config, run.start, False
     take_step = run.layout.map_step(
@@ -75,7 +80,7 @@ def _take_steps(run: Run, state: TrainState, folder: Path, checkpoints: Checkpoi
         )
     )
     with contextlib.ExitStack() as stack:
-        log: NoLog = MetricsLog(folder, run.start) if cluster.is_main() else NoLog()
+        log = open_log(folder, run.start, hold, console) if cluster.is_main() else NoLog()
         stack.enter_context(contextlib.closing(log))
         monitor = Monitor(
             log,
@@ -93,6 +98,7 @@ def _take_steps(run: Run, state: TrainState, folder: Path, checkpoints: Checkpoi
             state, metrics = take_step(state, run.frozen, next(batches))
             step += 1
             monitor.push(step, metrics)
+            hold.check()
             # Asked once, so that no step is the last without being saved; of several processes all stop after the same.
             stopping = monitor.stop if cluster.count() > 1 else stop.is_set()
             last = step == run.total
@@ -100,6 +106,9 @@ def _take_steps(run: Run, state: TrainState, folder: Path, checkpoints: Checkpoi
             if validate or last or stopping or step % config.checkpoint.every == 0:
                 with monitor.paused():  # which first waits for the step, and stops here if it was not finite
                     scores = _validate(run, step, state, log, console) if validate else {}
+                    hold.look()
+                    hold.check()
+                    log.keep()
                     _save(run, step, state, list(monitor.losses), checkpoints, scores)
     return step
 
@@ -173,20 +182,6 @@ def _validate(run: Run, step: int, state: TrainState, log: NoLog, console: Conso
             style="yellow",
         )
     return metrics
-
-
-@contextlib.contextmanager
-def _alone(run: Path) -> Iterator[None]:
-    """Keep a second training out of a run's folder: the two would mix their checkpoints."""
-    with contextlib.ExitStack() as stack:
-        try:
-            run.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(files.locked(run / ".lock", wait=False))
-        except BlockingIOError:
-            raise UserError(f"another process is training in {run}: wait for it, or give another --workdir") from None
-        except OSError as error:
-            raise UserError(f"{run} cannot be written: {error.strerror}") from error
-        yield
 
 
 @contextlib.contextmanager
