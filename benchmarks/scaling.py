@@ -42,7 +42,7 @@ LAYOUTS = ("data", "fsdp")
 BATCH, ROWS = 64, 64  # pairs: of a whole step that is measured, of one device where a step is only compiled
 WARM_UP, STEPS = 2, 5
 TOPOLOGIES = {4: "v5e:2x2x1", 8: "v5e:2x4x1", 16: "v5e:4x4x1"}
-MOST = 64  # virtual devices
+MOST = 256  # virtual devices
 
 Line = dict[str, Any]
 
@@ -82,7 +82,7 @@ def cases(tiny: bool) -> Iterator[tuple[str, Callable[[], Line]]]:
                 )
                 yield f"bytes/{compiler}/{layout}/{count}", functools.partial(count_bytes, program, compiler, count)
     # By data parallelism a device holds the same whatever their number.
-    counts = {"cpu": {"data": (1, 8), "fsdp": (8, 64)}, "tpu": {"data": (4,), "fsdp": (4, 16)}}
+    counts = {"cpu": {"data": (1, 8), "fsdp": (8, 64, 256)}, "tpu": {"data": (4,), "fsdp": (4, 16)}}
     for compiler, _ in compilers:
         for sizes in ("tiny",) if tiny else ("gpt2", "gpt2-large", "gpt2-xl"):
             for layout in LAYOUTS:

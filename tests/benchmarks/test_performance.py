@@ -80,7 +80,7 @@ def test_tables_of_scaling() -> None:
     exchange = {"kind": "all-gather", "largest": {"bytes": 154389504, "of": "f32[50257,768]"}}
     smaller = {"kind": "all-reduce", "largest": {"bytes": 4, "of": "f32[]"}}
     sizes = {"arguments": 2**31, "outputs": 2**31, "temporaries": 2**30, "aliased": 2**31, "peak": 1}
-    lines = {
+    lines: dict[str, performance.Line] = {
         "steps/data/1x1": {"seconds": 0.5, "busy": 0.9},
         "steps/data/2x2": {"seconds": 0.61234, "busy": 1.0},
         "steps/fsdp/2x2": {"seconds": 1.0, "busy": 2.0},
