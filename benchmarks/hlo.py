@@ -185,9 +185,11 @@ class Module:
 
         It is asynchronous where it has a start and a done, and beside other work if the schedule has any in between.
         The TPU's compiler may also make steps of an exchange parts of fusions that compute; then the start and the done
-        are fusions too.
+        are fusions too. Its reduce-scatter is a fusion of an all-reduce and what takes a part of that.
         """
         start = visit.instruction
+        if start.opcode == "fusion" and "calls=%all-reduce-scatter" in start.attributes and not visit.fused:
+            return Exchange("reduce-scatter", "synchronous", start.shapes)
         fused = start.name.startswith("async-collective-start")
         parts = self.called(start)[0].values() if fused else [start]
         kinds = [part.opcode.removesuffix("-start") for part in parts]

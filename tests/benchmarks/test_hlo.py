@@ -143,6 +143,34 @@ FUSED = """\
   %async-collective-done = bf16[1,4096,4096]{2,1,0:T(8,128)(2,1)} fusion(%get-tuple-element.23), kind=kCustom, calls=%fused_computation.16
 """
 
+SCATTERED = """\
+  %fusion.8 = f32[2048,256]{1,0:T(8,128)S(1)} fusion(%param.9), kind=kCustom, calls=%all-reduce-scatter.4, metadata={op_name="gpt2.logits/...d,vd->...v/dot_general"}
+"""
+SCATTER = """\
+%all-reduce-scatter.4 (input.4: f32[8192,256]) -> f32[2048,256] {
+  %input.4 = f32[8192,256]{1,0:T(8,128)} parameter(0)
+  %all-reduce.12 = f32[8192,256]{1,0:T(8,128)} all-reduce(%input.4), channel_id=9, replica_groups={{0,1,2,3}}, to_apply=%region_0.0
+  ROOT %dynamic-slice.9 = f32[2048,256]{1,0:T(8,128)S(1)} dynamic-slice(%all-reduce.12, %multiply.3, %constant.5), dynamic_slice_sizes={2048,256}
+}
+
+"""
+
+
+def test_a_sum_of_which_each_device_keeps_a_part() -> None:
+    found = hlo.describe(Module(f"HloModule jit_step, num_partitions=4\n\n{SCATTER}{EXCHANGED}{SCATTERED}}}\n"))
+
+    size = 4 * 2048 * 256
+    assert found["collectives"] == [
+        {
+            "kind": "reduce-scatter",
+            "runs": "synchronous",
+            "count": 1,
+            "bytes": size,
+            "sent": 3 * size,
+            "largest": {"bytes": size, "of": "f32[2048,256]"},
+        }
+    ]
+
 
 def test_copies_inside_loops_are_counted_as_often_as_they_run() -> None:
     found = hlo.describe(Module(LOOP))
