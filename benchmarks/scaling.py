@@ -55,6 +55,8 @@ def main() -> None:
     parser.add_argument("--layout", default="", help=argparse.SUPPRESS)
     parser.add_argument("--cluster", nargs=3, default=("", "1", "0"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    # A program from there would seem to take no time; and of two processes one may read what the other still writes.
+    jax.config.update("jax_enable_compilation_cache", False)
     if arguments.layout:
         address, processes, index = arguments.cluster
         work(arguments.layout, arguments.tiny, address, int(processes), int(index))
