@@ -86,11 +86,30 @@ class Visit(NamedTuple):
         return [self.computation[name].shapes[0] for name in self.instruction.operands]
 
 
+class Exchange(NamedTuple):
+    """`runs`: synchronous or how else; `shapes`: of the result."""
+
+    kind: str
+    runs: str
+    shapes: list[Shape]
+
+    @property
+    def bytes(self) -> int:
+        return sum(shape.bytes for shape in self.shapes)
+
+    def sent(self, devices: int) -> int:
+        """Bytes that a device sends where all of them form a ring, which is the least that it takes."""
+        others = devices - 1
+        times = {"all-reduce": 2 * others, "reduce-scatter": devices * others, "collective-permute": devices}
+        return self.bytes * times.get(self.kind, others) // devices
+
+
 class Module:
-    """A compiled program, of `jax.stages.Compiled.as_text()`."""
+    """A compiled program, of `jax.stages.Compiled.as_text()`; `partitions`: among how many devices it is divided."""
 
     def __init__(self, text: str) -> None:
         self.computations: dict[str, Computation] = {}
+        self.partitions = int(_find(r"^HloModule .*num_partitions=(\d+)", text) or 1)
         for line in _IGNORED.sub("", text).splitlines():
             if head := _COMPUTATION.match(line):
                 computation = self.computations[head[2]] = {}
@@ -123,8 +142,8 @@ class Module:
         return visit(self.computations[self.entry], 1, looped=False, fused=False)
 
     def trips(self, loop: Instruction, computation: Computation) -> int | None:
-        """How often a loop runs at most: as it says, or where its condition wants a counter below a constant; None if
-        that is not to be read."""
+        """How often a loop runs at most: as it says, or where its condition wants a counter below a constant, to which
+        the body adds one (or another constant); None if that is not to be read."""
         if known := _find(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):
             return int(known)
         condition = self.computations[_find(r"condition=%([^\s,]+)", loop.attributes)]
@@ -132,12 +151,24 @@ class Module:
             if compare.opcode == "compare" and "direction=LT" in compare.attributes:
                 counter, limit = (condition[name] for name in compare.operands)
                 if (counter.opcode, limit.opcode) == ("get-tuple-element", "constant"):
-                    carried = computation[loop.operands[0]].operands
-                    start = computation[carried[int(_find(r"index=(\d+)", counter.attributes))]]
+                    index = int(_find(r"index=(\d+)", counter.attributes))
+                    start = computation[computation[loop.operands[0]].operands[index]]
                     while start.opcode == "copy":
                         start = computation[start.operands[0]]
-                    return int(limit.arguments) - (int(start.arguments) if start.opcode == "constant" else 0)
+                    left = int(limit.arguments) - (int(start.arguments) if start.opcode == "constant" else 0)
+                    return -(-left // self.stride(loop, index))
         return None
+
+    def stride(self, loop: Instruction, index: int) -> int:
+        """What a loop's body adds to the counter in this place, as far as that is to be read: products that the TPU's
+        compiler divides into the steps of an exchange are taken two at a time."""
+        body = self.computations[_find(r"body=%([^\s,]+)", loop.attributes)]
+        last = next(part for part in body.values() if part.is_root)
+        following = body.get(last.operands[index])
+        if following is None or following.opcode != "add":
+            return 1
+        added = [body[name].arguments for name in following.operands if body[name].opcode == "constant"]
+        return int(added[0]) if added else 1
 
     def is_copy(self, instruction: Instruction) -> bool:
         """Whether it is a copy or a transpose, or a fusion that ends in one."""
@@ -149,14 +180,16 @@ class Module:
             last = inside[last.operands[0]]
         return self.is_copy(last)
 
-    def collective(self, visit: Visit) -> tuple[str, str, int] | None:
-        """If an exchange begins here: its kind, how it runs, and the bytes of its result.
+    def collective(self, visit: Visit) -> Exchange | None:
+        """The exchange that begins here, if one does.
 
         It is asynchronous where it has a start and a done, and beside other work if the schedule has any in between.
         The TPU's compiler may also make steps of an exchange parts of fusions that compute; then the start and the done
-        are fusions too.
+        are fusions too. Its reduce-scatter is a fusion of an all-reduce and what takes a part of that.
         """
         start = visit.instruction
+        if start.opcode == "fusion" and "calls=%all-reduce-scatter" in start.attributes and not visit.fused:
+            return Exchange("reduce-scatter", "synchronous", start.shapes)
         fused = start.name.startswith("async-collective-start")
         parts = self.called(start)[0].values() if fused else [start]
         kinds = [part.opcode.removesuffix("-start") for part in parts]
@@ -164,7 +197,7 @@ class Module:
         if kind is None or visit.fused:
             return None
         if start.opcode == kind:
-            return kind, "synchronous", start.bytes
+            return Exchange(kind, "synchronous", start.shapes)
 
         def ends(part: Instruction) -> bool:
             return part.name.startswith("async-collective-done") if fused else start.name in part.operands
@@ -173,7 +206,12 @@ class Module:
         after = scheduled[scheduled.index(start) + 1 :]
         done = next(filter(ends, after))
         busy = any(part.opcode in WORK for part in after[: after.index(done)])
-        return kind, "beside other work" if busy else "asynchronous, but alone", done.bytes
+        return Exchange(kind, "beside other work" if busy else "asynchronous, but alone", done.shapes)
+
+
+def _largest(shapes: list[Shape]) -> dict[str, Any]:
+    largest = max(shapes, key=lambda shape: shape.bytes)
+    return {"bytes": largest.bytes, "of": str(largest)}
 
 
 def _find(pattern: str, text: str) -> str:
@@ -212,10 +250,11 @@ def describe(module: Module) -> dict[str, Any]:
     expects any of; exchanges; products, those with a float32 operand apart; copies, and those that run beside other
     work ("prefetches"), of more than 1 MB inside loops.
 
-    `count` counts instructions; cycles, FLOPs and bytes are of all times that they run.
+    `count` counts instructions; cycles, FLOPs and bytes are of all times that they run. Of exchanges, `bytes` are the
+    results', `sent` what each of the program's `partitions` sends (`Exchange.sent`), and `largest` is one array.
     """
     loops: list[int | None] = []
-    collectives: dict[tuple[str, str], list[int]] = defaultdict(list)
+    collectives: dict[tuple[str, str], list[tuple[int, Exchange]]] = defaultdict(list)
     cycles, products, float32, copies, prefetches = [], [], [], [], []
     for visit in module.walk():
         instruction, times = visit.instruction, visit.times
@@ -230,8 +269,7 @@ def describe(module: Module) -> dict[str, Any]:
             if "f32" in (left.dtype, right.dtype):
                 float32.append(product)
         elif collective := module.collective(visit):
-            kind, way, size = collective
-            collectives[kind, way].append(times * size)
+            collectives[collective.kind, collective.runs].append((times, collective))
         elif visit.looped and not visit.fused and instruction.bytes > LARGE:
             moved = (times * instruction.bytes, str(instruction.shapes[0]), visit)
             if instruction.opcode in PREFETCHES:
@@ -239,11 +277,19 @@ def describe(module: Module) -> dict[str, Any]:
             elif module.is_copy(instruction):
                 copies.append(moved)
     return {
+        "partitions": module.partitions,
         "loops": loops,
         "cycles": _summary("cycles", cycles, named=8),
         "collectives": [
-            {"kind": kind, "runs": way, "count": len(sizes), "bytes": sum(sizes)}
-            for (kind, way), sizes in collectives.items()
+            {
+                "kind": kind,
+                "runs": way,
+                "count": len(exchanges),
+                "bytes": sum(times * exchange.bytes for times, exchange in exchanges),
+                "sent": sum(times * exchange.sent(module.partitions) for times, exchange in exchanges),
+                "largest": _largest([shape for _, exchange in exchanges for shape in exchange.shapes]),
+            }
+            for (kind, way), exchanges in collectives.items()
         ],
         "products": _summary("flops", products, named=0),
         "float32": _summary("flops", float32),

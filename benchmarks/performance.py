@@ -1,9 +1,10 @@
-"""Fill the tables of docs/performance.md from the lines that `device.py` and `tpu_compile.py` printed.
+"""Fill the tables of docs/performance.md from the lines that `device.py`, `tpu_compile.py` and `scaling.py` printed.
 
     python benchmarks/performance.py
 
 Reads benchmarks/results/*.jsonl: a file for each machine, in which a later line of a case replaces an earlier one. What
-stands between `<!-- tables: NAME -->` and `<!-- end -->` in the page is replaced: NAME is "devices" or "tpu".
+stands between `<!-- tables: NAME -->` and `<!-- end -->` in the page is replaced: NAME is "devices", "scaling" or
+"tpu".
 """
 
 import functools
@@ -19,6 +20,8 @@ Lines = Mapping[str, Line]
 RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
 NOT_MEASURED = "not measured"
+LAYOUTS = ("data", "fsdp")
+COMPILERS = {"cpu": "CPUs", "tpu": "TPU v5e"}
 VARIANTS = {"mlp": "MLP mapper and GPT-2", "transformer": "transformer mapper, GPT-2 frozen"}
 
 
@@ -33,6 +36,7 @@ def filled(page: str, results: Path) -> str:
         "devices": "\n".join(
             line for lines in machines if "product" in lines.get("device", {}) for line in machine(lines)
         ),
+        "scaling": "\n".join(line for lines in machines for line in scaling(lines)),
         "tpu": "\n".join(line for lines in machines for line in chips(lines)),
     }
     for name, table in tables.items():
@@ -180,6 +184,51 @@ def repeated(lines: Lines) -> Iterator[str]:
             yield f"{how} from one state, taken twice, gave {bits}."
 
 
+def scaling(lines: Lines) -> Iterator[str]:
+    """Steps over several devices; what these exchange, and what each of them holds."""
+    steps = {name: line for name, line in lines.items() if name.startswith("steps/")}
+    runs = list(dict.fromkeys(name.split("/")[2] for name in steps))
+    for unit, of in (("ms a step", "seconds"), ("core-ms a step", "busy")):
+        yield from table(
+            "|".join([f"{unit}: processes x devices of each", *runs]),
+            ([layout, *(milliseconds(steps.get(f"steps/{layout}/{run}"), of) for run in runs)] for layout in LAYOUTS)
+            if runs
+            else (),
+        )
+    yield from table(
+        "compiled for|layout|devices|a device sends|at least|ratio|largest array of an exchange",
+        (bytes_row(name, line) for name, line in lines.items() if name.startswith("bytes/")),
+    )
+    memories = [(name.split("/")[1:], line) for name, line in lines.items() if name.startswith("memory/")]
+    counts = sorted({int(case[3]) for case, _ in memories})
+    rows: dict[tuple[str, ...], dict[int, str]] = {}
+    for (compiler, model, layout, count), line in memories:
+        rows.setdefault((COMPILERS[compiler], model, layout), {})[int(count)] = fitting(line)
+    yield from table(
+        "|".join(["compiled for", "model", "layout", *(f"{count} device{'s' * (count > 1)}" for count in counts)]),
+        ([*case, *(found.get(count, NOT_MEASURED) for count in counts)] for case, found in rows.items()),
+    )
+
+
+def milliseconds(line: Line | None, of: str) -> str:
+    return number(1e3 * line[of]) if line else NOT_MEASURED
+
+
+def bytes_row(name: str, line: Line) -> list[str]:
+    _, compiler, layout, count = name.split("/")
+    largest = max((found["largest"] for found in line["collectives"]), key=lambda array: array["bytes"])
+    sent, least = (f"{line[key] / 1e6:,.0f} MB" for key in ("sent", "least"))
+    row = [COMPILERS[compiler], layout, count, sent, least, f"{line['sent'] / line['least']:.2f}"]
+    return [*row, f"{largest['of']}, {largest['bytes'] / 1e6:,.0f} MB"]
+
+
+def fitting(line: Line) -> str:
+    """GiB of a device."""
+    return (
+        f"{held(line['memory']) / 2**30:.2f} GiB" if line["fits"] else f"does not fit: {line['needed'] / 2**30:.3g} GiB"
+    )
+
+
 def chips(lines: Lines) -> Iterator[str]:
     """A table of what the compiler says of each program on each topology."""
     yield from table(
@@ -189,27 +238,39 @@ def chips(lines: Lines) -> Iterator[str]:
     )
 
 
+def held(used: Line) -> int:
+    """Bytes of a device. What JAX calls the peak leaves some out: it can be less than the temporaries alone."""
+    total: int = used["arguments"] + used["outputs"] + used["temporaries"] - used["aliased"]
+    return total
+
+
 def chip_row(line: Line) -> list[str]:
-    start = [line["topology"], f"{line['program']}, {line.get('dtype', '')}".rstrip(", "), str(line.get("rows", ""))]
+    hosts = f", {line['hosts']} hosts" if line.get("hosts", 1) > 1 else ""
+    start = [
+        line["topology"] + hosts,
+        f"{line['program']}, {line.get('dtype', '')}".rstrip(", "),
+        str(line.get("rows", "")),
+    ]
     if "error" in line:
         return [*start, "", line["error"].splitlines()[0][:160], "", "", ""]
     compiled = f"{line['compile']:.0f} s" if "compile" in line else ""
     available = f"{line['available'] / 2**30:.4g} GiB"
     if not line["fits"]:
         return [*start, compiled, f"does not fit: {line['needed'] / 2**30:.3g} of {available}", "", "", ""]
-    used = line["memory"]
-    # What JAX calls the peak leaves some of it out: it can be less than the temporaries alone.
-    held = used["arguments"] + used["outputs"] + used["temporaries"] - used["aliased"]
     collectives = "; ".join(
-        f"{found['count']} {found['kind']}, {found['bytes'] / 1e6:.0f} MB, {found['runs']}"
+        f"{found['count']} {found['kind']}, {found['bytes'] / 1e6:.0f} MB, {found['runs']}" + largest_array(found)
         for found in line["collectives"]
     )
     float32 = line["float32"]["flops"] / max(1, line["products"]["flops"])
     copies = (
         f"{line['copies']['bytes'] / 1e6:,.0f} MB in {line['copies']['count']}" if line["copies"]["count"] else "none"
     )
-    memory = f"{held / 2**30:.2f} of {available}"
+    memory = f"{held(line['memory']) / 2**30:.2f} of {available}"
     return [*start, compiled, memory, collectives or "none", f"{float32:.1%}", copies]
+
+
+def largest_array(found: Line) -> str:
+    return f", at most {found['largest']['of']} at once" if "largest" in found else ""
 
 
 if __name__ == "__main__":

@@ -34,7 +34,10 @@ TRAINABLE: dict[Kind, tuple[ModelPart, ...]] = {
     "mlp": ("mapper", "gpt2"),
     "transformer": ("mapper",),
 }  # the two variants
-GPT2S = gpt2.PRESETS | {"tiny": gpt2.Gpt2Config(512, 64, 64, 2, 2, dropout=0.1, word_dropout=0.0)}
+GPT2S = gpt2.PRESETS | {
+    "tiny": gpt2.Gpt2Config(512, 64, 64, 2, 2, dropout=0.1, word_dropout=0.0),
+    "small": gpt2.Gpt2Config(8192, 64, 256, 4, 4, dropout=0.1, word_dropout=0.0),
+}
 TOWERS: dict[str, ClipConfig] = {
     **clip_vit.PRESETS,
     **clip_resnet.PRESETS,

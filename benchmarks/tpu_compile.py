@@ -4,11 +4,13 @@
 
 Runs on any x86 machine with libtpu (`pip install "clipcap_jax[tpu]"`) and prints a JSON object a line, of a program:
 
+    hosts        of the chips, each with a process of its own; `partitions`: among how many chips the program is divided
     flops        of one chip, by arithmetic, of all steps of a search
     fits         whether a chip's memory holds it; `memory`, in bytes, as compiled, or how much would have been `needed`
     loops        how often each runs at most, for a search may end sooner; null where that is not known, taken as once
     cycles       how many the compiler expects, and of what most; nothing of collectives and prefetches
-    collectives  synchronous, unless there is a start and a done; beside other work, if the schedule has some between
+    collectives  synchronous, unless there is a start and a done; beside other work, if the schedule has some between;
+                 `bytes` of their results, `sent` by one chip (in a ring), and the `largest` array of a single one
     products     those that the compiler left, without what multiplies padding; `float32`: those that read float32
     copies       of more than 1 MB inside loops, transposes among them; `prefetches`: those that run beside other work
 
@@ -42,7 +44,7 @@ ENVIRONMENT = {
     "TPU_WORKER_HOSTNAMES": "localhost",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
-TOPOLOGIES = ("v5e:2x2x1", "v5e:16x16x1", "v6e:4x4x1", "v5p:2x2x2")
+TOPOLOGIES = ("v5e:2x2x1", "v5e:4x4x1", "v5e:16x16x1", "v6e:4x4x1", "v5p:2x2x2")
 # A chip's, by cloud.google.com/tpu/docs/v5e, v6e and v5p, whose GB are powers of two: of 16, the compiler offers 15.75.
 MEMORY = {"v5e": 16 * 2**30, "v6e": 32 * 2**30, "v5p": 95 * 2**30}
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
@@ -87,10 +89,12 @@ def main() -> None:
     for topology in arguments.topology:
         kind = topology.split(":")[0]
         devices: Sequence[Any] = topologies.get_topology_desc(topology, platform="tpu").devices
+        hosts = len({device.process_index for device in devices})
         # Some programs on one topology a kind: what one chip does and holds is the same on all.
         for name, make in cases(len(devices), arguments.tiny, first=kind not in seen):
             if any(part in name for part in arguments.only):
-                line = {"topology": topology, "chips": len(devices), "chip": devices[0].device_kind, "program": name}
+                about = {"topology": topology, "chips": len(devices), "hosts": hosts, "chip": devices[0].device_kind}
+                line = {**about, "program": name}
                 file = re.sub(r"[:/]", "-", f"{topology}-{name}.txt")
                 try:
                     line |= attempt(make(), devices, MEMORY[kind], arguments.keep and arguments.keep / file)
@@ -103,11 +107,17 @@ def main() -> None:
 
 
 def cases(chips: int, tiny: bool, first: bool) -> Iterator[tuple[str, Callable[[], Program]]]:
-    """Names, and what makes their programs; `first`: also larger GPT-2s, and towers in float32."""
+    """Names, and what makes their programs; `first`: also larger GPT-2s, and towers in float32. Over 16 chips the
+    largest is divided as well, and where these are not the first of their kind, nothing else is compiled."""
     kinds: tuple[programs.Kind, ...] = ("mlp", "transformer")
     dtypes: tuple[programs.Dtype, ...] = ("bfloat16", "float32")
     sizes, vit, resnet = ("tiny", "tiny ViT", "tiny ResNet") if tiny else ("gpt2", "ViT-B/32", "RN50x4")
     rows = 64 if chips <= 16 else 16  # pairs
+    if chips == 16:
+        largest = "tiny" if tiny else "gpt2-xl"
+        yield f"training/mlp/{largest}/fsdp", functools.partial(training, "mlp", largest, rows, "fsdp")
+    if chips == 16 and not first:
+        return
     for kind in kinds:
         yield f"training/{kind}/{sizes}", functools.partial(training, kind, sizes, rows)
     yield f"validation/mlp/{sizes}", functools.partial(validation, sizes, rows)
@@ -120,31 +130,35 @@ def cases(chips: int, tiny: bool, first: bool) -> Iterator[tuple[str, Callable[[
         for sizes in ("gpt2-large", "gpt2-xl"):
             for kind in kinds:
                 yield f"training/{kind}/{sizes}", functools.partial(training, kind, sizes, rows)
-    if chips == 16:
-        sizes = "tiny" if tiny else "gpt2-xl"
-        yield f"training/mlp/{sizes}/fsdp", functools.partial(sharded_training, "mlp", sizes, rows)
 
 
-def training(kind: programs.Kind, sizes: str, rows: int) -> Program:
-    model = programs.captioner(kind, sizes)
+def training(
+    kind: programs.Kind, sizes: str, rows: int, layout: str = "data", dtype: programs.Dtype = "bfloat16"
+) -> Program:
+    """A step as the trainer maps it, in this layout; if that is "fsdp", with `remat`."""
+    model, divided = programs.captioner(kind, sizes, dtype=dtype), layout == "fsdp"
     state, frozen = programs.training_state(model, programs.param_shapes(model))
+
+    def mapped(_: Any, devices: Sequence[Any]) -> parallel.Mapped | parallel.Sharded:
+        over = (parallel.FullySharded if divided else parallel.DataParallel)(tuple(devices))
+        return over.map_step(programs.training_step(model, over, remat=divided))
+
     return Program(
         programs.training_step(model),
-        parallel.map_step,
+        mapped,
         (state, frozen),
         programs.shapes_of(programs.random_batch(model, rows, TOKENS)),
-        {"rows": rows, "tokens": TOKENS, "dtype": "bfloat16", "trained": programs.size(state.params)},
+        {
+            "rows": rows,
+            "tokens": TOKENS,
+            "dtype": dtype,
+            "layout": layout,
+            "remat": divided,
+            "trained": programs.size(state.params),
+        },
         trained=programs.size(state.params),
+        divided=divided,
     )
-
-
-def sharded_training(kind: programs.Kind, sizes: str, rows: int) -> Program:
-    def mapped(_: Any, devices: Sequence[Any]) -> parallel.Sharded:
-        layout = parallel.FullySharded(tuple(devices))
-        return layout.map_step(programs.training_step(programs.captioner(kind, sizes), layout, remat=True))
-
-    program = training(kind, sizes, rows)
-    return program._replace(mapped=mapped, divided=True, details={**program.details, "layout": "fsdp", "remat": True})
 
 
 def validation(sizes: str, rows: int) -> Program:
@@ -186,8 +200,11 @@ def pictures(clip: str) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((PICTURES, side, side, 3), "uint8")
 
 
-def attempt(program: Program, devices: Sequence[Any], memory: int, file: Path | None) -> Line:
-    """What a line says of a program on chips of so much memory; `file`: where the compiled one goes."""
+def attempt(
+    program: Program, devices: Sequence[Any], memory: int, file: Path | None = None, options: Line | None = None
+) -> Line:
+    """What a line says of a program on chips of so much memory; `file`: where the compiled one goes; `options`: of the
+    compiler."""
     found = programs.products(program.function, *program.constants, program.batch)
     flops = programs.flops(found, looped=False) + program.steps * programs.flops(found, looped=True)
     line = {**program.details, "flops": flops, "available": memory}
@@ -203,7 +220,7 @@ def attempt(program: Program, devices: Sequence[Any], memory: int, file: Path | 
     lowered = program.mapped(program.function, devices).lower(*program.constants, batch)
     start = time.monotonic()
     try:
-        compiled = lowered.compile()
+        compiled = lowered.compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
         if "Ran out of memory" not in str(error):
             raise

@@ -143,6 +143,34 @@ FUSED = """\
   %async-collective-done = bf16[1,4096,4096]{2,1,0:T(8,128)(2,1)} fusion(%get-tuple-element.23), kind=kCustom, calls=%fused_computation.16
 """
 
+SCATTERED = """\
+  %fusion.8 = f32[2048,256]{1,0:T(8,128)S(1)} fusion(%param.9), kind=kCustom, calls=%all-reduce-scatter.4, metadata={op_name="gpt2.logits/...d,vd->...v/dot_general"}
+"""
+SCATTER = """\
+%all-reduce-scatter.4 (input.4: f32[8192,256]) -> f32[2048,256] {
+  %input.4 = f32[8192,256]{1,0:T(8,128)} parameter(0)
+  %all-reduce.12 = f32[8192,256]{1,0:T(8,128)} all-reduce(%input.4), channel_id=9, replica_groups={{0,1,2,3}}, to_apply=%region_0.0
+  ROOT %dynamic-slice.9 = f32[2048,256]{1,0:T(8,128)S(1)} dynamic-slice(%all-reduce.12, %multiply.3, %constant.5), dynamic_slice_sizes={2048,256}
+}
+
+"""
+
+
+def test_a_sum_of_which_each_device_keeps_a_part() -> None:
+    found = hlo.describe(Module(f"HloModule jit_step, num_partitions=4\n\n{SCATTER}{EXCHANGED}{SCATTERED}}}\n"))
+
+    size = 4 * 2048 * 256
+    assert found["collectives"] == [
+        {
+            "kind": "reduce-scatter",
+            "runs": "synchronous",
+            "count": 1,
+            "bytes": size,
+            "sent": 3 * size,
+            "largest": {"bytes": size, "of": "f32[2048,256]"},
+        }
+    ]
+
 
 def test_copies_inside_loops_are_counted_as_often_as_they_run() -> None:
     found = hlo.describe(Module(LOOP))
@@ -173,6 +201,17 @@ def test_a_loop_that_says_how_often_it_runs() -> None:
     known = ', backend_config={"known_trip_count":{"n":"7"}}'
     text = re.sub(r"( while\(.*)", lambda line: line[1] + known, LOOP.replace("direction=LT", "direction=NE"))
     assert hlo.describe(Module(text))["loops"] == [7]
+
+
+def test_a_loop_that_takes_two_at_a_time() -> None:
+    counted = """\
+  %constant.7 = s32[]{:T(128)} constant(2)
+  %get-tuple-element.0 = s32[]{:T(128)} get-tuple-element(%wide.param.0), index=0
+  %add.1 = s32[]{:T(128)} add(%get-tuple-element.0, %constant.7)
+"""
+    text = LOOP.replace("  ROOT %tuple.1", counted + "  ROOT %tuple.1")
+    assert hlo.describe(Module(text))["loops"] == [6]
+    assert hlo.describe(Module(text.replace("constant(13)", "constant(14)")))["loops"] == [7]
 
 
 def test_products_that_read_float32_are_told_apart() -> None:
@@ -276,6 +315,25 @@ def test_the_text_of_another_compiler_is_read_too() -> None:
     ids=["synchronous", "beside", "alone", "fused"],
 )
 def test_collectives_are_told_apart_by_how_they_run(scheduled: str, kind: str, runs: str, size: int) -> None:
-    found = hlo.describe(Module(EXCHANGED + scheduled + "}\n"))
+    found = hlo.describe(Module("HloModule jit_step, num_partitions=4\n\n" + EXCHANGED + scheduled + "}\n"))
 
-    assert found["collectives"] == [{"kind": kind, "runs": runs, "count": 1, "bytes": size}]
+    assert found["partitions"] == 4
+    (exchange,) = found["collectives"]
+    assert exchange.pop("largest")["bytes"] == 2 * 4096**2
+    sent = size if kind == "collective-permute" else 2 * 3 * size // 4
+    assert exchange == {"kind": kind, "runs": runs, "count": 1, "bytes": size, "sent": sent}
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape", "sent"),
+    [
+        # Of 16 numbers in all: three quarters go out once, and for an all-reduce once more.
+        ("all-reduce", (16,), 96),
+        ("all-gather", (16,), 48),
+        ("reduce-scatter", (4,), 48),
+        ("all-to-all", (16,), 48),
+        ("collective-permute", (16,), 64),
+    ],
+)
+def test_what_a_device_of_a_ring_sends(kind: str, shape: tuple[int, ...], sent: int) -> None:
+    assert hlo.Exchange(kind, "synchronous", [Shape("f32", shape)]).sent(4) == sent

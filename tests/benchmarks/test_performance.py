@@ -24,6 +24,8 @@ LINES = [
     {"case": "training/mlp/40/compiled", "error": "OutOfMemoryError: no room"},
 ]
 
+OTHERS = "<!-- tables: scaling -->\n\n<!-- end -->\n<!-- tables: tpu -->\n<!-- end -->\n"
+
 
 def test_the_page_is_what_the_lines_say() -> None:
     page = performance.PAGE.read_text()
@@ -38,7 +40,7 @@ def test_a_row(tmp_path: Path) -> None:
         *("11 s", "3.3 GB"),
     ]
     assert set(performance.training_row(lines, "transformer", 256)[2:]) == {"not measured"}
-    page = "before\n<!-- tables: devices -->\nold\n<!-- end -->\n<!-- tables: tpu -->\n<!-- end -->\nafter\n"
+    page = f"before\n<!-- tables: devices -->\nold\n<!-- end -->\n{OTHERS}after\n"
     filled = performance.filled(page, tmp_path)
     assert "| MLP mapper and GPT-2 | 40 | 4,524 | 21% |" in filled
     assert "old" not in filled
@@ -47,7 +49,7 @@ def test_a_row(tmp_path: Path) -> None:
 
 
 def test_what_failed_makes_no_table(tmp_path: Path) -> None:
-    page = "<!-- tables: devices -->\nold\n<!-- end -->\n<!-- tables: tpu -->\nold\n<!-- end -->\n"
+    page = f"<!-- tables: devices -->\nold\n<!-- end -->\n{OTHERS}"
     for case in ("start", "device"):
         (tmp_path / f"{case}.jsonl").write_text(json.dumps({"case": case, "error": "the process died"}))
     assert performance.filled(page, tmp_path).split() == page.replace("old", "").split()
@@ -58,6 +60,7 @@ CHIP = {"topology": "v5e:2x2x1", "program": "training/mlp/gpt2", "rows": 64, "dt
 
 def test_rows_of_chips() -> None:
     assert performance.chip_row({**CHIP, "error": "XlaRuntimeError: no\nmore"})[3:5] == ["", "XlaRuntimeError: no"]
+    assert performance.chip_row({**CHIP, "hosts": 4, "error": "no"})[0] == "v5e:2x2x1, 4 hosts"
     assert performance.chip_row({**CHIP, "fits": False, "needed": 3 * 2**34})[4] == "does not fit: 48 of 16 GiB"
     assert performance.chip_row(
         {
@@ -71,6 +74,36 @@ def test_rows_of_chips() -> None:
             "copies": {"count": 0, "bytes": 0},
         }
     )[3:] == ["65 s", "6.00 of 16 GiB", "5 all-reduce, 626 MB, synchronous", "15.8%", "none"]
+
+
+def test_tables_of_scaling() -> None:
+    exchange = {"kind": "all-gather", "largest": {"bytes": 154389504, "of": "f32[50257,768]"}}
+    smaller = {"kind": "all-reduce", "largest": {"bytes": 4, "of": "f32[]"}}
+    sizes = {"arguments": 2**31, "outputs": 2**31, "temporaries": 2**30, "aliased": 2**31, "peak": 1}
+    lines: dict[str, performance.Line] = {
+        "steps/data/1x1": {"seconds": 0.5, "busy": 0.9},
+        "steps/data/2x2": {"seconds": 0.61234, "busy": 1.0},
+        "steps/fsdp/2x2": {"seconds": 1.0, "busy": 2.0},
+        "bytes/tpu/fsdp/4": {"sent": 12e8, "least": 8e8, "collectives": [exchange, smaller]},
+        "memory/tpu/gpt2/fsdp/16": {"fits": True, "memory": sizes},
+        "memory/tpu/gpt2/fsdp/4": {"fits": False, "needed": 2**35},
+        "memory/cpu/gpt2/fsdp/4": {"fits": True, "memory": sizes},
+    }
+    rows = [line for line in performance.scaling(lines) if line and "---" not in line]
+    assert rows == [
+        "| ms a step: processes x devices of each | 1x1 | 2x2 |",
+        "| data | 500 | 612 |",
+        "| fsdp | not measured | 1,000 |",
+        "| core-ms a step: processes x devices of each | 1x1 | 2x2 |",
+        "| data | 900 | 1,000 |",
+        "| fsdp | not measured | 2,000 |",
+        "| compiled for | layout | devices | a device sends | at least | ratio | largest array of an exchange |",
+        "| TPU v5e | fsdp | 4 | 1,200 MB | 800 MB | 1.50 | f32[50257,768], 154 MB |",
+        "| compiled for | model | layout | 4 devices | 16 devices |",
+        "| TPU v5e | gpt2 | fsdp | does not fit: 32 GiB | 3.00 GiB |",
+        "| CPUs | gpt2 | fsdp | 3.00 GiB | not measured |",
+    ]
+    assert not list(performance.scaling({"device": {}}))
 
 
 def test_a_page_without_a_place_for_the_tables(tmp_path: Path) -> None:

@@ -14,13 +14,15 @@ SCRIPT = Path(tpu_compile.__file__)
 @pytest.mark.slow
 @pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs libtpu, of the extra `tpu`")
 def test_programs_are_compiled_for_tpus_that_are_not_there(tmp_path: Path) -> None:
-    options = ["--tiny", "--topology", "v5e:2x2x1", "--only", "training/mlp", "ViT/bfloat16", "--keep", str(tmp_path)]
+    options = ["--tiny", "--topology", "v5e:2x2x1", "v5e:4x4x1", "--only", "training/mlp", "ViT/bfloat16"]
+    options += ["--keep", str(tmp_path)]
     environment = os.environ | {"PYTHONPATH": str(SCRIPT.parents[1])}
     output = subprocess.check_output([sys.executable, SCRIPT, *options], env=environment, text=True)
 
-    training, embedding = map(json.loads, output.splitlines())
+    training, embedding, divided = map(json.loads, output.splitlines())
     assert training["program"] == "training/mlp/tiny"
-    assert (training["chips"], training["chip"]) == (4, "TPU v5 lite")
+    assert (training["chips"], training["hosts"], training["chip"]) == (4, 1, "TPU v5 lite")
+    assert training["partitions"] == 4
     assert training["fits"]
     assert training["memory"]["arguments"] > 12 * training["trained"]
     assert training["loops"] == [2, 2]
@@ -28,7 +30,19 @@ def test_programs_are_compiled_for_tpus_that_are_not_there(tmp_path: Path) -> No
     assert sum(collective["bytes"] for collective in training["collectives"]) == 4 * training["trained"] + 8
     assert embedding["products"]["flops"] == embedding["flops"]
     assert embedding["collectives"] == []
-    assert len(list(tmp_path.iterdir())) == 2
+    # One program for the chips of all hosts.
+    assert (divided["program"], divided["layout"]) == ("training/mlp/tiny/fsdp", "fsdp")
+    assert (divided["chips"], divided["hosts"], divided["partitions"]) == (16, 4, 16)
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_over_16_chips_a_state_is_divided() -> None:
+    names = [[name for name, _ in tpu_compile.cases(chips, tiny=True, first=chips == 4)] for chips in (4, 16, 256)]
+    assert [["training/mlp/tiny" in of, "training/mlp/tiny/fsdp" in of] for of in names] == [
+        [True, False],
+        [False, True],
+        [True, False],
+    ]
 
 
 def test_without_the_compiler_it_says_what_to_install(
