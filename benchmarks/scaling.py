@@ -35,7 +35,7 @@ import programs
 import tpu_compile
 from jax.experimental import topologies
 
-from clipcap_jax import parallel
+from clipcap_jax import cluster, parallel
 
 DEFAULT = ("steps/", "bytes/cpu/", "memory/cpu/gpt2/")
 LAYOUTS = ("data", "fsdp")
@@ -124,7 +124,8 @@ def time_steps(layout: str, processes: int, devices: int, tiny: bool) -> Line:
 def work(name: str, tiny: bool, address: str, processes: int, index: int) -> None:
     """Train as one of these processes, and print how long a step takes."""
     if processes > 1:
-        parallel.start(address, processes, index)
+        cluster.start(address, processes, index)
+        parallel.connect()
     layout = parallel.LAYOUTS[name]()
     model = programs.captioner("mlp", "tiny" if tiny else "small", dtype="float32")
     params = programs.random_params(programs.param_shapes(model))
@@ -154,6 +155,8 @@ def work(name: str, tiny: bool, address: str, processes: int, index: int) -> Non
         "busy": min(busy[WARM_UP:]),
     }
     print(json.dumps(line), flush=True)
+    if processes > 1:
+        cluster.leave()
 
 
 def compile_for(compiler: str, count: int, program: tpu_compile.Program) -> Line:

@@ -314,7 +314,10 @@ class FullySharded:
     @functools.cached_property
     def mesh(self) -> jax.sharding.Mesh:
         # Not of jax.make_mesh, whose axes are explicit: then every operation would have to say how it is divided.
-        return jax.sharding.Mesh(np.array(self.devices or jax.devices()), (AXIS,))
+        # An axis for each prime factor of their number: so an array may be divided along several of its own.
+        devices = np.array(self.devices or jax.devices())
+        factors = _prime_factors(devices.size)
+        return jax.sharding.Mesh(devices.reshape(factors), [f"{AXIS}{i}" for i in range(len(factors))])
 
     @property
     def _whole(self) -> jax.NamedSharding:
@@ -322,15 +325,26 @@ class FullySharded:
 
     @property
     def _rows(self) -> jax.NamedSharding:
-        return jax.NamedSharding(self.mesh, jax.P(AXIS))
+        return jax.NamedSharding(self.mesh, jax.P(self.mesh.axis_names))
 
     def sharding(self, leaf: Any) -> jax.NamedSharding:
-        """Of an array, by its shape and type: divided along its largest axis that the number of devices divides."""
-        axes = [axis for axis, size in enumerate(leaf.shape) if size % self.mesh.size == 0]
-        if not axes or leaf.size * leaf.dtype.itemsize < self.whole_below:
+        """Of an array, by its shape and type: divided along its largest axis that the number of devices divides.
+
+        Where there is none, along the largest for a factor of that number, and along the next for what is left of it:
+        gpt2-xl is 1,600 = 64 x 25 wide, and 256 devices are to have a 256th each.
+        """
+        if leaf.size * leaf.dtype.itemsize < self.whole_below:
             return self._whole
-        axis = max(axes, key=lambda axis: leaf.shape[axis])
-        return jax.NamedSharding(self.mesh, jax.P(*[None] * axis, AXIS))
+        left = dict(self.mesh.shape)
+        parts: list[tuple[str, ...]] = [()] * len(leaf.shape)
+        for axis in sorted(range(len(leaf.shape)), key=lambda i: (leaf.shape[i] % self.mesh.size > 0, -leaf.shape[i])):
+            size = leaf.shape[axis]
+            for name, factor in list(left.items()):
+                if size % factor == 0:
+                    size //= factor
+                    parts[axis] += (name,)
+                    del left[name]
+        return jax.NamedSharding(self.mesh, jax.P(*(part or None for part in parts)))
 
     def place(self, tree: Any) -> Any:
         def place(leaf: Any) -> jax.Array:
@@ -383,6 +397,17 @@ class FullySharded:
         kept, the layers of the forward pass would in the end be the whole model, on every device. `rows` and `whole`
         are these two primitives."""
         return bool(primitive.name not in ("sharding_constraint", "custom_vjp_call"))
+
+
+def _prime_factors(number: int) -> list[int]:
+    """In ascending order; of 1: [1]."""
+    factors, factor = [], 2
+    while number > 1:
+        while number % factor == 0:
+            factors.append(factor)
+            number //= factor
+        factor += 1
+    return factors or [1]
 
 
 Layout = DataParallel | FullySharded

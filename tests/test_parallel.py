@@ -238,7 +238,9 @@ def test_jax_s_own_setting_comes_first(tmp_path: Path) -> None:
         ((3, 8, 12), (3, 8, 3)),  # the largest axis
         ((3, 8, 13), (3, 2, 13)),  # that can be divided
         ((8, 8), (2, 8)),
-        ((50257, 6), (50257, 6)),  # none can
+        ((3, 6, 10), (3, 3, 5)),  # two of them, where none can by 4
+        ((50257, 6), (50257, 3)),  # one by 2
+        ((50257, 5), (50257, 5)),  # none can
         ((), ()),
     ],
 )

@@ -137,7 +137,7 @@ def test_every_layout_gives_what_one_loss_on_one_device_gives(
     assert_close(named(state.params), named(jax.tree.map(lambda param, grad: param - 0.1 * grad, trained, gradients)))
     if isinstance(layout, parallel.FullySharded):
         for name, leaf in named((state.params, state.opt_state)).items():
-            divisible = any(size % layout.mesh.size == 0 for size in leaf.shape)
+            divisible = any(size % 2 == 0 for size in leaf.shape)  # 2 or 4 devices
             assert leaf.is_fully_replicated != divisible, name
 
 
