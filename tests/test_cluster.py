@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -89,25 +90,71 @@ def alone(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
+def evaluated(run: Path, output: Path, *flags: str, processes: int, devices: int) -> tuple[Any, dict[str, Any]]:
+    """The captions and what scores.json holds, by name."""
+    command = [ROOT / "evaluate.py", f"--workdir={run}", "--nometeor", f"--output={output}", *flags]
+    ended(start(*command, processes=processes, devices=devices))
+    scores = json.loads((output / "scores.json").read_text())
+    scores["details"].pop("date")
+    return json.loads((output / "captions.json").read_text()), named(scores)
+
+
+def assert_same_evaluation(actual: tuple[Any, dict[str, Any]], expected: tuple[Any, dict[str, Any]]) -> None:
+    assert actual[0] == expected[0]
+    assert actual[1].keys() == expected[1].keys()
+    for name, value in expected[1].items():
+        from_logits = "loss" in name or "CLIPScore" in name
+        assert actual[1][name] == (pytest.approx(value, rel=1e-5) if from_logits else value), name
+
+
 def test_two_processes_train_and_evaluate_as_one(data_dir: Path, alone: Path, tmp_path: Path) -> None:
     first, _ = ended(start(*train(data_dir, tmp_path), processes=2, devices=2))
     assert f"Trained {STEPS} steps" in first
     assert "Devices: 4 cpu devices, in 2 processes; layout data" in first
     assert_same_run(tmp_path, alone)
-    clip = write_clip(tmp_path / "clip")
+    flags = ("--split=val", f"--clipscore={write_clip(tmp_path / 'clip')}")
+    one, two = (
+        evaluated(alone, tmp_path / str(processes), *flags, processes=processes, devices=4 // processes)
+        for processes in (1, 2)
+    )
+    assert_same_evaluation(two, one)
+
+
+@pytest.mark.slow
+def test_evaluation_does_not_depend_on_devices(alone: Path, tmp_path: Path) -> None:
+    """Of 5 pictures, which none but one device divides, by beam search."""
+    one, *others = (
+        evaluated(
+            alone,
+            tmp_path / f"{processes} by {devices}",
+            "--split=val",
+            "--beam_size=3",
+            processes=processes,
+            devices=devices,
+        )
+        for processes, devices in ((1, 1), (1, 3), (1, 8), (2, 1), (2, 2))
+    )
+    for other in others:
+        assert_same_evaluation(other, one)
+
+
+@pytest.mark.slow
+def test_the_demo_s_run_in_two_processes(tmp_path: Path) -> None:
+    """A part of it; the sum of two numbers does not depend on where they are, so the two runs are the same."""
     results = []
     for processes in (1, 2):
-        output = tmp_path / f"by {processes}"
-        flags = [f"--workdir={alone}", "--split=test", "--nometeor", f"--clipscore={clip}", f"--output={output}"]
-        ended(start(ROOT / "evaluate.py", *flags, processes=processes, devices=4 // processes))
-        scores = json.loads((output / "scores.json").read_text())
-        scores["details"].pop("date")
-        results.append((json.loads((output / "captions.json").read_text()), scores))
-    assert results[0][0] == results[1][0]
-    one, two = (named(scores) for _, scores in results)
-    assert one.keys() == two.keys()
-    for name, value in one.items():
-        assert two[name] == (value if isinstance(value, str) else pytest.approx(value, rel=1e-5)), name
+        run = tmp_path / str(processes)
+        flags = [
+            f"--workdir={run}",
+            f"--config.data.data_dir={tmp_path}",
+            "--config.train.epochs=0.1",
+            "--config.evaluate.images=0",
+        ]
+        ended(start(ROOT / "train.py", *flags, processes=processes, devices=2 // processes))
+        results.append(
+            evaluated(run, run / "scores", "--checkpoint=latest", "--split=test[:200]", processes=processes, devices=1)
+        )
+    assert_same_evaluation(*results)
 
 
 def test_two_processes_train_sharded(data_dir: Path, alone: Path, tmp_path: Path) -> None:

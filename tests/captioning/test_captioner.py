@@ -1,4 +1,5 @@
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -177,3 +178,21 @@ def test_the_score_is_the_mean_log_probability(embeddings_run: Path, source: Sou
     log_probs = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
     assert caption.finished
     assert caption.score == pytest.approx(log_probs[np.arange(len(tokens[0])), tokens[0]].mean(), rel=1e-5)
+
+
+def test_a_damaged_checkpoint_is_passed_over(
+    embeddings_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The newest whole one captions, with a warning; but not instead of one that was named."""
+    run = tmp_path / "run"
+    shutil.copytree(embeddings_run, run)
+    latest = Captioner.load(run, "latest").step
+    shutil.rmtree(run / "checkpoints" / str(latest) / "params")
+    assert not capsys.readouterr().err
+    used = Captioner.load(run, "latest").step
+    assert used < latest
+    warning = " ".join(capsys.readouterr().err.split())
+    assert f"Warning: the checkpoint {run}/checkpoints/{latest} is gone or not whole" in warning
+    assert f"The one of step {used} is tried." in warning
+    with pytest.raises(UserError, match=f"checkpoints/{latest} is gone or not whole"):
+        Captioner.load(run, str(latest))
