@@ -276,7 +276,7 @@ def _say_after_death(text: str) -> Callable[[], None]:
     )
 
     def say_nothing() -> None:
-        with contextlib.suppress(OSError):  # it ended first, by a signal to the whole group
+        with contextlib.suppress(OSError, ValueError):  # it ended first, by a signal to the whole group; or was told
             speaker.communicate("\n")
 
     return say_nothing
