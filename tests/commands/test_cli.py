@@ -134,7 +134,7 @@ def test_mistakes_are_told_without_a_traceback(
         (("caption", pixels_run, picture, "--output", "captions.txt"), "has to end in .jsonl or .csv"),
         (("caption", pixels_run, picture, "--output", tmp_path / "gone" / "c.csv"), "cannot be written"),
         (("caption", pixels_run, picture, "--output", full), "cannot be written: No space left on device"),
-        (("caption", "gs://bucket/run", picture), "runs and their checkpoints lie on a disk"),
+        (("caption", "s3://bucket/run", picture), "runs and their checkpoints lie on a disk"),
         (("caption", pixels_run, picture, source.embeddings), "not both"),
         (("caption", pixels_run, source.embeddings), "cannot caption embeddings"),
         (

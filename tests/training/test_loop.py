@@ -333,7 +333,7 @@ def test_only_what_is_trainable_changes(data_dir: Path, tmp_path: Path, part: st
     for dropout in (0.0, 0.5):
         changes = {**TWO_STEPS, "train.trainable": (part,), "model.gpt2.dropout": dropout}
         printed = train(tmp_path / str(dropout), settings(data_dir, changes))
-        assert re.search(rf"Model: {part} \S+M, \w+ \S+M \(frozen\)\.", printed)
+        assert re.search(rf"Model: {part} \S+M \(trained\), \w+ \S+M \(frozen\)", printed)
         runs[dropout] = saved(tmp_path / str(dropout), 2)
         assert_only_learnt(part, runs[dropout], initial(settings(data_dir, changes), np.zeros((1, 5), np.float16)))
     if part == "mapper":  # a frozen GPT-2 has no dropout
