@@ -222,7 +222,7 @@ def steps_logged(run: Path, started: Started, count: int) -> None:
 LONG = {"train.epochs": 10000.0, "evaluate.images": 0, "checkpoint.every": 100}
 
 
-@pytest.mark.parametrize("killed", [0, 1])
+@pytest.mark.parametrize("killed", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_one_is_killed(data_dir: Path, tmp_path: Path, killed: int) -> None:
     started = start(*train(data_dir, tmp_path, **LONG), "--lost_after=10", processes=2, devices=1)
     steps_logged(tmp_path, started, 5)
@@ -237,7 +237,7 @@ def test_one_is_killed(data_dir: Path, tmp_path: Path, killed: int) -> None:
     assert "The same command goes on from the last checkpoint" in printed
 
 
-@pytest.mark.parametrize("failing", [0, 1])
+@pytest.mark.parametrize("failing", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_the_disk_of_one_is_full(data_dir: Path, tmp_path: Path, failing: int) -> None:
     """In the sharded layout each process writes its part of a checkpoint; the first one the logs too."""
     changes = {**LONG, "parallel.layout": "fsdp", "train.log_every": 100 if failing else 1}
