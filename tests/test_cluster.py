@@ -186,6 +186,26 @@ def test_all_ways_of_training(
     assert_same_run(tmp_path / "run", tmp_path / "alone", 9)
 
 
+@pytest.mark.slow
+def test_a_run_goes_on_elsewhere(data_dir: Path, alone: Path, tmp_path: Path) -> None:
+    """From a checkpoint in the middle, on other devices, in other processes and another layout, and back."""
+    run = tmp_path / "run"
+    shutil.copytree(alone, run)
+    for step, processes, devices, layout in (
+        (4, 2, 2, "fsdp"),
+        (6, 1, 1, "data"),
+        (8, 4, 1, "data"),
+        (12, 1, 2, "fsdp"),
+    ):
+        for folder in (run / "checkpoints").iterdir():
+            if int(folder.name) > step:
+                shutil.rmtree(folder)
+        command = train(data_dir, run, **{"parallel.layout": layout})
+        printed = ended(start(*command, processes=processes, devices=devices))
+        assert f"Going on after step {step} of {STEPS}" in printed[0]
+        assert_same_run(run, alone)
+
+
 def test_embedding_and_captioning_are_shared(
     data_dir: Path, pixels_run: Path, source: Source, tmp_path: Path, clipcap: Clipcap
 ) -> None:
