@@ -48,6 +48,7 @@ def _clip() -> ClipScorer | None:
 
 def _evaluate(console: Console, workdir: Path, which: str) -> None:
     captioner = Captioner.load(workdir, which)
+    cluster.check_same("checkpoints", str(captioner.step))
     decode = captioner.decode
     if _BEAM_SIZE.value:
         decode = dataclasses.replace(decode, beam_size=_BEAM_SIZE.value)
@@ -90,6 +91,8 @@ def main(_: list[str]) -> None:
     if not _FOLLOW.value:
         _evaluate(console, workdir, _WHICH.value)
         return
+    if cluster.joined():
+        raise UserError("--follow works in one process, beside the training: start it so")
     with console.status(f"Waiting for a run in {workdir}"):
         while not store.has_checkpoints(workdir):
             time.sleep(_PATIENCE)

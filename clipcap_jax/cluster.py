@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import json
 import os
+import queue
 import subprocess
 import sys
 import threading
@@ -17,7 +18,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import jax
 from jax._src import distributed, xla_bridge  # not public; Orbax takes the client from here too
@@ -25,9 +26,11 @@ from rich.console import Console
 
 from clipcap_jax.errors import UserError
 
+T = TypeVar("T")
+
 _LOOK = 2.0  # seconds between two signs of life
 _REASON = 2000  # characters of an error that may show whole arrays
-_PATIENCE = 3600  # seconds that processes wait for each other: one may prepare data, or score
+_PATIENCE = 24 * 3600  # seconds that processes wait for each other: one may have more to do, but lives
 
 _meetings = itertools.count()  # all processes hold them in the same order
 _watch: "_Watch | None" = None  # of this process, where there are others
@@ -53,13 +56,16 @@ def start(coordinator_address: str = "", num_processes: int = 0, process_id: int
     given = bool(coordinator_address or num_processes or process_id >= 0)
     if not given and xla_bridge.backends_are_initialized():
         return  # a notebook or a test, that already computes alone
+    if not given and "1" in map(os.environ.get, ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")):
+        return  # JAX would take one GPU of the machine for the one process, and a port that another one may have
     try:
         jax.distributed.initialize(
             coordinator_address or None,
             num_processes or None,
             process_id if process_id >= 0 else None,
-            # JAX's own watch ends a process with a stack trace: it comes later than this module's.
-            heartbeat_timeout_seconds=2 * lost_after,
+            # JAX's own watch ends a process with a stack trace: it is to come later than this module's, though it counts
+            # from a sign of life that may be a third of this older.
+            heartbeat_timeout_seconds=2 * lost_after + 30,
             shutdown_timeout_seconds=_PATIENCE,
         )
     except ValueError as error:  # no cluster that JAX knows
@@ -98,13 +104,13 @@ def meet() -> None:
     """Wait until all processes are here.
 
     Raises:
-      UserError: one did not come for an hour; it is named.
+      UserError: one did not come for a day; it is named.
     """
     if count() == 1:
         return
     client: Any = distributed.global_state.client
     try:
-        client.wait_at_barrier(f"meeting/{next(_meetings)}", _PATIENCE * 1000)
+        _wait(client.wait_at_barrier, f"meeting/{next(_meetings)}", _PATIENCE * 1000)
     except RuntimeError as error:
         raise UserError(f"the processes waited for each other for {_PATIENCE} s: {error}") from error
 
@@ -125,7 +131,7 @@ def check_same(what: str, value: str) -> None:
         return
     client: Any = distributed.global_state.client
     key = f"same/{next(_meetings)}"
-    client.key_value_set(f"{key}/{index()}", hashlib.sha256(value.encode()).hexdigest())
+    client.key_value_set(f"{key}/{index()}", hashlib.sha256(value.encode(errors="surrogateescape")).hexdigest())
     meet()
     if len({digest for _, digest in client.key_value_dir_get(key)}) > 1:
         raise UserError(f"the processes have different {what}: start all with the same flags, from the same files")
@@ -145,7 +151,7 @@ def collect(blocks: Iterator[list[Any]]) -> Iterator[list[Any]]:
         yield block
         for other in range(1, count()):
             key = f"blocks/{number}/{other}"
-            yield json.loads(client.blocking_key_value_get(key, _PATIENCE * 1000))
+            yield json.loads(_wait(client.blocking_key_value_get, key, _PATIENCE * 1000))
             client.key_value_delete(key)
 
 
@@ -158,9 +164,17 @@ def leave() -> None:
     """Wait until all processes are done, and part from them."""
     global _watch
     assert _watch
-    jax.distributed.shutdown()
-    _watch.end()
-    _watch = None
+    try:
+        _wait(jax.distributed.shutdown)
+    finally:
+        _watch.end()
+        _watch = None
+
+
+def before_the_end(action: Callable[[], None]) -> None:
+    """Have something done when all processes end as one has failed or is lost, and nothing is closed."""
+    if _watch:
+        _watch.last.append(action)
 
 
 @contextlib.contextmanager
@@ -185,12 +199,12 @@ def fail(error: BaseException) -> NoReturn:
             code, reason = 130, "it was interrupted"
         case SystemExit():
             code, reason = error.code if isinstance(error.code, int) else 1, f"it was stopped ({error.code})"
-        case Exception():  # such as that of a sum over devices that another process was to join
-            _watch.wait_for_reason(reason)
-    _watch.tell(f"process {index()} of {count()}: {reason}", code)
+        case jax.errors.JaxRuntimeError() | ValueError() if "RESOURCE_EXHAUSTED" not in str(error):
+            _watch.wait_for_reason(reason)  # as it may be of a sum over devices that another process was to join
     if code == 1:
         traceback.print_exception(error)
     _print(f"Error: {reason}")
+    _watch.tell(f"process {index()} of {count()}: {reason}", code)
     _watch.end_process(code)
 
 
@@ -202,25 +216,26 @@ class _Watch(threading.Thread):
         self._lost_after = lost_after
         self._client: Any = distributed.global_state.client
         self._ended = threading.Event()
+        self.last: list[Callable[[], None]] = []  # done before it ends
         self._say_nothing = _say_after_death(
             f"Process {index()} of {count()} was ended from outside: killed, perhaps for want of memory, or by JAX, "
             "which does so where process 0 was lost. The same command goes on from the last checkpoint."
         )
 
     def run(self) -> None:
-        signs: dict[str, str] = {}
+        signs = {f"alive/{other}": "" for other in range(count() if is_main() else 1)}
         missed: Counter[str] = Counter()  # looks since then. Not seconds: this process may have slept itself
         for look in itertools.count():
             if self._ended.wait(_LOOK):
                 return
             try:
                 self._client.key_value_set(f"alive/{index()}", str(look), allow_overwrite=True)
-                told = self._client.key_value_dir_get("told/")
+                told = [text for name, text in self._client.key_value_dir_get("told/") if name != f"told/{index()}"]
                 now = dict(self._client.key_value_dir_get("alive/")) if is_main() else {"alive/0": str(look)}
             except RuntimeError:
                 told, now = [], {}
             if told:
-                code, _, reason = told[0][1].partition(" ")
+                code, _, reason = told[0].partition(" ")
                 _print(f"Error: {reason}")
                 self.end_process(int(code))
             for name in {*signs, *now}:
@@ -237,7 +252,8 @@ class _Watch(threading.Thread):
                     self.end_process(1)
 
     def tell(self, reason: str, code: int) -> None:
-        """Let the other processes end with a reason."""
+        """Let the other processes end with a reason, which this one does by itself."""
+        self._ended.set()
         with contextlib.suppress(RuntimeError):  # process 0 is gone
             self._client.key_value_set(f"told/{index()}", f"{code} {reason}")
 
@@ -249,6 +265,9 @@ class _Watch(threading.Thread):
     def end_process(self, code: int) -> NoReturn:
         """End this process without waiting for the others, as JAX would."""
         self.end()
+        for action in self.last:
+            with contextlib.suppress(Exception):  # what matters is that it ends
+                action()
         if is_main():
             time.sleep(3 * _LOOK)  # it is from here that the others hear of it
         os._exit(code)
@@ -257,6 +276,24 @@ class _Watch(threading.Thread):
         """Watch no longer."""
         self._ended.set()
         self._say_nothing()
+
+
+def _wait(function: Callable[..., T], *arguments: Any) -> T:
+    """Call what waits for other processes, in a thread: in it, a signal would be heeded only afterwards."""
+    ended: queue.SimpleQueue[tuple[Any, RuntimeError | None]] = queue.SimpleQueue()
+
+    def call() -> None:
+        try:
+            ended.put((function(*arguments), None))
+        except RuntimeError as error:
+            ended.put((None, error))
+
+    threading.Thread(target=call, daemon=True).start()
+    result: T
+    result, error = ended.get()
+    if error:
+        raise error
+    return result
 
 
 def _print(text: str) -> None:

@@ -286,8 +286,8 @@ def test_fewer_than_said(tmp_path: Path) -> None:
 
 
 # Long enough for all signals, with dropout, whose masks have to be the same after a restart.
-DISTURBED = {"train.epochs": 300.0, "evaluate.images": 0, "checkpoint.every": 20, "model.gpt2.dropout": 0.1}
-DISTURBED_STEPS = 1500
+DISTURBED = {"train.epochs": 150.0, "evaluate.images": 0, "checkpoint.every": 20, "model.gpt2.dropout": 0.1}
+DISTURBED_STEPS = 750
 
 
 @pytest.mark.slow

@@ -3,7 +3,7 @@
 import copy
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -188,8 +188,15 @@ class Captioner:
             for path, picture in batch:
                 yield path, picture if isinstance(picture, UserError) else next(captions)
 
-    def caption(self, inputs: np.ndarray, batch_size: int = 64) -> Iterator[Caption]:
+    def caption(
+        self, inputs: np.ndarray, batch_size: int = 64, batches: Iterable[range] | None = None
+    ) -> Iterator[Caption]:
         """Caption preprocessed pictures, uint8 `n H W 3` (see `pictures.preprocess`), or embeddings, float `n E`.
+
+        Args:
+          inputs: all of them, which are checked before the first is captioned.
+          batch_size: rows per step, rounded up to a multiple of the devices.
+          batches: the rows to caption, up to a batch at a time; None: all.
 
         Raises:
           UserError: the inputs are not of the kind or width that the model was trained on.
@@ -201,8 +208,11 @@ class Captioner:
         if inputs.ndim != 4:
             self._check_embeddings(inputs)
         batch_size = parallel.round_up(max(1, min(batch_size, len(inputs))), local=self._local)
-        for start in range(0, len(inputs), batch_size):
-            yield from self._caption_batch(inputs[start : start + batch_size], batch_size)
+        if batches is None:
+            batches = (range(start, start + batch_size) for start in range(0, len(inputs), batch_size))
+        for rows in batches:
+            if rows:
+                yield from self._caption_batch(inputs[rows.start : rows.stop], batch_size)
 
     def _caption_batch(self, rows: np.ndarray, batch_size: int) -> list[Caption]:
         """At most `batch_size` rows, always as that many, so that one program does for all batches."""

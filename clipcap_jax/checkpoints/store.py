@@ -175,10 +175,9 @@ def _despite_deletions(look: Callable[[], T]) -> T:
     return look()
 
 
-def _arrays(failed: Callable[[Exception], None]) -> ocp.StandardCheckpointHandler:
+def _telling(handler: Any, failed: Callable[[Exception], None]) -> Any:
     """A handler that tells at once that a write failed: where there are several processes, Orbax would have the one
     that failed wait for the others, and these for it, for ten minutes."""
-    handler = ocp.StandardCheckpointHandler()
     save = handler.async_save
 
     async def async_save(*arguments: Any, **options: Any) -> list[ocp.future.Future]:
@@ -259,11 +258,12 @@ class Checkpoints:
 
     def _item_handlers(self) -> dict[str, Any]:
         return {
-            "params": _arrays(self._failed),
-            "unaveraged": _arrays(self._failed),
-            "optimizer": _arrays(self._failed),
-            "position": ocp.JsonCheckpointHandler(),
-            "metadata": ocp.JsonCheckpointHandler(),
+            name: _telling(handler(), self._failed)
+            for handler, names in (
+                (ocp.StandardCheckpointHandler, ("params", "unaveraged", "optimizer")),
+                (ocp.JsonCheckpointHandler, ("position", "metadata")),
+            )
+            for name in names
         }
 
     def _failed(self, error: Exception) -> None:
@@ -491,11 +491,17 @@ class Checkpoints:
         return Restored(step, self.metadata(step), params, average, optimizer, found["position"])
 
     def set_aside(self, step: int) -> Path:
-        """Move a damaged checkpoint out of the way of a new one of its step; returns where it is then."""
+        """Move a damaged checkpoint out of the way of a new one of its step; returns where it is then.
+
+        Of several processes, which all call this, the first one moves it.
+        """
         place = self._run / f"damaged-{step}-{uuid.uuid4().hex[:8]}"
         try:
             with files.reached(place):
-                (self.folder / str(step)).rename(place)
+                cluster.meet()  # none reads it any more
+                if cluster.is_main():
+                    (self.folder / str(step)).rename(place)
+                cluster.meet()
                 self._manager.reload()
         except OSError as error:
             raise UserError(f"{self.folder / str(step)} is damaged and cannot be moved away: {error}") from error

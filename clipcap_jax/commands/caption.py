@@ -89,7 +89,8 @@ def _caption(arguments: argparse.Namespace) -> None:
 
     inputs: Any = _load_matrix(matrices[0]) if matrices else paths
     total = len(inputs)
-    cluster.check_same("pictures", "\n".join(map(str, paths)) or str(inputs.shape))
+    seen = "\n".join(map(str, paths)) or str(inputs.shape)
+    cluster.check_same("pictures or checkpoints", f"{captioner.step} {seen}")
     results: Iterator[tuple[str, Any]] = _shared(captioner, inputs, arguments.batch_size, arguments.workers)
     results = iter(track(results, "Captioning", total=total, console=console, transient=True))
     if not cluster.is_main():
@@ -114,15 +115,14 @@ def _shared(captioner: Any, inputs: Any, batch_size: int, workers: int) -> Itera
       batch_size: over all processes.
       workers: threads of each that decode.
     """
-    from clipcap_jax import cluster
+    from clipcap_jax import cluster, parallel
     from clipcap_jax.captioning.captioner import Caption
 
-    size = -(-min(batch_size, len(inputs)) // cluster.count())
+    size = parallel.round_up(max(1, -(-min(batch_size, len(inputs)) // cluster.count())), local=True)
     rounds = range(0, len(inputs), size * cluster.count())
     mine = [range(len(inputs))[start + cluster.index() * size :][:size] for start in rounds]
     if isinstance(inputs, np.ndarray):
-        batches = (captioner.caption(inputs[rows.start : rows.stop], size) for rows in mine)
-        captions: Iterator[Any] = zip(itertools.chain(*mine), itertools.chain.from_iterable(batches), strict=True)
+        captions: Iterator[Any] = zip(itertools.chain(*mine), captioner.caption(inputs, size, mine), strict=True)
     else:
         paths = [inputs[row] for row in itertools.chain(*mine)]
         captions = captioner.caption_files(paths, batch_size=size, workers=workers)

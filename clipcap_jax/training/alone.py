@@ -18,7 +18,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from clipcap_jax import files
+from clipcap_jax import cluster, files
 from clipcap_jax.errors import UserError
 from clipcap_jax.training.background import regularly
 
@@ -164,6 +164,7 @@ def alone(run: Path, console: Console) -> Iterator[Hold]:
             if files.is_remote(run):
                 hold = lease = Lease(run)
                 stack.callback(lease.release)
+                cluster.before_the_end(lease.release)
                 lease.take(console)
                 stack.enter_context(regularly(lease.renew, RENEWED))
             else:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from rich.console import Console
 
@@ -103,6 +104,8 @@ def open_run(config: Config, folder: Path, checkpoints: Checkpoints, console: Co
     if not restored:
         params |= load_pretrained(config, console)
         _check_encoder(config, data, params, console)
+        if cluster.count() > 1:  # each has read them by itself, and they would never meet
+            cluster.check_same("weights to start from", str([np.sum(leaf) for leaf in jax.tree.leaves(params)]))
     if missing := set(config.train.trainable) - set(params):
         raise UserError(f"config.train.trainable names {', '.join(missing)}, which this model does not have")
     trained: Params = {name: part for name, part in params.items() if name in config.train.trainable}
