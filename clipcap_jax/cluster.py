@@ -63,8 +63,8 @@ def start(coordinator_address: str = "", num_processes: int = 0, process_id: int
             coordinator_address or None,
             num_processes or None,
             process_id if process_id >= 0 else None,
-            # JAX's own watch ends a process with a stack trace: it is to come later than this module's, though it counts
-            # from a sign of life that may be a third of this older.
+            # JAX's own watch ends a process with a stack trace: it is to come later than this module's, though it
+            # counts from an older sign of life.
             heartbeat_timeout_seconds=2 * lost_after + 30,
             shutdown_timeout_seconds=_PATIENCE,
         )
