@@ -187,16 +187,19 @@ def test_of_two_that_begin_at_once_one_goes_on(run: Path) -> None:
 def test_a_run_that_was_taken_over_is_left_alone(
     run: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch, late: bool
 ) -> None:
-    push = Monitor.push
+    push, other = Monitor.push, "0123 1 process 4 on another"
     if late:
         monkeypatch.setattr(alone, "RENEWED", 1e9)
 
     def push_and_lose(self: Monitor, step: int, metrics: Any) -> None:
         push(self, step, metrics)
         if step == 7:
-            (run / ".lock").write_text("0123 1 process 4 on another")
+            (run / ".lock").write_text(other)
             (run / "metrics.jsonl").write_text("the other's")
             if not late:
+                time.sleep(1)
+            while (run / ".lock").read_text() != other:  # a renewal had begun: the other would see that, and try again
+                (run / ".lock").write_text(other)
                 time.sleep(1)
 
     with (
@@ -205,7 +208,7 @@ def test_a_run_that_was_taken_over_is_left_alone(
     ):
         train(run, make_config(data_dir))
     assert names(run / "checkpoints") == {"4", "6"}
-    assert (run / ".lock").read_text() == "0123 1 process 4 on another"
+    assert (run / ".lock").read_text() == other
     assert (run / "metrics.jsonl").read_text() == "the other's"
 
 
