@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 from clip_files import write_clip
+from failing_saves import STAGES
 from tiny import Clipcap, Source, assert_close, assert_same, named, saved
 
 ROOT = Path(__file__).parents[1]
@@ -268,6 +269,29 @@ def test_the_disk_of_one_is_full(data_dir: Path, tmp_path: Path, failing: int) -
     assert [process.returncode for process in started] == [2, 2], printed
     assert all("ake room" in text for text in printed), printed
     assert f"process {failing} of 2: " in printed[1 - failing]
+
+
+@pytest.mark.parametrize(
+    ("stage", "processes"),
+    [
+        pytest.param(stage, processes, marks=[] if (stage, processes) == ("json", 2) else pytest.mark.slow)
+        for stage in STAGES
+        for processes in (1, 2)
+    ],
+)
+def test_a_save_that_fails(data_dir: Path, alone: Path, tmp_path: Path, stage: str, processes: int) -> None:
+    """At any stage: all say so and end, and the run goes on from the checkpoint before."""
+    _, *flags = train(data_dir, tmp_path)
+    command = [ROOT / "tests" / "failing_saves.py", stage, 6, *flags]
+    started = start(*command, processes=processes, devices=4 // processes)
+    printed = [process.communicate(timeout=120)[0] for process in started]
+    assert [process.returncode for process in started] == [2] * processes, printed
+    for text in printed:
+        assert "Permission denied: 'a test'. The newest whole checkpoint is 6. Mend that" in text
+        assert "Traceback" not in text
+    first, *_ = ended(start(*train(data_dir, tmp_path), processes=processes, devices=4 // processes))
+    assert "Going on after step 6 of 15" in first
+    assert_same_run(tmp_path, alone)
 
 
 def test_different_flags(data_dir: Path, tmp_path: Path) -> None:

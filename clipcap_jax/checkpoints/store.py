@@ -21,6 +21,7 @@ import contextlib
 import copy
 import dataclasses
 import logging
+import os
 import re
 import shutil
 import uuid
@@ -175,28 +176,28 @@ def _despite_deletions(look: Callable[[], T]) -> T:
     return look()
 
 
-def _telling(handler: Any, failed: Callable[[Exception], None]) -> Any:
-    """A handler that tells at once that a write failed: where there are several processes, Orbax would have the one
-    that failed wait for the others, and these for it, for ten minutes."""
-    save = handler.async_save
+class _OrbaxErrors(logging.Filter):
+    """Hears what Orbax logs of its threads' errors, and keeps it from the terminal.
 
-    async def async_save(*arguments: Any, **options: Any) -> list[ocp.future.Future]:
-        return [_Told(future, failed) for future in await save(*arguments, **options) or []]
+    Orbax raises them in `wait`; but of several processes, the one that failed then waits ten minutes for the others,
+    and these for it.
+    """
 
-    handler.async_save = async_save  # a subclass would need arguments of its own
-    return handler
+    def __init__(self) -> None:
+        super().__init__()
+        self.listeners: set[Callable[[BaseException], None]] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if f"{os.sep}orbax{os.sep}" not in record.pathname:
+            return True
+        if record.exc_info and record.exc_info[1]:
+            for listener in tuple(self.listeners):
+                listener(record.exc_info[1])
+        return False
 
 
-class _Told(ocp.future.Future):
-    def __init__(self, future: ocp.future.Future, failed: Callable[[Exception], None]):
-        self._future, self._failed = future, failed
-
-    def result(self, timeout: float | None = None) -> Any:
-        try:
-            return self._future.result(timeout)
-        except Exception as error:
-            self._failed(error)
-            raise
+_orbax_errors = _OrbaxErrors()
+logging.getLogger("absl").addFilter(_orbax_errors)
 
 
 def run_folder(name: str | Path) -> Path:
@@ -248,6 +249,8 @@ class Checkpoints:
             preservation_policy=AnyPreservationPolicy([LatestN(keep), best]) if writing else None,
         )
         self._writing = 0  # the step that is being saved
+        if writing:
+            _orbax_errors.listeners.add(self._failed)
         try:
             with files.reached(run):
                 self._manager = _despite_deletions(
@@ -258,7 +261,7 @@ class Checkpoints:
 
     def _item_handlers(self) -> dict[str, Any]:
         return {
-            name: _telling(handler(), self._failed)
+            name: handler()
             for handler, names in (
                 (ocp.StandardCheckpointHandler, ("params", "unaveraged", "optimizer")),
                 (ocp.JsonCheckpointHandler, ("position", "metadata")),
@@ -266,8 +269,8 @@ class Checkpoints:
             for name in names
         }
 
-    def _failed(self, error: Exception) -> None:
-        if cluster.joined():
+    def _failed(self, error: BaseException) -> None:
+        if cluster.joined() and self._writing:
             cluster.fail(self._not_saved(self._writing, str(error)) if _is_of_the_system(error) else error)
 
     def save(
@@ -341,6 +344,13 @@ class Checkpoints:
             disk = shutil.disk_usage(self.folder)
             if disk.free < size and disk.total:  # some file systems do not tell, and say 0
                 raise self._not_saved(step, f"it takes {size:,} bytes, and {disk.free:,} are free")
+            if cluster.is_main():  # which makes the folders; Orbax would wait ten minutes for what cannot be made
+                trial = self.folder / f"{step}.orbax-checkpoint-tmp-trial"
+                try:
+                    trial.mkdir(exist_ok=True)
+                    trial.rmdir()
+                except OSError as error:
+                    raise self._not_saved(step, str(error)) from error
         with self._explained():
             self._manager.wait_until_finished()
         self._writing = step
@@ -383,7 +393,7 @@ class Checkpoints:
 
     @property
     def _mend(self) -> str:
-        return "Mend that" if files.is_remote(self.folder) else "Make room"
+        return "Mend that" if files.is_remote(self.folder) else "Mend that, for instance make room"
 
     def steps(self) -> list[int]:
         """The steps of the checkpoints there are, ascending.
@@ -532,6 +542,7 @@ class Checkpoints:
         try:
             self.wait()
         finally:
+            _orbax_errors.listeners.discard(self._failed)
             self._manager.close()
 
 
@@ -540,7 +551,7 @@ def _example(leaf: Any) -> np.ndarray:
     return np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)
 
 
-def _is_of_the_system(error: Exception) -> bool:
+def _is_of_the_system(error: BaseException) -> bool:
     """Whether it is the disk's or the store's and not ours."""
     wrapped = r"os_error_code|http_response_code|^UNAVAILABLE|^DEADLINE_EXCEEDED"  # as tensorstore does
     return isinstance(error, OSError) or re.search(wrapped, str(error)) is not None

@@ -5,6 +5,7 @@ import contextlib
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,8 @@ def run_script(main: Callable[[], Any]) -> None:
             main()
     except UserError as error:
         Console(stderr=True).print(f"[red]Error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        if any(type(thread).__module__.startswith("orbax.") for thread in threading.enumerate()):
+            os._exit(2)  # after a save that failed, they wait ten minutes for what it was to make
         sys.exit(2)
     except KeyboardInterrupt:
         Console(stderr=True).print("Stopped.")

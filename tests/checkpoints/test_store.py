@@ -204,7 +204,7 @@ def test_no_room_is_noticed_before_anything_is_written(
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=size - 1))
     message = (
         rf"the checkpoint of step 2 to {tmp_path}/checkpoints failed: it takes {size} bytes, and {size - 1} are free\. "
-        r"There is no whole checkpoint yet\. Make room, then the same command goes on\."
+        r"There is no whole checkpoint yet\. Mend that, for instance make room, then the same command goes on\."
     )
     with pytest.raises(UserError, match=message):
         save(tmp_path, metadata, {2: 0.5})
@@ -233,7 +233,7 @@ def test_a_full_disk(data_dir: Path, tmp_path: Path) -> None:
     told = in_process(train_without_room, tmp_path, make_config(data_dir), 6)
     folder = tmp_path / "checkpoints"
     assert told.startswith(f"saving the checkpoint of step 6 to {folder} failed: ")
-    assert "The newest whole checkpoint is 4. Make room, then the same command goes on." in told
+    assert "The newest whole checkpoint is 4. Mend that, for instance make room, then the same command goes on." in told
     assert any(path.name.startswith("6.") for path in folder.iterdir())  # it had begun
     with store.opened(tmp_path) as checkpoints:
         assert checkpoints.steps() == [4]
