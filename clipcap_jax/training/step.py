@@ -157,5 +157,6 @@ def _hooks(layout: parallel.Layout, remat: bool) -> Hooks:
     if remat:
         return Hooks(layout.rows, layout.whole, checkpoint)
     if isinstance(layout, parallel.DataParallel):
-        return Hooks()
+        # A loop copies what it keeps for the backward pass: on GPUs a step takes 1.3 times as long.
+        return Hooks(unroll=jax.default_backend() == "gpu")
     return Hooks(layout.rows, layout.whole, functools.partial(checkpoint, policy=layout.keeps))

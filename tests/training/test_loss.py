@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from clipcap_jax.config import Targets
 from clipcap_jax.training.loss import caption_loss
 
 jitted = jax.jit(caption_loss, static_argnums=3)
@@ -55,6 +56,21 @@ def test_equals_the_definition_in_any_shape(
     expected, tokens = loop(*batch, label_smoothing)
     assert count == tokens
     np.testing.assert_allclose(loss, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("targets", ["all", "original"])
+def test_gradient_is_softmax_less_target(label_smoothing: float, targets: Targets) -> None:
+    logits, tokens, lengths = random_batch(0, [0, 1, 4, 5], longest=5, vocab_size=7)
+    tokens[3, 2] = 0  # which the original does not learn
+    gradient = jax.jit(jax.grad(lambda logits: 3 * caption_loss(logits, tokens, lengths, label_smoothing, targets)[0]))
+    real = np.arange(5) < lengths[:, None]
+    if targets == "original":
+        real &= tokens != 0
+    target = (1 - label_smoothing) * np.eye(7)[tokens] + label_smoothing / 7
+    exponents = np.exp(logits.astype(np.float64))
+    expected = 3 * (exponents / exponents.sum(axis=-1, keepdims=True) - target) * real[..., None]
+    np.testing.assert_allclose(gradient(logits), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_what_stands_behind_the_length_is_ignored() -> None:
