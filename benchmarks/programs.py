@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import jaxprs_in_params
+from jax.interpreters import partial_eval
 
 from clipcap_jax import parallel
 from clipcap_jax.captioning.decode import Hypotheses, beam_search
@@ -234,8 +235,9 @@ class Product(NamedTuple):
 def products(function: Callable[..., Any], *arguments: Any) -> list[Product]:
     """Every product that a function computes with arguments of these shapes, two FLOPs a multiplication."""
     axes = [(parallel.AXIS, 1)]  # steps sum over it
-    jaxpr = jax.make_jaxpr(function, axis_env=axes)(*arguments)
-    return list(_products(jaxpr.jaxpr, 1, looped=False))
+    jaxpr = jax.make_jaxpr(function, axis_env=axes)(*arguments).jaxpr
+    used, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))  # as the compiler leaves out the others
+    return list(_products(used, 1, looped=False))
 
 
 def _products(jaxpr: Any, times: int, looped: bool) -> Iterator[Product]:

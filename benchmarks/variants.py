@@ -1,14 +1,12 @@
 """Other forms of what a step of training computes, each one change to the code while it is traced."""
 
 import contextlib
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Literal
+from typing import Any, Literal
 from unittest import mock
 
 import jax
-import jax.numpy as jnp
 
 Change = Callable[[], AbstractContextManager[object]]
 
@@ -17,109 +15,54 @@ def replaced(target: str, value: object) -> Change:
     return lambda: mock.patch(target, value)
 
 
-def masked_sum(loss: jax.Array, tokens: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
-    mask = jnp.arange(tokens.shape[1])[None, :] < lengths[:, None]
-    return jnp.where(mask, loss, 0.0).sum(), mask.sum().astype(jnp.float32)
-
-
-def logsumexp_loss(logits: jax.Array, tokens: jax.Array, lengths: jax.Array, *_: object) -> tuple[jax.Array, jax.Array]:
-    """`caption_loss` without the log-probabilities, a second array of `B T V`."""
-    chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
-    return masked_sum(jax.nn.logsumexp(logits, axis=-1) - chosen, tokens, lengths)
-
-
-@jax.custom_vjp
-def token_loss(logits: jax.Array, tokens: jax.Array) -> jax.Array:
-    return token_loss_forward(logits, tokens)[0]
-
-
-def token_loss_forward(
-    logits: jax.Array, tokens: jax.Array
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
-    total = jax.nn.logsumexp(logits, axis=-1)
-    chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
-    return total - chosen, (logits, tokens, total)
-
-
-def token_loss_backward(kept: tuple[jax.Array, jax.Array, jax.Array], cotangent: jax.Array) -> tuple[jax.Array, None]:
-    logits, tokens, total = kept
-    found = jax.lax.broadcasted_iota(tokens.dtype, logits.shape, 2) == tokens[..., None]
-    return (jnp.exp(logits - total[..., None]) - found) * cotangent[..., None], None
-
-
-token_loss.defvjp(token_loss_forward, token_loss_backward)
-
-
-def own_gradient_loss(
-    logits: jax.Array, tokens: jax.Array, lengths: jax.Array, *_: object
-) -> tuple[jax.Array, jax.Array]:
-    """`caption_loss` with the gradient written out, from logits and their logsumexp."""
-    return masked_sum(token_loss(logits, tokens), tokens, lengths)
-
-
-@jax.custom_vjp
-def logits_of(hidden: jax.Array, weights: jax.Array) -> jax.Array:
-    return jnp.einsum("...d,vd->...v", hidden, weights, preferred_element_type=jnp.float32)
-
-
-def logits_backward(kept: tuple[jax.Array, jax.Array], cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
-    hidden, weights = kept
-    cotangent = cotangent.astype(hidden.dtype)
-    return jnp.einsum("...v,vd->...d", cotangent, weights), jnp.einsum("btv,btd->vd", cotangent, hidden)
-
-
-logits_of.defvjp(lambda hidden, weights: (logits_of(hidden, weights), (hidden, weights)), logits_backward)
-
-
-def compute_dtype_logits(self: object, hidden: jax.Array) -> jax.Array:
-    """`Gpt2.logits` whose gradient's products have operands of the compute dtype: now one of them is float32."""
-    return logits_of(hidden, self.token_embeddings.astype(self.dtype))  # type: ignore[attr-defined]
-
-
 def library_attention(implementation: Literal["xla", "cudnn"]) -> Callable[..., jax.Array]:
     """JAX's own; without dropout, so for what is frozen alone."""
 
     def attention(
         query: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array | None, drop: object
     ) -> jax.Array:
-        return jax.nn.dot_product_attention(
-            query,
-            keys,
-            values,
-            is_causal=mask is not None,  # training has no other mask
-            implementation=implementation,
-        )
+        query, keys, values = (x.swapaxes(1, 2) for x in (query, keys, values))
+        causal = mask is not None  # training has no other mask
+        attended = jax.nn.dot_product_attention(query, keys, values, is_causal=causal, implementation=implementation)
+        return attended.swapaxes(1, 2)
 
     return attention
 
 
-@contextlib.contextmanager
-def lean_logits() -> Iterator[None]:
-    """The two above together."""
-    with LOSS_OWN_GRADIENT(), LOGITS():
-        yield
+def the_other_loop() -> AbstractContextManager[object]:
+    """Layers unrolled, where they are a loop, and the other way round."""
+    scan = jax.lax.scan
+
+    def other(*arguments: Any, unroll: bool = False, **options: Any) -> Any:
+        return scan(*arguments, unroll=not unroll, **options)
+
+    return mock.patch("jax.lax.scan", other)
 
 
-UNROLLED = replaced("jax.lax.scan", functools.partial(jax.lax.scan, unroll=True))
-LOSS_OWN_GRADIENT = replaced("clipcap_jax.training.step.caption_loss", own_gradient_loss)
-LOGITS = replaced("clipcap_jax.models.gpt2.Gpt2.logits", compute_dtype_logits)
+def dropout_of_16_bits(self: Any, inputs: jax.Array, deterministic: bool | None = None) -> jax.Array:
+    """`nn.Dropout` from half as many random bits: at a rate of 0.1, 0.100006 are dropped."""
+    if self.rate == 0 or self.deterministic or deterministic:
+        return inputs
+    shape = tuple(1 if axis - inputs.ndim in self.broadcast_dims else n for axis, n in enumerate(inputs.shape))
+    kept = jax.random.bits(self.make_rng("dropout"), shape, "uint16") >= round(self.rate * 2**16)
+    return jax.numpy.where(kept, inputs / (1 - self.rate), 0).astype(inputs.dtype)
+
+
 ATTENTION = "clipcap_jax.models.transformer.attention"
 
 VARIANTS: dict[str, dict[str, Change]] = {
     "mlp": {
         "as it is": contextlib.nullcontext,
-        "logits' gradients in the compute dtype": LOGITS,
-        "loss from logsumexp": replaced("clipcap_jax.training.step.caption_loss", logsumexp_loss),
-        "loss with its own gradient": LOSS_OWN_GRADIENT,
-        "both of logits and loss": lean_logits,
-        "layers unrolled": UNROLLED,
+        "layers unrolled, or in a loop, which they are not": the_other_loop,
         "dropout's bits from threefry": replaced("clipcap_jax.training.step.dropout_key", lambda key: key),
+        "dropout of 16 bits": replaced("flax.linen.Dropout.__call__", dropout_of_16_bits),
+        "no dropout": replaced("flax.linen.Dropout.__call__", lambda self, inputs, deterministic=None: inputs),
         "no sum over devices": replaced("clipcap_jax.parallel.sum_over_devices", lambda tree: tree),
     },
     "transformer": {
         "as it is": contextlib.nullcontext,
+        "layers unrolled, or in a loop, which they are not": the_other_loop,
         "attention by XLA's function": replaced(ATTENTION, library_attention("xla")),
         "attention by cuDNN": replaced(ATTENTION, library_attention("cudnn")),
-        "layers unrolled": UNROLLED,
     },
 }

@@ -12,7 +12,7 @@ from clipcap_jax.inputs.batches import LENGTHS, training_order
 def formula(kind: programs.Kind, tokens: int) -> int:
     """FLOPs of a pair's step by hand: three times the forward products of what learns, two of what is only passed
     through, and none for the gradient of the embedding."""
-    width, layers, vocabulary, prefix = 768, 12, 50257, 10
+    width, layers, vocabulary, prefix = 768, 12, 50304, 10  # 50257 tokens, padded
     positions = prefix + tokens - 1
     weights = positions * layers * 24 * width**2 + 2 * tokens * width * vocabulary
     attention = 4 * layers * positions**2 * width
