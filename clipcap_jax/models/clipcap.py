@@ -11,7 +11,7 @@ from flax import linen as nn
 
 from clipcap_jax.models.clip_resnet import ClipResnet, ClipResnetConfig
 from clipcap_jax.models.clip_vit import ClipVit, ClipVitConfig, normalize_pixels
-from clipcap_jax.models.gpt2 import Cache, Gpt2, Gpt2Config
+from clipcap_jax.models.gpt2 import Cache, Gpt2, Gpt2Config, Reader
 from clipcap_jax.models.mapper import MAPPERS, MapperConfig
 from clipcap_jax.models.transformer import Hooks
 
@@ -113,9 +113,13 @@ class ClipCap(nn.Module):
         """Logits of the first token, float32 `B V`, and a cache whose first P of `slots` slots hold the prefix."""
         return self.gpt2.prefill(self.prefix(inputs), slots)
 
+    def reader(self) -> Reader:
+        """GPT-2's parameters, for `extend`."""
+        return self.gpt2.reader()
+
     @_in_precision
     def extend(
-        self, tokens: jax.Array, position: jax.Array, slot: jax.Array, mask: jax.Array, cache: Cache
+        self, reader: Reader, tokens: jax.Array, position: jax.Array, slot: jax.Array, mask: jax.Array, cache: Cache
     ) -> tuple[jax.Array, Cache]:
         """One more token of each hypothesis: see `Gpt2.extend`."""
-        return self.gpt2.extend(tokens, position, slot, mask, cache)
+        return self.gpt2.extend(reader, tokens, position, slot, mask, cache)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 Initializer = Callable[..., jax.Array]
+Layers = tuple[Any, ...]  # the parameters of each
 
 EPSILON = 1e-5  # layer norms of CLIP, of GPT-2 and torch's default, which the original's mapper takes
 
@@ -20,17 +21,19 @@ def _as_it_is(x: Any) -> Any:
 class Hooks(NamedTuple):
     """What a training step may put into a model, to spread it over devices and memory; by default, nothing.
 
-    No hook changes a value. Each is called at the few places where it matters: `rows` on activations that begin with an
-    axis of the batch, `whole` on parameters just before they are used, `layer` on the function that applies one layer.
+    None changes a value. Functions are called at the few places where they matter: `rows` on activations that begin
+    with an axis of the batch, `whole` on parameters just before they are used, `layer` on the function that applies one
+    layer. `unroll`: whether there is a copy of the program for each layer, instead of a loop.
     """
 
     rows: Callable[[jax.Array], jax.Array] = _as_it_is
     whole: Callable[[Any], Any] = _as_it_is
     layer: Callable[[Callable[..., Any]], Callable[..., Any]] = _as_it_is
+    unroll: bool = False
 
 
 class LayerCache(NamedTuple):
-    """Keys and values of one layer, each `B S H K`; slots not yet written hold zeros and are masked."""
+    """Keys and values of one layer, each `B H S K`; slots not yet written hold zeros and are masked."""
 
     keys: jax.Array
     values: jax.Array
@@ -46,20 +49,20 @@ def attention(
     """Scaled dot-product attention, its softmax in float32.
 
     Args:
-      query: `B L H K`.
-      keys, values: `B S H K`.
+      query: `B H L K`.
+      keys, values: `B H S K`.
       mask: boolean, broadcastable to `B H L S`, true where attention may look; None: all.
       drop: dropout, or nothing, on the weights.
 
     Returns:
-      `B L H K`, of the values' dtype.
+      `B H L K`, of the values' dtype.
     """
-    scores = jnp.einsum("blhk,bshk->bhls", query, keys, preferred_element_type=jnp.float32)
+    scores = jnp.einsum("bhlk,bhsk->bhls", query, keys, preferred_element_type=jnp.float32)
     scores = scores / jnp.sqrt(jnp.float32(query.shape[-1]))  # B H L S
     if mask is not None:
         scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
     weights = drop(jax.nn.softmax(scores).astype(values.dtype))
-    return jnp.einsum("bhls,bshk->blhk", weights, values)
+    return jnp.einsum("bhls,bhsk->bhlk", weights, values)
 
 
 class Block(nn.Module):
@@ -114,16 +117,16 @@ class Block(nn.Module):
         y = norm(name="norm_1")(x)
         qkv = dense(3 * width, use_bias=self.qkv_bias, name="qkv")(y)
         qkv = qkv.reshape(*x.shape[:-1], 3, self.heads, width // self.heads)  # B L 3 H K
-        query, key, value = (qkv[..., i, :, :] for i in range(3))
+        query, key, value = qkv.transpose(2, 0, 3, 1, 4)  # each B H L K
         if cache is None:
             cache = LayerCache(key, value)
         else:
-            start = (0, slot, 0, 0)
+            start = (0, 0, slot, 0)
             cache = LayerCache(
                 jax.lax.dynamic_update_slice(cache.keys, key, start),
                 jax.lax.dynamic_update_slice(cache.values, value, start),
             )
-        y = attention(query, cache.keys, cache.values, mask, drop).reshape(x.shape)  # B L D
+        y = attention(query, cache.keys, cache.values, mask, drop).swapaxes(1, 2).reshape(x.shape)  # B L D
         x = x + drop(dense(width, kernel_init=self.residual_init, name="attention_out")(y))
 
         y = dense(self.mlp_width, name="mlp_in")(norm(name="norm_2")(x))
@@ -134,8 +137,8 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """`layers` blocks whose parameters are stacked on a leading axis N.
 
-    Stacked, training scans over the layers: one block to compile instead of N, and few leaves for the optimiser.
-    Decoding unrolls them instead, because a scan that carries the cache would copy it at every step.
+    Stacked, the layers are scanned over: one block to compile instead of N, and few leaves for the optimiser. Decoding
+    takes them apart and unrolls them, because a scan that carries the cache would copy it at every step.
     """
 
     width: int
@@ -172,27 +175,46 @@ class Transformer(nn.Module):
 
     def __call__(self, x: jax.Array, mask: jax.Array | None = None, *, deterministic: bool = True) -> jax.Array:
         """`B L D` to `B L D`; `mask` as in `Block`."""
+        return self._scan(x, mask, deterministic=deterministic)[0]
+
+    def prefill(self, x: jax.Array, mask: jax.Array) -> tuple[jax.Array, LayerCache]:
+        """As `__call__`, without dropout; and the layers' keys and values, each `N B H L K`."""
+        x, cache = self._scan(x, mask, keep=True)
+        assert cache is not None
+        return x, cache
+
+    def _scan(
+        self, x: jax.Array, mask: jax.Array | None, *, deterministic: bool = True, keep: bool = False
+    ) -> tuple[jax.Array, LayerCache | None]:
         keys = None if deterministic else jax.random.split(self.make_rng("dropout"), self.layers)
 
         @self.hooks.layer
-        def layer(x: jax.Array, params_and_key: tuple[Any, jax.Array | None]) -> tuple[jax.Array, None]:
+        def layer(x: jax.Array, params_and_key: tuple[Any, jax.Array | None]) -> tuple[jax.Array, LayerCache | None]:
             params, key = params_and_key
             params = self.hooks.whole(params)
             rngs = {} if key is None else {"dropout": key}
-            x, _ = self.block.apply({"params": params}, x, mask, deterministic=deterministic, rngs=rngs)
-            return self.hooks.rows(x), None
+            x, cache = self.block.apply({"params": params}, x, mask, deterministic=deterministic, rngs=rngs)
+            return self.hooks.rows(x), cache if keep else None
 
-        # The matrices in the dtype that they are used in, now and not a layer at a time: so `whole` moves half as much
-        # where that is half as wide, and the backward pass finds them here.
-        stacked = jax.tree.map(lambda leaf: leaf.astype(self.dtype) if leaf.ndim > 2 else leaf, self.stacked)
-        return jax.lax.scan(layer, self.hooks.rows(x), (stacked, keys))[0]
+        return jax.lax.scan(layer, self.hooks.rows(x), (self._matrices_in_dtype(), keys), unroll=self.hooks.unroll)
 
-    def cached(
-        self, x: jax.Array, mask: jax.Array, cache: tuple[LayerCache, ...], slot: jax.Array | int
+    def _matrices_in_dtype(self) -> Any:
+        # In the dtype that they are used in, now and not a layer at a time: so `whole` moves half as much where that is
+        # half as wide, and the backward pass finds them here.
+        return jax.tree.map(lambda leaf: leaf.astype(self.dtype) if leaf.ndim > 2 else leaf, self.stacked)
+
+    def unstacked(self) -> Layers:
+        """The parameters as `extend` takes them."""
+        stacked = self._matrices_in_dtype()
+        return tuple(jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(self.layers))
+
+    def extend(
+        self, layers: Layers, x: jax.Array, mask: jax.Array, cache: tuple[LayerCache, ...], slot: jax.Array | int
     ) -> tuple[jax.Array, tuple[LayerCache, ...]]:
         """As `__call__`, writing keys and values to `cache` from `slot` on and attending over all its slots.
 
         Args:
+          layers: the parameters, from `unstacked`: what is called again and again need not take them apart each time.
           x: `B L D`, the new positions.
           mask: boolean, broadcastable to `B H L S`.
           cache: one `LayerCache` per layer.
@@ -202,8 +224,7 @@ class Transformer(nn.Module):
           The new `x` and the cache with the new keys and values in it.
         """
         new = []
-        for i, layer_cache in enumerate(cache):
-            params = jax.tree.map(lambda leaf, i=i: leaf[i], self.stacked)
+        for params, layer_cache in zip(layers, cache, strict=True):
             x, layer_cache = self.block.apply({"params": params}, x, mask, cache=layer_cache, slot=slot)
             new.append(layer_cache)
         return x, tuple(new)

@@ -15,7 +15,7 @@ from clipcap_jax.captioning.decode import Hypotheses, beam_search
 from clipcap_jax.config import DecodeConfig
 from clipcap_jax.errors import UserError
 from clipcap_jax.models.clipcap import ClipCap
-from clipcap_jax.models.gpt2 import Cache
+from clipcap_jax.models.gpt2 import Cache, Reader
 
 VOCAB_SIZE, BATCH, MAX_TOKENS = 11, 4, 6
 NO_END = VOCAB_SIZE  # an id that no token has
@@ -169,11 +169,9 @@ def test_captions_of_one_token(params: Any) -> None:
 class Counting(ClipCap):
     """Notes every token that is read."""
 
-    def extend(
-        self, tokens: jax.Array, position: jax.Array, slot: jax.Array, mask: jax.Array, cache: Cache
-    ) -> tuple[jax.Array, Cache]:
+    def extend(self, reader: Reader, tokens: jax.Array, position: jax.Array, *others: Any) -> tuple[jax.Array, Cache]:
         jax.debug.callback(_read.append, position)
-        return super().extend(tokens, position, slot, mask, cache)
+        return super().extend(reader, tokens, position, *others)
 
 
 _read: list[Any] = []

@@ -53,7 +53,8 @@ def greedy(config: Gpt2Config, params: Any, tokens: np.ndarray, steps: int) -> l
         cached = tokens
         embedded = model.apply({"params": params}, tokens, method="embed")
         logits, cache = model.apply({"params": params}, embedded, length + steps, method="prefill")
-        extend = jax.jit(lambda *args: model.apply({"params": params}, *args, method="extend"))
+        reader = model.apply({"params": params}, method="reader")
+        extend = jax.jit(lambda *args: model.apply({"params": params}, reader, *args, method="extend"))
         for i in range(length, length + steps):
             following = np.argmax(logits, axis=-1).reshape(-1, 1).astype(np.int32)
             cached = np.concatenate([cached, following], axis=1)

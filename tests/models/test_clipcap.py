@@ -104,9 +104,9 @@ def test_padding_changes_nothing(model: ClipCap, params: Any) -> None:
 
 
 def test_prefill_gives_the_first_logits(model: ClipCap, params: Any, logits: Callable[..., jax.Array]) -> None:
-    first, cache = model.apply({"params": params}, EMBEDDINGS, 8, method="prefill")
+    first, cache = model.apply({"params": params}, EMBEDDINGS, 9, method="prefill")
     np.testing.assert_allclose(first, logits(params, EMBEDDINGS, CAPTIONS)[:, 0], rtol=0, atol=1e-5)
-    assert {leaf.shape for leaf in jax.tree.leaves(cache)} == {(BATCH, 8, 2, 8)}
+    assert {leaf.shape for leaf in jax.tree.leaves(cache)} == {(BATCH, 2, 9, 8)}
 
 
 def test_normalize_embedding() -> None:
@@ -181,7 +181,7 @@ def test_bfloat16_stays_close_and_keeps_float32_where_it_matters(model: ClipCap,
     assert 0 < np.abs(low_logits - high_logits).max() <= 0.1 * np.abs(high_logits).max()
     np.testing.assert_allclose(low_loss, high_loss, rtol=0.05)
 
-    first, cache = low.apply({"params": params}, EMBEDDINGS, 8, method="prefill")
+    first, cache = low.apply({"params": params}, EMBEDDINGS, 9, method="prefill")
     assert first.dtype == jnp.float32
     assert {leaf.dtype for leaf in jax.tree.leaves(cache)} == {jnp.dtype("bfloat16")}
 
@@ -198,7 +198,8 @@ def test_matmul_precision_reaches_every_product(precision: Precision) -> None:
     def decode(params: Any) -> jax.Array:
         _, cache = model.apply({"params": params}, IMAGES, 4, method="prefill")
         tokens, mask = jnp.zeros((BATCH, 1), jnp.int32), jnp.ones((BATCH, 1, 4), bool)
-        return model.apply({"params": params}, tokens, 3, 3, mask, cache, method="extend")[0]
+        reader = model.apply({"params": params}, method="reader")
+        return model.apply({"params": params}, reader, tokens, 3, 3, mask, cache, method="extend")[0]
 
     for function in (loss, jax.grad(loss), decode):
         jaxpr = str(jax.make_jaxpr(function)(params))

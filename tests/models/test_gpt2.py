@@ -1,4 +1,5 @@
 import functools
+import re
 import warnings
 from typing import Any
 
@@ -69,6 +70,7 @@ def test_cached_equals_uncached(variables: Variables, beams: int) -> None:
     prefix = random.normal(size=(batch, PREFIX, CONFIG.width)).astype(np.float32)
     slots = PREFIX + STEPS * beams
     first, cache = MODEL.apply(variables, prefix, slots, method="prefill")
+    reader = MODEL.apply(variables, method="reader")
     extend = jax.jit(functools.partial(MODEL.apply, method="extend"))
     uncached = jax.jit(functools.partial(MODEL.apply, method=full_logits))
 
@@ -83,12 +85,34 @@ def test_cached_equals_uncached(variables: Variables, beams: int) -> None:
         mask = np.zeros((batch, beams, slots), bool)
         mask[:, :, :PREFIX] = True
         np.put_along_axis(mask, held_in[:, :, : step + 1], True, axis=2)
-        logits, cache = extend(variables, tokens[:, :, step], PREFIX + step, PREFIX + step * beams, mask, cache)
+        logits, cache = extend(variables, reader, tokens[:, :, step], PREFIX + step, PREFIX + step * beams, mask, cache)
 
         expected = uncached(variables, np.repeat(prefix, beams, axis=0), tokens.reshape(batch * beams, STEPS))
         expected = expected.reshape(batch, beams, STEPS + 1, CONFIG.vocab_size)
         np.testing.assert_allclose(first, expected[:, 0, 0], rtol=0, atol=1e-5)
         np.testing.assert_allclose(logits, expected[:, :, step + 1], rtol=0, atol=1e-5)
+
+
+def test_gradients_of_the_logits(variables: Variables) -> None:
+    """In float32 those of a plain product; in bfloat16, of operands in bfloat16 alone."""
+    random = np.random.default_rng(0)
+    hidden, table = (jnp.asarray(random.normal(size=shape), jnp.float32) for shape in ((2, 3, 16), (11, 16)))
+
+    def loss(model: Gpt2, hidden: jax.Array, table: jax.Array) -> jax.Array:
+        params = {**variables["params"], "token_embeddings": table}
+        return jnp.sin(model.apply({"params": params}, hidden, method="logits")).sum()  # type: ignore[no-any-return]
+
+    gradients = jax.grad(loss, argnums=(1, 2))
+    expected = jax.grad(lambda hidden, table: jnp.sin(hidden @ table.T).sum(), argnums=(0, 1))(hidden, table)
+    for found, one in zip(jax.jit(gradients, static_argnums=0)(MODEL, hidden, table), expected, strict=True):
+        np.testing.assert_allclose(found, one, rtol=1e-5, atol=1e-5)
+
+    low = Gpt2(CONFIG, jnp.dtype("bfloat16"))
+    text = str(jax.make_jaxpr(gradients, static_argnums=0)(low, hidden.astype("bfloat16"), table))
+    operands = re.findall(r"= dot_general\[.*?\] (\w+) (\w+)", text, re.DOTALL)
+    assert len(operands) >= 3
+    types = dict(re.findall(r"(\w+):(\w+)\[", text))
+    assert {types[name] for pair in operands for name in pair} == {"bf16"}
 
 
 def test_dropout(variables: Variables) -> None:
