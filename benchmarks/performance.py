@@ -2,9 +2,9 @@
 
     python benchmarks/performance.py
 
-Reads benchmarks/results/*.jsonl: a file for each machine, in which a later line of a case replaces an earlier one. What
-stands between `<!-- tables: NAME -->` and `<!-- end -->` in the page is replaced: NAME is "devices", "scaling" or
-"tpu".
+Reads benchmarks/results/*.jsonl: a file for each machine, in which a later line of a case replaces an earlier one,
+which then is history; a line is of the commit that the line "device" before it names. What stands between
+`<!-- tables: NAME -->` and `<!-- end -->` in the page is replaced: NAME is "devices", "scaling" or "tpu".
 """
 
 import functools
@@ -53,9 +53,15 @@ def _text(text: str, _: re.Match[str]) -> str:
 
 
 def read(path: Path) -> dict[str, Line]:
-    """The lines of a file, by their cases, or by topology and program."""
-    lines = [json.loads(text) for text in path.read_text().splitlines()]
-    return {line.get("case") or " ".join((line["topology"], line["program"])): line for line in lines}
+    """The last line of each case, or topology and program, with its `commit` and the lines `before`."""
+    found: dict[str, Line] = {}
+    commit = None
+    for line in map(json.loads, path.read_text().splitlines()):
+        name = line.get("case") or " ".join((line["topology"], line["program"]))
+        commit = line["commit"] if name == "device" and "commit" in line else commit
+        before = [*found[name]["before"], found[name]] if name in found else []
+        found[name] = {**line, "commit": commit, "before": before}
+    return found
 
 
 def table(header: str, rows: Iterable[Sequence[str]]) -> Iterator[str]:
@@ -74,8 +80,10 @@ def machine(lines: Lines) -> Iterator[str]:
     driver = f", driver {about['driver']}" if about["driver"] else ""
     yield f"### {about['device']}"
     yield ""
+    commits = [line["commit"] for line in (*about["before"], about)]
     yield (
-        f"{about['date']}, commit {about['commit']}, {about['cores']} CPU cores{driver}, Python {about['python']}, "
+        f"{about['date']}, commit {', then '.join(commits)}; {about['cores']} CPU cores{driver}, "
+        f"Python {about['python']}, "
         + ", ".join(f"{name} {versions[name]}" for name in ("jax", "flax", "torch", "transformers") if name in versions)
         + f". In {about['dtype']}, a large product runs at {about['product'] / 1e12:.3g} TFLOP/s; a copy moves "
         f"{about['copy'] / 1e9:.0f} GB/s."
@@ -94,11 +102,12 @@ def machine(lines: Lines) -> Iterator[str]:
         "pixels to embeddings, pictures/s|ours|of the floor|PyTorch|ratio|ours: compile",
         (tower_row(lines, tower) for tower in ("ViT-B-32", "RN50x4")),
     )
-    yield from table("another form of a step, batch 256|ms a step|times as fast", variant_rows(lines))
+    yield from table("another form of a step, batch 256|at commit|ms a step|times as fast", variant_rows(lines))
     yield from table("captions padded to, MLP mapper and GPT-2, batch 256|pairs/s|of the floor", length_rows(lines))
     yield from table(
         "difference from the original's own outputs|logits|loss|gradients|beams that are the same", parity_rows(lines)
     )
+    yield from history(lines, list(dict.fromkeys(commits)))
     yield ""
     yield from repeated(lines)
     yield ""
@@ -111,6 +120,12 @@ def number(value: float) -> str:
 
 def rate(line: Line) -> str:
     return number(line["rate"]) if "rate" in line else line.get("error", NOT_MEASURED)
+
+
+def rate_now(lines: Lines, ours: Line) -> str:
+    """With the commit, if it is an earlier one."""
+    earlier = ours and ours["commit"] != lines["device"]["commit"]
+    return rate(ours) + (f" at {ours['commit']}" if earlier else "")
 
 
 def share(line: Line) -> str:
@@ -133,7 +148,7 @@ def training_row(lines: Lines, kind: str, batch: int) -> list[str]:
     ours, original, compiled = (
         lines.get(f"training/{kind}/{batch}/{way}", {}) for way in ("ours", "original", "compiled")
     )
-    row = [VARIANTS[kind], str(batch), rate(ours), share(ours)]
+    row = [VARIANTS[kind], str(batch), rate_now(lines, ours), share(ours)]
     row += [rate(original), ratio(ours, original), rate(compiled), ratio(ours, compiled)]
     return [*row, compile_time(ours), memory(ours)]
 
@@ -141,7 +156,7 @@ def training_row(lines: Lines, kind: str, batch: int) -> list[str]:
 def captioning_row(lines: Lines, count: int) -> list[str]:
     ours, generate = (lines.get(f"captioning/{count}/{way}", {}) for way in ("ours", "generate"))
     original = lines.get("captioning/1/original", {})
-    row = [f"{count} at once", rate(ours), share(ours), rate(original), ratio(ours, original)]
+    row = [f"{count} at once", rate_now(lines, ours), share(ours), rate(original), ratio(ours, original)]
     return [*row, rate(generate), ratio(ours, generate), compile_time(ours), memory(ours)]
 
 
@@ -163,7 +178,7 @@ def variant_rows(lines: Lines) -> Iterator[list[str]]:
         _, kind, form = name.split("/", 2)
         base = lines.get(f"variants/{kind}/as it is", {})
         time = f"{1e3 * line['seconds']:.2f}" if "seconds" in line else line["error"]
-        yield [f"{VARIANTS[kind]}: {form}", time, ratio(line, base)]
+        yield [f"{VARIANTS[kind]}: {form}", line["commit"], time, ratio(line, base)]
 
 
 def parity_rows(lines: Lines) -> Iterator[list[str]]:
@@ -172,6 +187,18 @@ def parity_rows(lines: Lines) -> Iterator[list[str]]:
             line = lines.get(f"parity/{kind}/{dtype}", {})
             found = [f"{line[name]:.1e}" if name in line else NOT_MEASURED for name in ("logits", "loss", "gradients")]
             yield [f"{VARIANTS[kind]}, {dtype}", *found, line.get("beams", NOT_MEASURED)]
+
+
+def history(lines: Lines, commits: Sequence[str]) -> Iterator[str]:
+    """What was measured at several commits."""
+    rows = []
+    for name, line in lines.items():
+        rates = {of["commit"]: of["rate"] for of in (*line["before"], line) if "rate" in of}
+        if len(rates) > 1:
+            first, *_, last = rates.values()
+            shown = (number(rates[commit]) if commit in rates else "" for commit in commits)
+            rows.append([name.removesuffix("/ours"), *shown, f"{last / first:.2f}"])
+    yield from table("|".join(["ours, a second, at commit", *commits, "times as fast"]), rows)
 
 
 def repeated(lines: Lines) -> Iterator[str]:

@@ -48,6 +48,15 @@ def test_a_row(tmp_path: Path) -> None:
     assert filled.endswith("\nafter\n")
 
 
+def test_history(tmp_path: Path) -> None:
+    """What an earlier commit reached is told beside the last, and what only it reached by its name."""
+    later = {**LINES[0], "commit": "abc1234"}, {"case": "training/mlp/40/ours", "rate": 2 * 4524.256}
+    (tmp_path / "card.jsonl").write_text("".join(json.dumps(line) + "\n" for line in (*LINES, *later)))
+    page = performance.filled(f"<!-- tables: devices -->\nold\n<!-- end -->\n{OTHERS}", tmp_path)
+    assert f"| ours, a second, at commit | {LINES[0]['commit']} | abc1234 | times as fast |" in page
+    assert "| training/mlp/40 | 4,524 | 9,049 | 2.00 |" in page
+
+
 def test_what_failed_makes_no_table(tmp_path: Path) -> None:
     page = f"<!-- tables: devices -->\nold\n<!-- end -->\n{OTHERS}"
     for case in ("start", "device"):
