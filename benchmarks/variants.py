@@ -31,7 +31,7 @@ def library_attention(implementation: Literal["xla", "cudnn"]) -> Callable[..., 
 
 def the_other_loop() -> AbstractContextManager[object]:
     """Layers unrolled, where they are a loop, and the other way round."""
-    scan = jax.lax.scan
+    scan: Any = jax.lax.scan
 
     def other(*arguments: Any, unroll: bool = False, **options: Any) -> Any:
         return scan(*arguments, unroll=not unroll, **options)

@@ -4,7 +4,7 @@ from pathlib import Path
 import performance
 import pytest
 
-LINES = [
+LINES: list[performance.Line] = [
     {
         "case": "device",
         "device": "A card",
