@@ -345,7 +345,7 @@ class Checkpoints:
             if disk.free < size and disk.total:  # some file systems do not tell, and say 0
                 raise self._not_saved(step, f"it takes {size:,} bytes, and {disk.free:,} are free")
             if cluster.is_main():  # which makes the folders; Orbax would wait ten minutes for what cannot be made
-                trial = self.folder / f"{step}.orbax-checkpoint-tmp-trial"
+                trial = self.folder / "trial"
                 try:
                     trial.mkdir(exist_ok=True)
                     trial.rmdir()
