@@ -30,7 +30,7 @@ def library_attention(implementation: Literal["xla", "cudnn"]) -> Callable[..., 
 
 
 def the_other_loop() -> AbstractContextManager[object]:
-    """Layers unrolled, where they are a loop, and the other way round."""
+    """Layers in the form that they do not have on this device."""
     scan: Any = jax.lax.scan
 
     def other(*arguments: Any, unroll: bool = False, **options: Any) -> Any:
@@ -53,7 +53,7 @@ ATTENTION = "clipcap_jax.models.transformer.attention"
 VARIANTS: dict[str, dict[str, Change]] = {
     "mlp": {
         "as it is": contextlib.nullcontext,
-        "layers unrolled, or in a loop, which they are not": the_other_loop,
+        "layers unrolled on CPUs, in a loop on GPUs": the_other_loop,
         "dropout's bits from threefry": replaced("clipcap_jax.training.step.dropout_key", lambda key: key),
         "dropout of 16 bits": replaced("flax.linen.Dropout.__call__", dropout_of_16_bits),
         "no dropout": replaced("flax.linen.Dropout.__call__", lambda self, inputs, deterministic=None: inputs),
@@ -61,7 +61,7 @@ VARIANTS: dict[str, dict[str, Change]] = {
     },
     "transformer": {
         "as it is": contextlib.nullcontext,
-        "layers unrolled, or in a loop, which they are not": the_other_loop,
+        "layers unrolled on CPUs, in a loop on GPUs": the_other_loop,
         "attention by XLA's function": replaced(ATTENTION, library_attention("xla")),
         "attention by cuDNN": replaced(ATTENTION, library_attention("cudnn")),
     },

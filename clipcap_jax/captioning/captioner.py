@@ -14,6 +14,7 @@ from rich.console import Console
 from clipcap_jax import cluster, parallel, pictures
 from clipcap_jax.captioning.decode import Hypotheses, beam_search
 from clipcap_jax.checkpoints import store
+from clipcap_jax.checkpoints.metadata import Metadata
 from clipcap_jax.config import DecodeConfig
 from clipcap_jax.errors import UserError
 from clipcap_jax.inputs.batches import CaptionData, fill, input_batches
@@ -103,7 +104,7 @@ class Captioner:
 
     def __init__(
         self,
-        metadata: store.Metadata,
+        metadata: Metadata,
         params: Any,
         step: int,
         decode: DecodeConfig | None = None,

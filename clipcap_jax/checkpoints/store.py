@@ -18,10 +18,8 @@ etils.epath; and a checkpoint is whole when Orbax has put the file `commit_succe
 """
 
 import contextlib
-import copy
 import dataclasses
 import logging
-import os
 import re
 import shutil
 import uuid
@@ -36,11 +34,10 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from clipcap_jax import cluster, files
-from clipcap_jax import config as config_lib
+from clipcap_jax.checkpoints.metadata import Metadata
+from clipcap_jax.checkpoints.orbax_errors import orbax_errors
 from clipcap_jax.errors import UserError
-from clipcap_jax.text.tokenizer import Tokenizer
 
-FORMAT_VERSION = 5
 BEST_METRIC = "CIDEr"
 FOLDER = "checkpoints"
 FROZEN = "frozen"
@@ -53,72 +50,11 @@ fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
 logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # what goes wrong it also raises
 
 
-# Settings that a format brought, and what was the only way before.
-_SINCE: dict[int, dict[str, Any]] = {
-    2: {
-        "model.mapper.dropout": 0.0,
-        "train.pretrained": {"clip": "", "gpt2": ""},
-        "train.targets": "all",
-        "evaluate.decode.stop": "",
-    },
-    3: {"optimizer.average_decay": 0.0},
-    4: {"model.gpt2.word_dropout": 0.0},
-    5: {
-        "train.accumulation": 1,
-        "train.remat": False,
-        "train.gradient_dtype": "float32",
-        "parallel": {"layout": "data"},
-    },
-}
-
-
 class _AverageOf4(NamedTuple):
     """What the optimiser's state of format 4 ends in, where averages are kept: `average` are the parameters."""
 
     steps: Any
     average: Any
-
-
-@dataclasses.dataclass(frozen=True)
-class Metadata:
-    """What a checkpoint says about its model.
-
-    Attributes:
-      config: the run's.
-      tokenizer: the one it was trained with.
-      encoder: the name of what made the embeddings it reads, "" when it reads pictures or that is not known.
-      embedding_width: E.
-    """
-
-    config: config_lib.Config
-    tokenizer: Tokenizer
-    encoder: str
-    embedding_width: int
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "format_version": FORMAT_VERSION,
-            "config": dataclasses.asdict(self.config),
-            "tokenizer": self.tokenizer.to_dict(),
-            "encoder": self.encoder,
-            "embedding_width": self.embedding_width,
-        }
-
-    @classmethod
-    def from_dict(cls, stored: dict[str, Any]) -> "Metadata":
-        stored = _upgraded(stored)
-        version = stored.get("format_version", "of another program")
-        if version != FORMAT_VERSION:
-            raise UserError(
-                f"the checkpoint has format {version}, and this clipcap_jax reads format {FORMAT_VERSION}: "
-                "install the version of clipcap_jax that wrote it"
-            )
-        return cls(
-            config=config_lib.from_dict(stored["config"]),
-            tokenizer=Tokenizer.from_dict(stored["tokenizer"]),
-            encoder=stored["encoder"],
-            embedding_width=stored["embedding_width"],
-        )
 
 
 class Damaged(UserError):
@@ -146,21 +82,6 @@ class Restored:
     position: dict[str, Any]
 
 
-def _upgraded(stored: dict[str, Any]) -> dict[str, Any]:
-    """Metadata of an older format, with what was the only way then for each setting that has come since."""
-    stored = copy.deepcopy(stored)
-    for version, settings in _SINCE.items():
-        if stored.get("format_version") == version - 1:
-            for name, value in settings.items():
-                *path, last = name.split(".")
-                part = stored["config"]
-                for key in path:
-                    part = part[key]
-                part[last] = value
-            stored["format_version"] = version
-    return stored
-
-
 def _best_metric(metrics: dict[str, float]) -> float:
     return metrics[BEST_METRIC]
 
@@ -174,30 +95,6 @@ def _despite_deletions(look: Callable[[], T]) -> T:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             return look()
     return look()
-
-
-class _OrbaxErrors(logging.Filter):
-    """Hears what Orbax logs of its threads' errors, and keeps it from the terminal.
-
-    Orbax raises them in `wait`; but of several processes, the one that failed then waits ten minutes for the others,
-    and these for it.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.listeners: set[Callable[[BaseException], None]] = set()
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        if f"{os.sep}orbax{os.sep}" not in record.pathname:
-            return True
-        if record.exc_info and record.exc_info[1]:
-            for listener in tuple(self.listeners):
-                listener(record.exc_info[1])
-        return False
-
-
-_orbax_errors = _OrbaxErrors()
-logging.getLogger("absl").addFilter(_orbax_errors)
 
 
 def run_folder(name: str | Path) -> Path:
@@ -249,8 +146,6 @@ class Checkpoints:
             preservation_policy=AnyPreservationPolicy([LatestN(keep), best]) if writing else None,
         )
         self._writing = 0  # the step that is being saved
-        if writing:
-            _orbax_errors.listeners.add(self._failed)
         try:
             with files.reached(run):
                 self._manager = _despite_deletions(
@@ -258,15 +153,16 @@ class Checkpoints:
                 )
         except (OSError, ValueError) as error:
             raise UserError(f"{self.folder} cannot be {'used' if writing else 'read'}: {error}") from error
+        if writing:
+            orbax_errors.listeners.add(self._failed)
 
     def _item_handlers(self) -> dict[str, Any]:
         return {
-            name: handler()
-            for handler, names in (
-                (ocp.StandardCheckpointHandler, ("params", "unaveraged", "optimizer")),
-                (ocp.JsonCheckpointHandler, ("position", "metadata")),
-            )
-            for name in names
+            "params": ocp.StandardCheckpointHandler(),
+            "unaveraged": ocp.StandardCheckpointHandler(),
+            "optimizer": ocp.StandardCheckpointHandler(),
+            "position": ocp.JsonCheckpointHandler(),
+            "metadata": ocp.JsonCheckpointHandler(),
         }
 
     def _failed(self, error: BaseException) -> None:
@@ -542,7 +438,7 @@ class Checkpoints:
         try:
             self.wait()
         finally:
-            _orbax_errors.listeners.discard(self._failed)
+            orbax_errors.listeners.discard(self._failed)
             self._manager.close()
 
 

@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from clipcap_jax.checkpoints.store import Metadata
+from clipcap_jax.checkpoints.metadata import Metadata
 from clipcap_jax.config import (
     CheckpointConfig,
     Config,

@@ -35,20 +35,20 @@ def _preset(width: int, layers: int, heads: int) -> Gpt2Config:
     )
 
 
-class Reader(NamedTuple):
-    """The parameters that are read for every token decoded, made ready for that once: in the dtype of the computation,
-    layer by layer."""
-
-    token_embeddings: jax.Array  # V D, and rows of zeros
-    layers: Layers
-
-
 PRESETS = {
     "gpt2": _preset(768, 12, 12),
     "gpt2-medium": _preset(1024, 24, 16),
     "gpt2-large": _preset(1280, 36, 20),
     "gpt2-xl": _preset(1600, 48, 25),
 }
+
+
+class Reader(NamedTuple):
+    """The parameters that are read for every token decoded, made ready for that once: in the dtype of the computation,
+    layer by layer."""
+
+    token_embeddings: jax.Array  # V D, and rows of zeros
+    layers: Layers
 
 
 class Gpt2(nn.Module):

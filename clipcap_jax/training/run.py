@@ -11,7 +11,8 @@ from rich.console import Console
 
 from clipcap_jax import cluster, parallel
 from clipcap_jax.checkpoints import store
-from clipcap_jax.checkpoints.store import Checkpoints, Metadata, Restored
+from clipcap_jax.checkpoints.metadata import Metadata
+from clipcap_jax.checkpoints.store import Checkpoints, Restored
 from clipcap_jax.config import Config
 from clipcap_jax.datasets.schema import open_split
 from clipcap_jax.errors import UserError

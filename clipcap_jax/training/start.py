@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 
 from clipcap_jax import hub
-from clipcap_jax.checkpoints.store import Metadata
+from clipcap_jax.checkpoints.metadata import Metadata
 from clipcap_jax.config import Config
 from clipcap_jax.convert import clip, gpt2
 from clipcap_jax.errors import UserError

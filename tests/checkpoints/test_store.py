@@ -20,7 +20,8 @@ from tiny import assert_same, in_process, make_config, named, train
 
 from clipcap_jax.captioning.captioner import Captioner
 from clipcap_jax.checkpoints import store
-from clipcap_jax.checkpoints.store import Checkpoints, Metadata, differences
+from clipcap_jax.checkpoints.metadata import Metadata
+from clipcap_jax.checkpoints.store import Checkpoints, differences
 from clipcap_jax.config import Config
 from clipcap_jax.errors import UserError
 from clipcap_jax.text.tokenizer import Tokenizer

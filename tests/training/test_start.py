@@ -9,7 +9,7 @@ from rich.console import Console
 from safetensors.numpy import save_file
 from tiny import make_config
 
-from clipcap_jax.checkpoints.store import Metadata
+from clipcap_jax.checkpoints.metadata import Metadata
 from clipcap_jax.config import Config
 from clipcap_jax.errors import UserError
 from clipcap_jax.text.tokenizer import Tokenizer
