@@ -5,7 +5,6 @@ once and never moved: token t of beam w lies in slot `P + t * W + w` for good, a
 is permuted instead and becomes the attention mask.
 """
 
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -40,6 +39,9 @@ class _Search(NamedTuple):
     cache: Cache
 
 
+_GROUP = 128  # tokens
+
+
 def _take(array: jax.Array, beams: jax.Array) -> jax.Array:
     """Reorder axis 1 of `array`, `B W ...`, by `beams`, `B W`."""
     return jax.vmap(lambda row, index: row[index])(array, beams)
@@ -51,14 +53,13 @@ def _likeliest(logits: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
     They are among the groups of the vocabulary with the highest maxima, which are found in one pass and are short:
     `top_k` of the whole vocabulary takes longer than the product that made the logits.
     """
-    size = math.isqrt(logits.shape[-1])
-    padding = ((0, 0), (0, -logits.shape[-1] % size))
-    groups = jnp.pad(logits, padding, constant_values=-jnp.inf).reshape(len(logits), -1, size)  # R G V/G
+    padding = ((0, 0), (0, -logits.shape[-1] % _GROUP))
+    groups = jnp.pad(logits, padding, constant_values=-jnp.inf).reshape(len(logits), -1, _GROUP)  # R G V/G
     maxima = groups.max(axis=-1)
     _, best = jax.lax.top_k(maxima, min(count, groups.shape[1]))
     best = jnp.sort(best)  # of equals in two groups, the first
     found, index = jax.lax.top_k(_take(groups, best).reshape(len(logits), -1), count)  # R W
-    tokens = jnp.take_along_axis(best, index // size, axis=1) * size + index % size
+    tokens = jnp.take_along_axis(best, index // _GROUP, axis=1) * _GROUP + index % _GROUP
     highest = maxima.max(axis=-1, keepdims=True)
     return found - highest - jnp.log(jnp.exp(logits - highest).sum(axis=-1, keepdims=True)), tokens
 

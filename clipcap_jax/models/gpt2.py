@@ -137,11 +137,14 @@ class Gpt2(nn.Module):
           cache: from `prefill` or the last `extend`.
 
         Returns:
-          float32 logits `B W V` and the cache.
+          float32 logits `B W V`, those of the table's rows of zeros `-inf`, and the cache.
         """
         x = reader.token_embeddings[tokens] + self.position_embeddings[position][None, None].astype(self.dtype)
         x, cache = self.transformer.extend(reader.layers, x, mask[:, None], cache, slot)
-        return _scores(self.final_norm(x), reader.token_embeddings)[..., : self.config.vocab_size], cache
+        logits = _scores(self.final_norm(x), reader.token_embeddings)
+        # Not cut off, which would copy them.
+        known = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1) < self.config.vocab_size
+        return jnp.where(known, logits, -jnp.inf), cache
 
 
 def _causal(length: int) -> jax.Array:
