@@ -5,27 +5,68 @@ bit for bit on RGB and greyscale pictures. Subtracting the mean and dividing by 
 model: uint8 is a quarter of the bytes to send to the device.
 
 `decode` follows CLIP's `convert("RGB")`, with three exceptions where that gives a wrong picture:
-  - 16-bit greyscale is scaled to 8 bits (`convert` cuts it off at 255, which is white nearly everywhere);
+  - greyscale of more than 8 bits, and of floating-point numbers, is scaled to 8 (`convert` cuts it off at 255, which is
+    white nearly everywhere): see `_to_8_bits`;
   - the rotation that a camera noted in EXIF is applied;
   - conversion comes before resizing, not after: the average of two palette indices is no colour.
 As there, transparency is dropped: what a transparent pixel shows is the colour stored beneath it.
 """
 
+import contextlib
 import hashlib
 import io
+import os
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from clipcap_jax.errors import UserError
 
+# What is opened, whatever its name says. Pillow knows more, among them PostScript, for which it starts a program.
+FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
+
 # A resized picture's long side grows with this ratio: 1 x 65,535 pixels would become 10 GB.
 MAX_ASPECT_RATIO = 100
+
+MAX_PIXELS = "CLIPCAP_MAX_PIXELS"
+if MAX_PIXELS in os.environ:
+    Image.MAX_IMAGE_PIXELS = int(os.environ[MAX_PIXELS])
+
+_PNG = b"\x89PNG\r\n\x1a\n"
+_JPEG = b"\xff\xd8"
+_START_OF_SCAN = 0xDA
+# Segments "application" and "comment", but for JFIF's and Adobe's, which say how the colours are stored.
+_JPEG_METADATA = {*range(0xE1, 0xF0), 0xFE} - {0xEE}
+_TURNS = {  # by the orientation that EXIF notes
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_OTHERS = (  # in lower case, where they stand, and what they mean
+    (b"ftypheic", 4, "it is HEIC, as phones save photos: convert it to JPEG"),
+    (b"ftypheix", 4, "it is HEIC, as phones save photos: convert it to JPEG"),
+    (b"ftypmif1", 4, "it is HEIF, as phones save photos: convert it to JPEG"),
+    (b"\xff\x0a", 0, "it is JPEG XL: convert it to JPEG or PNG"),
+    (b"\0\0\0\x0cjxl ", 0, "it is JPEG XL: convert it to JPEG or PNG"),
+    (b"%!ps", 0, "it is PostScript"),
+    (b"\xc5\xd0\xd3\xc6", 0, "it is PostScript"),
+    (b"%pdf", 0, "it is a PDF document"),
+    (b"8bps", 0, "it is a Photoshop document: save it as PNG"),
+    (b"<svg", 0, "it is an SVG drawing: save it as PNG"),
+    (b"<?xml", 0, "it is XML, an SVG drawing perhaps: save it as PNG"),
+    (b"<!doctype html", 0, "it is a web page"),
+    (b"<html", 0, "it is a web page"),
+    (b"\0\0\0\0", 0, "it begins with zeros: a download or copy that was not finished, perhaps"),
+)
 
 _Item = TypeVar("_Item")
 _Loaded = TypeVar("_Loaded")
@@ -54,47 +95,112 @@ def read_same(path: str, known: str) -> bytes:
 
 
 def decode(data: bytes) -> Image.Image:
-    """Decodes the bytes of an image file, in any format that Pillow reads.
+    """Decodes the bytes of an image file, in any of `FORMATS`. Of what it says besides pixels only the orientation is
+    read; what cannot be read of that is as if it were not there.
 
     Args:
-      data: JPEG, PNG, WebP, GIF (its first frame), TIFF, ...
+      data: GIFs and other animations give their first frame.
 
     Returns:
       The whole picture in mode "RGB", upright.
 
     Raises:
-      UserError: it is not an image, is truncated or broken, has more than `2 * PIL.Image.MAX_IMAGE_PIXELS` pixels,
-        has no defined range of brightness, or is more than `MAX_ASPECT_RATIO` times as long as wide.
+      UserError: it is not such an image, is truncated or broken, has more than `PIL.Image.MAX_IMAGE_PIXELS` pixels or
+        no defined range of brightness, or is more than `MAX_ASPECT_RATIO` times as long as wide.
     """
     if not data:
         raise UserError("The image is empty: 0 bytes.")
     try:
-        image: Image.Image = Image.open(io.BytesIO(data))
-        image.load()
-        image = ImageOps.exif_transpose(image)
-    except Image.DecompressionBombError as error:
-        raise UserError(f"The image is too large. {error} Raise PIL.Image.MAX_IMAGE_PIXELS to read it.") from None
-    except UnidentifiedImageError:
-        raise UserError(f"Not an image that Pillow can read: it starts with {data[:12]!r}.") from None
-    except MemoryError:
+        image = _load(data)
+    except (UserError, MemoryError):
         raise
     except Exception as error:  # on broken data Pillow raises OSError, SyntaxError, ValueError, struct.error, ...
-        raise UserError(f"The image is truncated or broken: {error}.") from error
-    if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
-        raise UserError(f"The image is too thin: {image.width} x {image.height} pixels.")
-    if image.mode == "F":
-        raise UserError("The image has floating-point pixels, whose range is not defined. Save it with 8 or 16 bits.")
-    if image.mode.startswith("I"):
+        try:
+            image = _load(_without_metadata(data))
+        except Exception:
+            if isinstance(error, UnidentifiedImageError):
+                raise UserError(f"Not an image that can be read here: {_kind(data)}.") from None
+            raise UserError(f"The image is truncated or broken: {error}.") from error
+    if image.mode == "F" or image.mode.startswith("I"):
         image = _to_8_bits(image)
     image.info.pop("transparency", None)  # it would be dropped anyway, with a warning
     return image.convert("RGB")
 
 
+def _load(data: bytes) -> Image.Image:
+    limit = Image.MAX_IMAGE_PIXELS
+    try:
+        image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
+        too_large = limit is not None and image.width * image.height > limit
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        too_large = True
+    if too_large:
+        raise UserError(
+            f"The image is too large: it has more than {limit:,} pixels. A higher limit can be set by the environment "
+            f"variable {MAX_PIXELS}."
+        )
+    if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
+        raise UserError(f"The image is too thin: {image.width} x {image.height} pixels.")
+    image.load()
+    with contextlib.suppress(Exception):  # whatever is wrong with its metadata
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+        if orientation in _TURNS:
+            image = image.transpose(_TURNS[orientation])
+    return image
+
+
+def _without_metadata(data: bytes) -> bytes:
+    """A PNG or JPEG without what decoding does not need; another file as it is."""
+    if data.startswith(_PNG):
+        return _PNG + b"".join(part for name, part in _png_chunks(data) if name[:1].isupper() or name == b"tRNS")
+    if data.startswith(_JPEG):
+        return _JPEG + b"".join(part for marker, part in _jpeg_segments(data) if marker not in _JPEG_METADATA)
+    return data
+
+
+def _png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """Names, which begin with a capital where decoding needs the chunk, and the chunks."""
+    position = len(_PNG)
+    while position < len(data):
+        end = position + 12 + int.from_bytes(data[position : position + 4], "big")
+        yield data[position + 4 : position + 8], data[position:end]
+        position = end
+
+
+def _jpeg_segments(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """Markers and segments up to the pixels, which are the last with all that follows."""
+    position = len(_JPEG)
+    while data[position : position + 1] == b"\xff" and data[position + 1] != _START_OF_SCAN:
+        end = position + 2 + int.from_bytes(data[position + 2 : position + 4], "big")
+        yield data[position + 1], data[position:end]
+        position = end
+    yield _START_OF_SCAN, data[position:]
+
+
+def _kind(data: bytes) -> str:
+    """What bytes that are no picture are, by how they begin."""
+    for start, offset, kind in _OTHERS:
+        if data[offset : offset + len(start)].lower() == start:
+            return kind
+    return f"it starts with {data[:12]!r}"
+
+
 def _to_8_bits(image: Image.Image) -> Image.Image:
+    """Greyscale, by what its numbers are: the range of whole ones is the least of 8, 12 and 16 bits that holds them,
+    whatever they are stored in; that of others is 0 to 1, or 0 to 255 if one is above 1."""
     pixels = np.asarray(image)
-    if pixels.min() < 0 or pixels.max() > 0xFFFF:
-        raise UserError("The image has more than 16 bits per pixel. Save it with 8 or 16 bits.")
-    return Image.fromarray((pixels >> 8).astype(np.uint8))
+    low, high = pixels.min(), pixels.max()
+    if image.mode == "F":
+        if not (low >= 0 and high <= 0xFF):  # or not a number
+            raise UserError(
+                f"The image has floating-point pixels from {low:g} to {high:g}, whose brightness is not defined. "
+                "Save it with 8 or 16 bits, or with numbers from 0 to 1."
+            )
+        return Image.fromarray((pixels * (255 if high <= 1 else 1)).round().astype(np.uint8))
+    bits = next((bits for bits in (8, 12, 16) if high < 1 << bits), None)
+    if bits is None or low < 0:
+        raise UserError("The image has negative pixels, or of more than 16 bits. Save it with 8 or 16 bits.")
+    return Image.fromarray((pixels >> (bits - 8)).astype(np.uint8))
 
 
 def preprocess(image: Image.Image, size: int) -> np.ndarray:

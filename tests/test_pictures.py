@@ -1,6 +1,9 @@
 import contextlib
 import io
+import os
 import struct
+import subprocess
+import sys
 import threading
 import time
 import zlib
@@ -10,7 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 from clipcap_jax import pictures
 from clipcap_jax.errors import UserError
@@ -54,6 +57,21 @@ def test_16_bit_greyscale_is_scaled(file_format: str) -> None:
     assert_decodes_to(encode(Image.fromarray(values), file_format), expected[..., None])
 
 
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (np.array([[0, 7, 255]], np.int32), [0, 7, 255]),  # 8 bits in 32, and in 16
+        (np.array([[0, 7, 255]], np.uint16), [0, 7, 255]),
+        (np.array([[0, 256, 0xFFF]], np.uint16), [0, 16, 255]),  # 12 bits in 16
+        (np.array([[0, 0x1000, 0xFFFF]], np.int32), [0, 16, 255]),
+        (np.array([[0.0, 0.5, 1.0]], np.float32), [0, 128, 255]),
+        (np.array([[0.0, 0.6, 255.0]], np.float32), [0, 1, 255]),
+    ],
+)
+def test_brightness_is_scaled_by_what_the_numbers_are(values: np.ndarray, expected: list[int]) -> None:
+    assert_decodes_to(encode(Image.fromarray(values), "TIFF"), np.array(expected)[None, :, None])
+
+
 def test_palette_with_transparency_shows_the_colours() -> None:
     image = Image.new("P", (3, 1))
     image.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90])
@@ -95,24 +113,93 @@ def test_exif_rotation_is_applied(orientation: int) -> None:
     assert_decodes_to(encode(stored, "PNG", exif=exif), ORIENTATIONS[orientation](np.asarray(stored)))
 
 
+JPEG, PNG, GIF = (encode(noise(40, 30), file_format) for file_format in ("JPEG", "PNG", "GIF"))
+BEGINNINGS = (b"Exif\0\0II*\0\x08\0\0\0", b"", b"MPF\0II*\0\x08\0\0\0", b"ICC_PROFILE\0\1\2", b"Photoshop 3.0\08BIM")
+
+
+def chunk(name: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(10**8))),  # more text than Pillow takes
+        chunk(b"iTXt", b"Comment\0\1\0\0\0no zlib"),
+        chunk(b"iCCP", b"profile\0\0no zlib"),
+        chunk(b"pHYs", b"short"),
+        chunk(b"gAMA", b""),
+        chunk(b"tIME", b"")[:-1] + b"!",  # its checksum
+        chunk(b"eXIf", b"no EXIF"),
+    ],
+)
+@pytest.mark.parametrize("place", [33, -12])  # behind the header, and before the end
+def test_what_stands_beside_the_pixels_of_a_png_does_not_matter(bad: bytes, place: int) -> None:
+    image = noise(6, 4)
+    whole = encode(image, "PNG")
+    assert_decodes_to(whole[:place] + bad + whole[place:], np.asarray(image))
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        struct.pack("<HHIf", 282, 11, 1, float("nan")),  # resolution
+        struct.pack("<HHI4s", 256, 2, 2, b"ab"),  # width
+        struct.pack("<HHII", 34665, 4, 1, 2**31),  # where there is more
+        struct.pack("<HHII", 282, 5, 1, 2**31),
+        struct.pack("<HHII", 306, 99, 2**32 - 1, 0),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Truncated File Read")
+def test_what_exif_says_beside_the_orientation_does_not_matter(entry: bytes) -> None:
+    stored = noise(16, 8)
+    orientation = struct.pack("<HHIHH", 274, 3, 1, 6, 0)
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + orientation + entry + bytes(4)
+    turned = pictures.decode(encode(stored, "JPEG", exif=exif, quality=95))
+    assert turned.size == (8, 16)
+    expected = pictures.decode(encode(stored, "JPEG", quality=95)).transpose(Image.Transpose.ROTATE_270)
+    np.testing.assert_array_equal(np.asarray(turned), np.asarray(expected))
+
+
+@given(st.binary(max_size=300), st.sampled_from([*range(0xE1, 0xEE), 0xEF, 0xFE]), st.sampled_from(BEGINNINGS))
+def test_what_stands_beside_the_pixels_of_a_jpeg_does_not_matter(content: bytes, marker: int, start: bytes) -> None:
+    content = start + content
+    segment = struct.pack(">BBH", 0xFF, marker, len(content) + 2) + content
+    image = pictures.decode(JPEG[:2] + segment + JPEG[2:])
+    assert sorted(image.size) == [30, 40]
+    if start != BEGINNINGS[0]:  # which may turn it
+        np.testing.assert_array_equal(np.asarray(image), np.asarray(pictures.decode(JPEG)))
+
+
+def test_no_program_is_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For PostScript, Pillow runs Ghostscript."""
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)  # it is looked for once
+    with pytest.raises(UserError, match="it is PostScript"):
+        pictures.decode(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n")
+    assert not (tmp_path / "started").exists()
+
+
 def test_first_frame_of_an_animation() -> None:
     frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
     assert_decodes_to(encode(frames[0], "GIF", save_all=True, append_images=frames[1:]), np.array([255, 0, 0]))
-
-
-JPEG, PNG, GIF = (encode(noise(40, 30), file_format) for file_format in ("JPEG", "PNG", "GIF"))
 
 
 @pytest.mark.parametrize(
     ("data", "message"),
     [
         (b"", "empty"),
-        (b"<html>Not found</html>", "Not an image that Pillow can read.*<html>"),
+        (b"<html>Not found</html>", "it is a web page"),
+        (b"no picture", "Not an image that can be read here: it starts with b'no picture'"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0", "it is HEIC"),
         (JPEG[: len(JPEG) // 2], "truncated"),
         (PNG[: len(PNG) // 2], "truncated"),
         (PNG[:50] + b"XXXX" + PNG[54:], "broken"),
         (encode(Image.new("L", (101, 1)), "PNG"), "too thin: 101 x 1"),
-        (encode(Image.new("F", (2, 2)), "TIFF"), "floating-point"),
+        (encode(Image.new("F", (2, 2), 300.0), "TIFF"), "floating-point pixels from 300 to 300"),
+        (encode(Image.new("F", (2, 2), float("nan")), "TIFF"), "floating-point pixels from nan"),
         (encode(Image.new("I", (2, 2), 70_000), "TIFF"), "more than 16 bits"),
     ],
 )
@@ -125,8 +212,20 @@ def test_decompression_bomb() -> None:
     png = encode(Image.new("RGB", (1, 1)), "PNG")
     header = b"IHDR" + struct.pack(">II", 60_000, 60_000) + png[24:29]
     bomb = png[:12] + header + struct.pack(">I", zlib.crc32(header)) + png[33:]
-    with pytest.raises(UserError, match=r"too large.*3600000000 pixels"):
+    with pytest.raises(UserError, match=r"too large: it has more than 89,478,485 pixels.*CLIPCAP_MAX_PIXELS"):
         pictures.decode(bomb)
+
+
+def test_the_limit_of_pixels_can_be_set() -> None:
+    program = "import sys; from clipcap_jax import pictures; print(pictures.decode(sys.stdin.buffer.read()).size)"
+    for limit, status in (("1199", 1), ("1200", 0)):
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            input=PNG,
+            capture_output=True,
+            env=os.environ | {"CLIPCAP_MAX_PIXELS": limit},
+        )
+        assert done.returncode == status, done.stderr
 
 
 @given(st.sampled_from([JPEG, PNG, GIF]), st.data())
