@@ -24,7 +24,7 @@ demo: export GLIBC_TUNABLES = glibc.malloc.hugetlb=1
 # wordings, and which of them is written weighs more there than a wrong colour.
 demo: $(VENV)/installed
 	$(BIN)/python train.py
-	$(BIN)/python evaluate.py --checkpoint=latest
+	$(BIN)/python evaluate.py --checkpoint=latest --overwrite
 
 test: $(VENV)/installed-$(EXTRAS)
 	$(BIN)/ruff check

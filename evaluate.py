@@ -34,7 +34,8 @@ _SPICE = flags.DEFINE_bool("spice", False, "SPICE as well, which needs Java, and
 _SPICE_JARS = flags.DEFINE_string("spice_jars", "", "the folder with Stanford CoreNLP 3.6.0, Nashorn and ASM")
 _CLIPSCORE = flags.DEFINE_string("clipscore", "", "CLIPScore as well, by this CLIP: a file, a folder or a hub name")
 _CLIP_TOKENIZER = flags.DEFINE_string("clip_tokenizer", "", "CLIP's: a file, folder or hub name [beside its weights]")
-_OUTPUT = flags.DEFINE_string("output", "", "folder for the results [<workdir>/evaluations/<split>-<step>]")
+_OUTPUT = flags.DEFINE_string("output", "", "folder for the results [one of its own in <workdir>/evaluations]")
+_OVERWRITE = flags.DEFINE_bool("overwrite", False, "replace the results of the same evaluation if they are there")
 cli.define_cluster_flags()
 
 # Seconds between looks at a run that is followed.
@@ -57,7 +58,12 @@ def _evaluate(console: Console, workdir: Path, which: str) -> None:
     captioner = captioner.with_decode(decode)
     data = evaluate.open_data(captioner, _DATA.value, _SPLIT.value, _DATA_DIR.value)
     batch_size = _BATCH_SIZE.value or captioner.metadata.config.evaluate.batch_size
-    folder = files.place(_OUTPUT.value or workdir / "evaluations" / f"{_SPLIT.value}-{captioner.step}")
+    folder = files.place(_OUTPUT.value or workdir / "evaluations" / evaluate.name_of(captioner, data))
+    if evaluate.is_done(data, folder) and not _OVERWRITE.value:
+        if not _FOLLOW.value:
+            raise UserError(f"{folder} holds results: name another folder by --output, or replace them by --overwrite")
+        console.print(f"{folder} holds results already", highlight=False, markup=False, soft_wrap=True)
+        return
     clip = _clip()
     spice = SpiceConfig(_SPICE_JARS.value) if _SPICE.value else None
     for name, reason in unavailable(meteor=False, spice=spice).items():  # METEOR is computed where it can be

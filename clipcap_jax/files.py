@@ -190,15 +190,34 @@ def digest(path: Any) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def check_new(*paths: Path, overwrite: bool) -> None:
+    """Before anything is computed: that files to be written replace none, unless asked to.
+
+    Raises:
+      UserError: one is there already, or is a folder.
+    """
+    for path in paths:
+        with reached(path):
+            if path.is_dir():
+                raise UserError(f"{path} is a folder: name another file")
+            if path.exists() and not overwrite:
+                raise UserError(f"{path} is there already: name another file, or replace it with --overwrite")
+
+
 @contextlib.contextmanager
 def whole(path: Path) -> Iterator[Path]:
     """A place beside `path` to write a file or a folder to, which is `path` in the end, or, if that fails, nothing.
+
+    What is written to a store such as gs:// is there as a whole or not at all: there the place is `path` itself.
 
     Raises:
       UserError: it cannot be written.
     """
     from safetensors import SafetensorError
 
+    if is_remote(path):
+        yield path
+        return
     partial = path.with_name(path.name + ".partial")
     try:
         yield partial

@@ -16,6 +16,7 @@ import contextlib
 import hashlib
 import io
 import os
+import stat
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -30,10 +31,34 @@ from clipcap_jax.errors import UserError
 # What is opened, whatever its name says. Pillow knows more, among them PostScript, for which it starts a program.
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
 
+# Names of pictures, among them such as only their message says what they are.
+SUFFIXES = {
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".avif", ".avifs", ".gif", ".bmp", ".dib"),
+    *(
+        ".tif",
+        ".tiff",
+        ".ppm",
+        ".pgm",
+        ".pbm",
+        ".pnm",
+        ".pfm",
+        ".jp2",
+        ".j2k",
+        ".jpx",
+        ".jpf",
+        ".heic",
+        ".heif",
+        ".jxl",
+    ),
+}
+START = 32  # bytes by which a picture can be told
+
 # A resized picture's long side grows with this ratio: 1 x 65,535 pixels would become 10 GB.
 MAX_ASPECT_RATIO = 100
 
-MAX_PIXELS = "CLIPCAP_MAX_PIXELS"
+# Environment variables: the largest picture, and the largest file of one.
+MAX_PIXELS, MAX_BYTES = "CLIPCAP_MAX_PIXELS", "CLIPCAP_MAX_BYTES"
+_MOST_BYTES = int(os.environ[MAX_BYTES]) if MAX_BYTES in os.environ else 2**30
 if MAX_PIXELS in os.environ:
     Image.MAX_IMAGE_PIXELS = int(os.environ[MAX_PIXELS])
 
@@ -77,6 +102,32 @@ def digest(encoded: bytes) -> str:
     return hashlib.sha256(encoded).hexdigest()[:32]
 
 
+def may_be_picture(start: bytes) -> bool:
+    """Whether a file that begins so may be a picture that `decode` reads, or one that is to be converted first."""
+    Image.init()
+    accepting = (accept for _, accept in (Image.OPEN[name] for name in FORMATS) if accept)
+    return any(accept(start) is True for accept in accepting) or "convert it" in _kind(start)
+
+
+def read(path: Path) -> bytes:
+    """The bytes of a picture's file.
+
+    Raises:
+      UserError: it is a folder, a pipe or a device, of which the one may wait for ever and the other not end; or too
+        large.
+      OSError: it cannot be read.
+    """
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise UserError(f"{path} is not a file, but a folder, a pipe or a device")
+    if found.st_size > _MOST_BYTES:
+        raise UserError(
+            f"{path} is too large: {found.st_size:,} bytes, more than {_MOST_BYTES:,}. A higher limit can be set by "
+            f"the environment variable {MAX_BYTES}"
+        )
+    return path.read_bytes()
+
+
 def read_same(path: str, known: str) -> bytes:
     """The bytes of a picture's file, where these are still what they were when a data set was prepared from it.
 
@@ -85,10 +136,10 @@ def read_same(path: str, known: str) -> bytes:
       known: its `digest`; "" where that is not known.
 
     Raises:
-      UserError: they are not.
+      UserError: they are not; or see `read`.
       OSError: the file cannot be read.
     """
-    encoded = Path(path).read_bytes()
+    encoded = read(Path(path))
     if known and digest(encoded) != known:
         raise UserError(f"{path} is another picture than it was when the data set was prepared")
     return encoded

@@ -287,9 +287,9 @@ def test_the_scripts_and_the_command(emulated_gs: str, data_dir: Path, source: S
     printed = finish(following)
     there = store.run_folder(run)
     steps = {int(name) for name in names(there / "checkpoints")}
-    assert names(there / "evaluations") == {f"val-{step}" for step in steps}
+    assert names(there / "evaluations") == {f"records-both-val-{step}-beam1" for step in steps}
     printed = finish(start("evaluate.py", f"--workdir={run}", "--checkpoint=latest", "--nometeor"))
-    results = there / "evaluations" / "test-15"
+    results = there / "evaluations" / "records-both-test-15-beam1"
     assert str(results) in printed
     assert names(results) == {"captions.json", "scores.json", "scores.md", "page.html"}
     assert len(json.loads((results / "captions.json").read_text())) == 6

@@ -37,11 +37,23 @@ def test_train_then_evaluate(data_dir: Path, tmp_path: Path) -> None:
     printed = finish(
         start("evaluate.py", f"--workdir={run}", "--checkpoint=latest", "--beam_size=3", "--split=test[:4]")
     )
-    results = run / "evaluations" / "test[:4]-15"
+    results = run / "evaluations" / "records-both-test[:4]-15-beam3"
     assert str(results) in printed
     assert len(json.loads((results / "captions.json").read_text())) == 4
     assert "beam_size=3" in json.loads((results / "scores.json").read_text())["details"]["decoding"]
     assert "Trained 15 steps" in finish(start("train.py", *flags))  # nothing left to do
+    again = (
+        "evaluate.py",
+        f"--workdir={run}",
+        "--checkpoint=latest",
+        "--beam_size=3",
+        "--split=test[:4]",
+        "--nometeor",
+    )
+    out, err = (refused := start(*again)).communicate(timeout=300)
+    assert refused.returncode == 2
+    assert f"{results} holds results" in out + err
+    finish(start(*again, "--overwrite"))
 
 
 def test_evaluation_follows_a_run_that_goes_on(data_dir: Path, tmp_path: Path) -> None:
@@ -60,7 +72,7 @@ def test_evaluation_follows_a_run_that_goes_on(data_dir: Path, tmp_path: Path) -
     saved = sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit())
     assert scored == saved
     assert scored[-1] == 200
-    assert (tmp_path / "evaluations" / "val-200" / "page.html").exists()
+    assert (tmp_path / "evaluations" / "records-both-val-200-beam1" / "page.html").exists()
 
 
 @pytest.mark.parametrize(
@@ -76,6 +88,7 @@ def test_evaluation_follows_a_run_that_goes_on(data_dir: Path, tmp_path: Path) -
         ("train.py", ["--config=tests/tiny.py", "--config.data.data_dir=/nowhere"], "not prepared in /nowhere"),
         ("train.py", ["--config=tests/tiny.py", "--config.train.batch_size=6"], "multiple of the 4 devices"),
         ("evaluate.py", ["--workdir=/nowhere"], "/nowhere holds no checkpoints"),
+        ("evaluate.py", ["runs/x"], "runs/x: only flags are taken, such as --workdir=runs/x"),
         ("evaluate.py", ["--workdir=s3://bucket/run"], "s3://bucket/run: runs and their checkpoints lie on a disk"),
     ],
 )

@@ -175,7 +175,7 @@ class Captioner:
 
         def load(path: Path) -> np.ndarray | UserError:
             try:
-                return pictures.preprocess(pictures.decode(path.read_bytes()), size)
+                return pictures.preprocess(pictures.decode(pictures.read(path)), size)
             except UserError as error:
                 return error
             except OSError as error:

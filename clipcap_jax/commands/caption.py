@@ -4,7 +4,6 @@ import argparse
 import collections
 import csv
 import dataclasses
-import glob
 import itertools
 import json
 from collections.abc import Iterator
@@ -16,13 +15,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from clipcap_jax.commands.cli import add_cluster_options, positive, start_processes
+from clipcap_jax.commands.cli import add_cluster_options, add_overwrite_option, positive, start_processes
 from clipcap_jax.commands.convert import ORIGINAL_OPTIONS, add_original_options, load_original
 from clipcap_jax.errors import UserError
-from clipcap_jax.files import on_disk, place
+from clipcap_jax.files import check_new, on_disk, place
+from clipcap_jax.inputs.folders import described, find_pictures
 from clipcap_jax.progress import track
-
-IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 
 
 def add(commands: Any) -> None:
@@ -39,31 +37,9 @@ def add(commands: Any) -> None:
     caption.add_argument("--batch-size", type=positive, default=64, help="pictures per step, over all devices [64]")
     caption.add_argument("--workers", type=positive, default=4, help="threads that decode pictures [4]")
 
+    add_overwrite_option(caption)
     add_cluster_options(caption)
     add_original_options(caption)
-
-
-def find_pictures(inputs: list[str]) -> list[Path]:
-    """The picture files that files, folders and globs name, each once, in order.
-
-    Raises:
-      UserError: one of them names nothing, or a folder without pictures.
-    """
-    found: dict[Path, None] = {}
-    for name in inputs:
-        path = Path(name)
-        if path.is_dir():
-            files = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
-            if not files:
-                raise UserError(f"{path} holds no pictures ({', '.join(sorted(IMAGE_SUFFIXES))})")
-        elif path.exists():
-            files = [path]
-        else:
-            files = sorted(Path(file) for file in glob.glob(name, recursive=True) if Path(file).is_file())
-            if not files:
-                raise UserError(f"there is no file, folder or glob {name!r}")
-        found |= dict.fromkeys(files)
-    return list(found)
 
 
 def _caption(arguments: argparse.Namespace) -> None:
@@ -73,10 +49,12 @@ def _caption(arguments: argparse.Namespace) -> None:
     console = start_processes(arguments, stderr=True)
     if arguments.output and arguments.output.suffix not in (".jsonl", ".csv"):
         raise UserError(f"--output {arguments.output}: the name has to end in .jsonl or .csv")
+    if arguments.output:
+        check_new(arguments.output, overwrite=arguments.overwrite)
     matrices = [name for name in arguments.inputs if name.endswith(".npy")]
     if matrices and len(arguments.inputs) > 1:
         raise UserError("give either pictures or one .npy matrix of embeddings, not both")
-    paths = [] if matrices else find_pictures(arguments.inputs)
+    paths, others = find_pictures([] if matrices else arguments.inputs)
     if Path(arguments.run_folder).is_file():
         captioner = Captioner(*load_original(Path(arguments.run_folder), arguments), step=0, local=True)
     else:
@@ -96,12 +74,14 @@ def _caption(arguments: argparse.Namespace) -> None:
     if not cluster.is_main():
         collections.deque(results, maxlen=0)  # nothing comes out here: process 0 has them
         return
-    skipped = _write(results, arguments.output) if arguments.output else _show(results)
+    skipped = _write(results, arguments.output, console) if arguments.output else _show(results)
     console.print(f"{total - len(skipped)} captions, {len(skipped)} pictures skipped", highlight=False)
     for name, error in skipped[:20]:
         console.print(f"  {name}: {error}", highlight=False, markup=False, soft_wrap=True)
     if len(skipped) > 20:
         console.print(f"  ... and {len(skipped) - 20} more")
+    if others:
+        console.print(f"Not looked at: {described(others)}", highlight=False, markup=False, soft_wrap=True)
     if len(skipped) == total:
         raise UserError("none of the pictures could be read")
 
@@ -146,13 +126,14 @@ def _load_matrix(name: str) -> np.ndarray:
 Skipped = list[tuple[str, UserError]]
 
 
-def _write(results: Iterator[tuple[str, Any]], path: Path) -> Skipped:
+def _write(results: Iterator[tuple[str, Any]], path: Path, console: Console) -> Skipped:
     skipped: Skipped = []
     columns = ("image", "caption", "score", "finished")
+    partial = path.with_name(path.name + ".partial")  # where what was captioned until an interrupt stays
     try:
         # POSIX file names need not be UTF-8: what is not is written as it is.
         with (
-            on_disk(path) as here,
+            on_disk(partial) as here,
             here.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
         ):
             table = csv.DictWriter(file, columns)
@@ -167,8 +148,12 @@ def _write(results: Iterator[tuple[str, Any]], path: Path) -> Skipped:
                     table.writerow(row)
                 else:
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        partial.replace(path)
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}") from error
+    except BaseException:
+        console.print(f"The captions so far are in {partial}", highlight=False, markup=False, soft_wrap=True)
+        raise
     return skipped
 
 

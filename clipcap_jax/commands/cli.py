@@ -39,6 +39,11 @@ def add_cluster_options(command: argparse.ArgumentParser) -> None:
         command.add_argument(*sorted(names), type=type(default), default=default, help=text)
 
 
+def add_overwrite_option(command: argparse.ArgumentParser) -> None:
+    """For a command of `clipcap` that writes files: see `files.check_new`."""
+    command.add_argument("--overwrite", action="store_true", help="replace the files that it writes if they are there")
+
+
 def start_processes(options: Any, **console: Any) -> Console:
     """Let the processes of a script or command find each other; returns the console, on which the first alone prints.
 
@@ -104,7 +109,10 @@ def run_flags_script(main: Callable[[list[str]], None]) -> None:
             if name.lstrip("-") == "config" and value and not Path(value.split(":")[0]).is_file():
                 raise UserError(f"there is no config file {value.split(':')[0]}")
         try:
-            return flags.FLAGS(arguments)
+            _, *others = parsed = flags.FLAGS(arguments)
+            if others:
+                raise UserError(f"{' '.join(others)}: only flags are taken, such as --workdir={others[0]}")
+            return parsed
         except flags.Error as error:
             raise UserError(str(error)) from error
         except ValueError as error:

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from clipcap_jax.commands.cli import positive
+from clipcap_jax.commands.cli import add_overwrite_option, positive
 from clipcap_jax.errors import UserError
 
 
@@ -29,12 +29,14 @@ def add(commands: Any) -> None:
         command.add_argument("run_folder", help="the folder of a run")
         command.add_argument("--checkpoint", default="best", help='"best", "latest" or a step [best]')
     outgoing.add_argument("file", type=Path, help="the .pt file to write")
+    add_overwrite_option(outgoing)
     language_model.add_argument("folder", type=Path, help="the folder to write")
     pickled = directions.add_parser("embeddings", help="the original's embedding file to what prepare records reads")
     pickled.set_defaults(run=_convert_embeddings)
     pickled.add_argument("file", type=Path, help="the original's .pkl file")
     pickled.add_argument("--embeddings", type=Path, required=True, help="the .npy file to write")
     pickled.add_argument("--captions", type=Path, required=True, help="the .jsonl file to write")
+    add_overwrite_option(pickled)
 
 
 def add_original_options(command: argparse.ArgumentParser) -> None:
@@ -110,8 +112,10 @@ def _load_run(arguments: argparse.Namespace) -> tuple[Any, Any]:
 
 
 def _convert_to_original(arguments: argparse.Namespace) -> None:
+    from clipcap_jax import files
     from clipcap_jax.convert.original import save_original
 
+    files.check_new(arguments.file, overwrite=arguments.overwrite)
     metadata, params = _load_run(arguments)
     save_original(metadata.config.model, params, arguments.file)
     Console().print(f"{arguments.run_folder} is now in {arguments.file}", highlight=False, soft_wrap=True)
@@ -120,14 +124,18 @@ def _convert_to_original(arguments: argparse.Namespace) -> None:
 def _convert_to_gpt2(arguments: argparse.Namespace) -> None:
     from clipcap_jax.convert.gpt2 import save_gpt2
 
+    if arguments.folder.exists():
+        raise UserError(f"{arguments.folder} is there already: name another folder")
     metadata, params = _load_run(arguments)
     save_gpt2(metadata.config.model.gpt2, params["gpt2"], metadata.tokenizer, arguments.folder)
     Console().print(f"GPT-2 and its tokenizer are now in {arguments.folder}", highlight=False, soft_wrap=True)
 
 
 def _convert_embeddings(arguments: argparse.Namespace) -> None:
+    from clipcap_jax import files
     from clipcap_jax.convert.embeddings import convert_pickle
 
+    files.check_new(arguments.embeddings, arguments.captions, overwrite=arguments.overwrite)
     pictures, captions = convert_pickle(arguments.file, arguments.embeddings, arguments.captions)
     Console().print(
         f"{pictures} pictures with {captions} captions. Next: clipcap prepare records --name NAME "

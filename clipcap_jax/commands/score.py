@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from clipcap_jax.commands.cli import positive
+from clipcap_jax.commands.cli import add_overwrite_option, positive
 from clipcap_jax.errors import UserError, first
 from clipcap_jax.evaluation import report
 from clipcap_jax.evaluation.report import Row
@@ -40,6 +40,7 @@ def add(commands: Any) -> None:
         metavar="FILE",
         help="write the scores to this .json or .md file, or a page with the captions to this .html file; repeatable",
     )
+    add_overwrite_option(score)
     score.add_argument("--images", type=Path, help="the folder with the pictures, for the page and for --clipscore")
     score.add_argument(
         "--only-captioned", action="store_true", help="leave out the references of images without a caption"
@@ -71,6 +72,7 @@ def add(commands: Any) -> None:
         )
     submit.add_argument("--name", default="clipcap", help="the method's, in the names of COCO's files [clipcap]")
     submit.add_argument("--output", type=Path, required=True, help="a .zip for coco, a .json for nocaps")
+    add_overwrite_option(submit)
 
 
 def _score(arguments: argparse.Namespace) -> None:
@@ -137,14 +139,17 @@ def _score(arguments: argparse.Namespace) -> None:
 
 
 def _check_options(arguments: argparse.Namespace) -> None:
+    from clipcap_jax.files import check_new
+
     read = {path.resolve() for path in (arguments.captions, arguments.references, arguments.compare) if path}
     for output in arguments.output:
         if output.suffix not in _SUFFIXES:
             raise UserError(f"--output {output}: the name has to end in {', '.join(_SUFFIXES)}")
         if output.resolve() in read:
             raise UserError(f"--output {output} is one of the files to read")
-        if output.is_dir() or not os.access(output.parent, os.W_OK):
+        if not os.access(output.parent, os.W_OK):
             raise UserError(f"--output {output} cannot be written")
+        check_new(output, overwrite=arguments.overwrite)
     for option, needed, kind in (
         (arguments.clipscore, arguments.images, "--clipscore compares captions with pictures: name them with --images"),
         (arguments.clip_tokenizer, arguments.clipscore, "--clip-tokenizer is --clipscore's: give that too"),
@@ -215,10 +220,12 @@ def _picture(folder: Path, file: CaptionsFile, image: str) -> Path:
 
 
 def _submit(arguments: argparse.Namespace) -> None:
+    from clipcap_jax.files import check_new
     from clipcap_jax.metrics import submission
 
     if not re.fullmatch(r"[\w.-]+", arguments.name):
         raise UserError(f"--name {arguments.name} cannot be part of a file's name")
+    check_new(arguments.output, overwrite=arguments.overwrite)
     given = {split: getattr(arguments, split) for split in ("val", "test") if getattr(arguments, split)}
     if arguments.server == "coco":
         if set(given) != {"val", "test"}:

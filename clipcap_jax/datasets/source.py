@@ -9,7 +9,6 @@ import errno
 import functools
 import hashlib
 import os
-import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -204,12 +203,10 @@ def read_file(folder: Path, name: str, where: str) -> bytes | Problem:
         return Problem(where, "image outside the folder", name)
     path = folder / name
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # to open a pipe may wait for ever, a device may never end
-            return Problem(where, "image unreadable", f"{path} is not a file, but a folder, a pipe or a device")
-        return path.read_bytes()
+        return pictures.read(path)
     except FileNotFoundError:
         return Problem(where, "image missing", str(path))
-    except (NotADirectoryError, PermissionError, ValueError) as error:
+    except (NotADirectoryError, PermissionError, ValueError, UserError) as error:
         return Problem(where, "image unreadable", str(error))
     except OSError as error:
         if error.errno not in (errno.ENAMETOOLONG, errno.ELOOP):

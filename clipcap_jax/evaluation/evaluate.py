@@ -175,6 +175,27 @@ def open_data(captioner: Captioner, name: str, split: str, data_dir: str) -> Cap
     return data
 
 
+def name_of(captioner: Captioner, data: CaptionData) -> str:
+    """A folder's name that no other evaluation of a run has: by data set, split, step and search."""
+    decode = captioner.decode
+    penalty = "" if decode.length_penalty == 1 else f"-penalty{decode.length_penalty:g}"
+    return f"{data.name.replace('/', '-')}-{captioner.step}-beam{decode.beam_size}{penalty}"
+
+
+def is_done(data: CaptionData, folder: Path) -> bool:
+    """Whether a folder holds results.
+
+    Raises:
+      UserError: it cannot be read.
+    """
+    last = "page.html" if any(data.captions) else "captions.json"
+    try:
+        with files.reached(folder):
+            return (folder / last).exists()
+    except OSError as error:
+        raise UserError(f"{folder} cannot be read: {error.strerror}") from error
+
+
 @contextlib.contextmanager
 def _written_to(folder: Path) -> Iterator[None]:
     try:
@@ -188,8 +209,8 @@ def _written_to(folder: Path) -> Iterator[None]:
 def write_captions(data: CaptionData, captions: list[Caption], folder: Path) -> None:
     """Write `captions.json` (COCO results format) to `folder`, on a disk or such as gs://, which is made."""
     texts = {image_id: caption.text for image_id, caption in zip(data.image_ids, captions, strict=True)}
-    with _written_to(folder):
-        coco_files.write_results(folder / "captions.json", texts)
+    with _written_to(folder), files.whole(folder / "captions.json") as path:
+        coco_files.write_results(path, texts)
 
 
 def write(evaluation: Evaluation, captioner: Captioner, folder: Path, console: Console) -> None:
@@ -213,9 +234,11 @@ def write(evaluation: Evaluation, captioner: Captioner, folder: Path, console: C
     console.print(captions_table(rows[:: -(-len(rows) // _PRINTED)]))
     print_scores(scorecard, console)
     with _written_to(folder):
-        (folder / "scores.json").write_text(scorecard.to_json(), encoding="utf-8")
-        (folder / "scores.md").write_text(scorecard.to_markdown(title), encoding="utf-8")
-        write_page(folder / "page.html", title=title, rows=rows, scorecard=scorecard)
+        for name, text in (("scores.json", scorecard.to_json()), ("scores.md", scorecard.to_markdown(title))):
+            with files.whole(folder / name) as path:
+                path.write_text(text, encoding="utf-8")
+        with files.whole(folder / "page.html") as path:
+            write_page(path, title=title, rows=rows, scorecard=scorecard)
     console.print(f"Captions, scores and a page with the pictures: {folder}", highlight=False, soft_wrap=True)
 
 

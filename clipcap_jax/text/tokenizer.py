@@ -117,7 +117,15 @@ class Tokenizer:
     def _from_pretrained(cls, source: str, revision: str = "main") -> "Tokenizer":
         from transformers import AutoTokenizer  # takes seconds to import, and most runs do not need it
 
-        pretrained = AutoTokenizer.from_pretrained(source, revision=revision, use_fast=True)
+        # No code of the folder's or the repository's is run, nor is anybody asked whether it should be.
+        try:
+            pretrained = AutoTokenizer.from_pretrained(
+                source, revision=revision, use_fast=True, trust_remote_code=False
+            )
+        except ValueError as error:
+            if "custom code" not in str(error):
+                raise
+            raise UserError(f"{source} has a tokenizer with code of its own, which is not run here") from None
         if not pretrained.is_fast:
             raise UserError(f"{source} has only a slow tokenizer; a fast one (tokenizer.json) is needed")
         # `tokenizer_config.json` names it; a folder may hold `tokenizer.json` alone.

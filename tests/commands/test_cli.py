@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,9 @@ import pytest
 from tiny import SPLITS, Clipcap, Source
 
 from clipcap_jax import datasets
-from clipcap_jax.captioning.captioner import Captioner
-from clipcap_jax.commands import cli
-from clipcap_jax.commands.caption import find_pictures
+from clipcap_jax.captioning.captioner import Caption, Captioner
+from clipcap_jax.commands import caption, cli
 from clipcap_jax.datasets import open_split
-from clipcap_jax.errors import UserError
 
 PICTURES = sum(SPLITS.values())
 
@@ -40,32 +39,6 @@ def expected_captions(run: Path, source: Source) -> list[str]:
     return [caption.text for _, caption in found]  # type: ignore[union-attr]
 
 
-def test_find_pictures(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    everything = find_pictures([str(photos)])
-    assert len(everything) == PICTURES + 1
-    assert everything == sorted(everything)
-    assert photos / "more [new]" / "00.PNG" in everything
-    assert find_pictures([str(photos / "0[1-3].png")]) == [photos / f"0{i}.png" for i in (1, 2, 3)]
-    assert find_pictures([str(photos / "**" / "*.PNG")]) == [photos / "more [new]" / "00.PNG"]
-    # Brackets in a name that exists are not taken for a glob, and what is named is taken whatever its suffix.
-    assert find_pictures([str(photos / "more [new]")]) == [photos / "more [new]" / "00.PNG"]
-    assert find_pictures([str(photos / "notes.txt")]) == [photos / "notes.txt"]
-    twice = find_pictures([str(photos / "02.png"), str(photos / "*2.png"), str(photos)])
-    assert twice[0] == photos / "02.png"
-    assert sorted(twice) == everything
-    monkeypatch.chdir(photos)
-    assert find_pictures(["03.png"]) == [Path("03.png")]
-
-
-def test_inputs_that_name_nothing(tmp_path: Path) -> None:
-    (tmp_path / "notes.txt").write_text("not a picture")
-    with pytest.raises(UserError, match=r"holds no pictures \(\.bmp, "):
-        find_pictures([str(tmp_path)])
-    for name in ("gone.jpg", "*.jpg"):
-        with pytest.raises(UserError, match="there is no file, folder or glob"):
-            find_pictures([str(tmp_path / name)])
-
-
 def test_captions_on_the_screen(
     clipcap: Clipcap, pixels_run: Path, photos: Path, source: Source, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -73,8 +46,8 @@ def test_captions_on_the_screen(
     assert clipcap("caption", pixels_run, photos, "--batch-size", "3") == 0
     printed = capsys.readouterr()
     assert "01 ?.png" in printed.out
-    for caption in expected_captions(pixels_run, source):
-        assert caption in printed.out
+    for text in expected_captions(pixels_run, source):
+        assert text in printed.out
     assert printed.out.count(".png") == PICTURES - 1
     assert "00.PNG" in printed.out
     assert f"{PICTURES} captions, 1 pictures skipped" in printed.err
@@ -97,6 +70,36 @@ def test_captions_in_a_file(
     assert captions == dict(zip(names, expected_captions(pixels_run, source), strict=True))
     assert {str(row["finished"]) for row in rows} <= {"True", "False"}
     assert all(float(row["score"]) < 0 for row in rows)
+
+
+def test_captions_are_not_lost(
+    clipcap: Clipcap,
+    pixels_run: Path,
+    source: Source,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Neither those of before, nor those that were made before an interrupt."""
+    output, partial = tmp_path / "captions.jsonl", tmp_path / "captions.jsonl.partial"
+    output.write_text("earlier")
+
+    def interrupted(*_: Any) -> Iterator[tuple[str, Caption]]:
+        yield "01.png", Caption("A picture.", True, -1.0)
+        raise KeyboardInterrupt
+
+    command = ("caption", pixels_run, source.pictures / "01.png", "--output", output)
+    assert clipcap(*command) == 2
+    assert f"{output} is there already" in capsys.readouterr().err.replace("\n", " ")
+    with monkeypatch.context() as patch:
+        patch.setattr(caption, "_shared", interrupted)
+        assert clipcap(*command, "--overwrite") == 130
+    assert output.read_text() == "earlier"
+    assert json.loads(partial.read_text())["caption"] == "A picture."
+    assert str(partial) in capsys.readouterr().err.replace("\n", "")
+    assert clipcap(*command, "--overwrite") == 0
+    assert json.loads(output.read_text())["finished"] in (True, False)
+    assert not partial.exists()
 
 
 def test_a_matrix_of_embeddings(
@@ -126,7 +129,7 @@ def test_mistakes_are_told_without_a_traceback(
     (tmp_path / "flat.npy").write_bytes(b"")
     np.save(tmp_path / "objects.npy", np.array([{}], object), allow_pickle=True)
     full = tmp_path / "full.jsonl"
-    full.symlink_to("/dev/full")
+    (tmp_path / "full.jsonl.partial").symlink_to("/dev/full")
     for arguments, message in (
         (("caption", tmp_path / "no run", picture), "holds no checkpoints"),
         (("caption", pixels_run, picture, "--checkpoint", "77"), "there is no checkpoint '77'"),

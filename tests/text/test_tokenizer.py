@@ -1,3 +1,4 @@
+import io
 import json
 import shutil
 import socket
@@ -174,6 +175,21 @@ def test_broken_files(files: dict[str, Any], message: str, trained: Tokenizer, t
     with pytest.raises(UserError, match=message) as caught:
         Tokenizer.load(str(tmp_path))
     assert str(tmp_path) in str(caught.value) or "end-of-text" in message
+
+
+def test_no_code_of_a_folder_is_run(
+    trained: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nor is anybody asked whether it should be."""
+    (tmp_path / "tokenizer.json").write_text(trained.to_dict()["tokenizer_json"])
+    config = {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "evil.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'mark')!r})\nclass Evil: ...\n")
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
+    with pytest.raises(UserError, match=r"has a tokenizer with code of its own, which is not run here$"):
+        Tokenizer.load(str(tmp_path))
+    assert not (tmp_path / "mark").exists()
+    assert "[y/N]" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["no-such-owner/no-such-tokenizer", "no/such/folder", "no such name"])
