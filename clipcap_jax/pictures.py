@@ -21,7 +21,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
+from typing import IO, TypeVar
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
@@ -121,11 +121,31 @@ def read(path: Path) -> bytes:
     if not stat.S_ISREG(found.st_mode):
         raise UserError(f"{path} is not a file, but a folder, a pipe or a device")
     if found.st_size > _MOST_BYTES:
-        raise UserError(
-            f"{path} is too large: {found.st_size:,} bytes, more than {_MOST_BYTES:,}. A higher limit can be set by "
-            f"the environment variable {MAX_BYTES}"
-        )
+        raise _too_many_bytes()
     return path.read_bytes()
+
+
+def read_stream(stream: IO[bytes], size: int = 0) -> bytes:
+    """The bytes of a picture that an archive or a server gives out.
+
+    Args:
+      stream: of them.
+      size: how many there are said to be, if anything is said.
+
+    Raises:
+      UserError: it is too large.
+    """
+    data = b"" if size > _MOST_BYTES else stream.read(_MOST_BYTES + 1)
+    if max(size, len(data)) > _MOST_BYTES:
+        raise _too_many_bytes()
+    return data
+
+
+def _too_many_bytes() -> UserError:
+    return UserError(
+        f"The image is too large: it has more than {_MOST_BYTES:,} bytes. A higher limit can be set by the environment "
+        f"variable {MAX_BYTES}."
+    )
 
 
 def read_same(path: str, known: str) -> bytes:

@@ -230,13 +230,19 @@ class Captioner:
         )
 
     def _check_embeddings(self, inputs: np.ndarray) -> None:
+        if inputs.dtype.kind not in "fiu" or not inputs.ndim:
+            raise UserError(f"no matrix of numbers, but {inputs.dtype} of the shape {inputs.shape}")
         if inputs.shape[1:] != (self.metadata.embedding_width,):
             raise UserError(
                 f"the embeddings have the shape {inputs.shape}; this checkpoint was trained on {self._embedding_kind()}"
             )
         bad: list[int] = []
         for start in range(0, len(inputs), _CHECKED_AT_ONCE):
-            finite = np.isfinite(inputs[start : start + _CHECKED_AT_ONCE]).all(axis=1)
-            bad.extend(start + np.flatnonzero(~finite))
+            with np.errstate(over="ignore"):  # beyond float32
+                rows = inputs[start : start + _CHECKED_AT_ONCE].astype(np.float32)
+            bad.extend(start + np.flatnonzero(~np.isfinite(rows).all(axis=1) | ~rows.any(axis=1)))
         if bad:
-            raise UserError(f"{len(bad)} embeddings are not finite, the first in row {bad[0]} (counted from 0)")
+            raise UserError(
+                f"{len(bad)} embeddings are not finite in float32, or 0 everywhere, the first in row {bad[0]} (counted "
+                "from 0)"
+            )

@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import itertools
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,8 @@ def _shared(captioner: Any, inputs: Any, batch_size: int, workers: int) -> Itera
 
 def _told(name: Path | int, caption: Any) -> tuple[str, Any]:
     """As a process tells it to another."""
+    if not isinstance(caption, UserError) and not math.isfinite(caption.score):
+        caption = UserError("no caption has a finite score: the weights or the embedding lead beyond the numbers")
     return str(name), str(caption) if isinstance(caption, UserError) else dataclasses.asdict(caption)
 
 

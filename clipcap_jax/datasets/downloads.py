@@ -30,7 +30,7 @@ from rich.progress import (
 
 from clipcap_jax import files, pictures
 from clipcap_jax.datasets import nocaps
-from clipcap_jax.datasets.readers import find_file, not_there
+from clipcap_jax.datasets.readers import ZIP_ERRORS, find_file, not_there
 from clipcap_jax.datasets.source import Problem
 from clipcap_jax.errors import UserError
 from clipcap_jax.progress import track
@@ -155,7 +155,7 @@ def _download_picture(where: str, url: object, name: object, folder: Path) -> Pr
     for attempt in range(TRIES):
         try:
             with _open(url) as response:
-                data = response.read()
+                data = pictures.read_stream(response)
             pictures.decode(data)  # what is cut off cannot be decoded
             part.write_bytes(data)
             os.replace(part, target)
@@ -279,7 +279,7 @@ def unpack(archive: Path, folder: Path) -> None:
                 with file.open(member) as source, part.open("wb") as sink:
                     shutil.copyfileobj(source, sink, _CHUNK)  # zipfile checks the CRC at the end
                 os.replace(part, target)
-    except (zipfile.BadZipFile, OSError, EOFError) as error:
+    except ZIP_ERRORS as error:
         raise UserError(f"{archive} cannot be unpacked to {folder}: {error}") from None
 
 

@@ -11,7 +11,9 @@ import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from clipcap_jax import pictures
 from clipcap_jax.datasets.source import Problem
+from clipcap_jax.errors import UserError
 
 _PICTURES = ("jpg", "jpeg", "png", "webp")
 
@@ -88,7 +90,10 @@ def _read_tar(path: Path) -> Iterator[Sample | Problem]:
                     sample = Sample(f"{where(path)}: {key}", _image_id(path, key))
                 file = tar.extractfile(member)
                 assert file is not None  # a regular file
-                _add(sample, suffix, file.read())
+                try:
+                    _add(sample, suffix, pictures.read_stream(file, member.size))
+                except UserError as error:
+                    sample.fault = f"its .{suffix} cannot be read: {error}"
             end = tar.offset
             if sample is not None:
                 count += 1

@@ -26,6 +26,7 @@ import itertools
 import json
 import re
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
@@ -56,6 +57,10 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 _JSON = json.JSONDecoder(object_pairs_hook=_object)
 
 
+# What a damaged zip raises; RuntimeError if it is encrypted, or packed by a method that is not known.
+ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, OSError)
+
+
 @dataclasses.dataclass(frozen=True)
 class TextFile:
     """A file on its own, or still in a zip (then `member` is its path there)."""
@@ -76,7 +81,7 @@ class TextFile:
         try:
             with zipfile.ZipFile(self.path) as archive:
                 return archive.read(self.member)
-        except (zipfile.BadZipFile, OSError, EOFError) as error:
+        except ZIP_ERRORS as error:
             raise UserError(f"{self} cannot be read: {error}. Copy or download {self.path.name} again.") from None
 
     def text(self) -> str:
@@ -155,7 +160,7 @@ def find_file(folder: Path, name: str, archive: str = "") -> TextFile | None:
         with zipfile.ZipFile(folder / archive) as file:
             # macOS puts a "._name" beside every file of a zip.
             members = [member for member in file.namelist() if PurePosixPath(member).name == name]
-    except (zipfile.BadZipFile, OSError) as error:
+    except ZIP_ERRORS as error:
         raise UserError(f"{folder / archive} is not a whole zip: {error}. Copy or download it again.") from None
     return TextFile(folder / archive, members[0]) if members else None
 

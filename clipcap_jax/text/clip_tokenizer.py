@@ -23,6 +23,7 @@ _WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
 
 # Hugging Face's files, and OpenAI's.
 FILES = ("tokenizer.json", "vocab.json", "bpe_simple_vocab_16e6.txt.gz")
+_LONGEST_LINE = 1000  # characters
 _OPENAI_MERGES = 49152 - 256 - 2  # OpenAI's file holds five times as many
 
 
@@ -85,7 +86,9 @@ def _read(source: str) -> models.BPE:
 
 def _read_openai(path: Path) -> models.BPE:
     """A pair a line, the most frequent first, after a line that names the file's version."""
-    lines = gzip.decompress(path.read_bytes()).decode().split("\n")[1 : _OPENAI_MERGES + 1]
+    with gzip.open(path, "rt", encoding="utf-8") as file:  # a line at a time: a small file may hold any number
+        lines = [file.readline(_LONGEST_LINE).rstrip("\n") for _ in range(_OPENAI_MERGES + 1)][1:]
+    lines = list(filter(None, lines))
     if len(lines) < _OPENAI_MERGES:
         raise UserError(f"it has {len(lines)} merges, CLIP's {_OPENAI_MERGES}")
     merges = [(first, second) for first, second in map(str.split, lines)]

@@ -155,15 +155,39 @@ def test_a_checkpoint_says_what_it_reads(reads_embeddings: Captioner, reads_pixe
         next(reads_embeddings.caption(np.zeros((1, 4), np.float32)))
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_embeddings_that_are_not_finite(
-    reads_embeddings: Captioner, bad: float, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("dtype", "bad"),
+    [
+        ("float32", [0, 0, np.nan, 0, 0]),
+        ("float64", [1, 0, -np.inf, 0, 0]),
+        ("float64", [1e300, 0, 0, 0, 0]),  # beyond float32
+        ("float16", [0, 0, 0, 0, 0]),
+        ("int64", [0, 0, 0, 0, 0]),
+    ],
+)
+def test_embeddings_that_mean_nothing(
+    reads_embeddings: Captioner, dtype: str, bad: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(captioner, "_CHECKED_AT_ONCE", 2)
-    embeddings = np.zeros((7, 5), np.float32)
-    embeddings[3, 2] = embeddings[6, 0] = bad
-    with pytest.raises(UserError, match="2 embeddings are not finite, the first in row 3"):
+    embeddings = np.ones((7, 5), dtype)
+    embeddings[3] = embeddings[6] = bad
+    with pytest.raises(UserError, match="2 embeddings are not finite in float32, or 0 everywhere, the first in row 3 "):
         next(reads_embeddings.caption(embeddings))
+
+
+@pytest.mark.parametrize(
+    "matrix",
+    [
+        np.array(1.0),
+        np.full((2, 5), "1"),
+        np.full((2, 5), 1j),
+        np.ones((2, 5), bool),
+        np.zeros((2, 5), "datetime64[s]"),
+    ],
+)
+def test_what_is_no_matrix_of_numbers(reads_embeddings: Captioner, matrix: np.ndarray) -> None:
+    with pytest.raises(UserError, match="no matrix of numbers, but "):
+        next(reads_embeddings.caption(matrix))
 
 
 def test_the_score_is_the_mean_log_probability(embeddings_run: Path, source: Source) -> None:

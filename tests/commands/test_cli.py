@@ -102,6 +102,24 @@ def test_captions_are_not_lost(
     assert not partial.exists()
 
 
+def test_a_score_that_is_not_finite_makes_no_caption(
+    clipcap: Clipcap,
+    pixels_run: Path,
+    source: Source,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def captions(self: Captioner, paths: list[Path], **_: Any) -> Iterator[tuple[Path, Caption]]:
+        return zip(paths, [Caption("", True, float("nan")), Caption("A picture.", True, -1.0)], strict=True)
+
+    monkeypatch.setattr(Captioner, "caption_files", captions)
+    pictures = [source.pictures / name for name in ("01.png", "02.png")]
+    assert clipcap("caption", pixels_run, *pictures, "--output", tmp_path / "captions.jsonl") == 0
+    assert [json.loads(line)["score"] for line in (tmp_path / "captions.jsonl").read_text().splitlines()] == [-1.0]
+    assert "1 captions, 1 pictures skipped" in capsys.readouterr().err
+
+
 def test_a_matrix_of_embeddings(
     clipcap: Clipcap, embeddings_run: Path, source: Source, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

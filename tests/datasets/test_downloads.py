@@ -16,6 +16,7 @@ from tiny import Clipcap
 from clipcap_jax import files
 from clipcap_jax.datasets import downloads, nocaps, open_split
 from clipcap_jax.datasets.downloads import Remote, download, download_karpathy, download_nocaps, unpack
+from clipcap_jax.datasets.readers import TextFile
 from clipcap_jax.errors import UserError
 
 CONTENT = random.Random(0).randbytes(3_000_000)
@@ -210,6 +211,29 @@ def test_a_broken_zip(tmp_path: Path) -> None:
     (tmp_path / "a.zip").write_bytes(data[:1000])
     with pytest.raises(UserError, match="cannot be unpacked"):
         unpack(tmp_path / "a.zip", tmp_path / "out")
+
+
+@pytest.mark.parametrize("fault", ["the deflated stream", "encrypted", "an unknown method"])
+def test_a_zip_that_cannot_be_unpacked(tmp_path: Path, fault: str) -> None:
+    """Whether its pictures are unpacked, or a file is read where it lies."""
+    data = bytearray(zipped({"a.json": b'{"words": "again and again"} ' * 1000}))
+    entry = data.index(b"PK\1\2", data.index(b"a.json"))  # of the directory at the end
+    while data[entry + 46 : entry + 52] != b"a.json":
+        entry = data.index(b"PK\1\2", entry + 4)
+    start = data.index(b"a.json") + len("a.json")
+    if fault == "encrypted":
+        data[entry + 8] |= 1
+        data[data.index(b"a.json") - 30 + 6] |= 1
+    elif fault == "an unknown method":
+        data[entry + 10] = data[data.index(b"a.json") - 30 + 8] = 97
+    else:
+        data[start : start + 20] = b"\xff" * 20
+    (tmp_path / "a.zip").write_bytes(data)
+    with pytest.raises(UserError, match="cannot be unpacked"):
+        unpack(tmp_path / "a.zip", tmp_path / "out")
+    assert "out/a.json" not in names(tmp_path)
+    with pytest.raises(UserError, match=r"a.zip: a.json cannot be read: .* Copy or download a.zip again"):
+        TextFile(tmp_path / "a.zip", "a.json").read()
 
 
 def test_coco(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from shards import WRITERS, jpeg, keyed, sample, write_stats, write_tar
 
+from clipcap_jax import pictures
 from clipcap_jax.datasets import img2dataset
 from clipcap_jax.datasets.img2dataset import Sample
 from clipcap_jax.datasets.source import Problem
@@ -76,6 +77,23 @@ def test_a_tar_that_was_cut_off(tmp_path: Path) -> None:
     assert shard(path)[1][0].count == 3
     path.write_bytes(whole)
     assert shard(path) == (["000000001", "000000002", "000000003"], [])
+
+
+def test_a_picture_that_claims_to_be_huge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tar of 10 kB may stand for 20 GB: what is not stored is read as zeros."""
+    monkeypatch.setattr(pictures, "_MOST_BYTES", 10_000)
+    path = tmp_path / "00000.tar"
+    write_tar(path, keyed(1, 2))
+    sparse = tarfile.TarInfo("000000003.jpg")
+    sparse.pax_headers = {"GNU.sparse.major": "0", "GNU.sparse.minor": "1", "GNU.sparse.map": "0,0"}
+    sparse.pax_headers |= {"GNU.sparse.size": str(20 * 2**30), "GNU.sparse.numblocks": "1"}
+    with tarfile.open(path, "a", format=tarfile.PAX_FORMAT) as tar:
+        tar.addfile(sparse)
+    *whole, huge = img2dataset.read(path)
+    assert [sample.image is not None for sample in whole if isinstance(sample, Sample)] == [True, True]
+    assert isinstance(huge, Sample)
+    assert huge.image is None
+    assert huge.fault.startswith("its .jpg cannot be read: The image is too large: it has more than 10,000 bytes")
 
 
 @pytest.mark.parametrize("what", ["tar", "counts"])
