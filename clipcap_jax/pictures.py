@@ -13,10 +13,12 @@ As there, transparency is dropped: what a transparent pixel shows is the colour 
 """
 
 import contextlib
+import errno
 import hashlib
 import io
 import os
 import stat
+import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -56,11 +58,9 @@ START = 32  # bytes by which a picture can be told
 # A resized picture's long side grows with this ratio: 1 x 65,535 pixels would become 10 GB.
 MAX_ASPECT_RATIO = 100
 
-# Environment variables: the largest picture, and the largest file of one.
-MAX_PIXELS, MAX_BYTES = "CLIPCAP_MAX_PIXELS", "CLIPCAP_MAX_BYTES"
-_MOST_BYTES = int(os.environ[MAX_BYTES]) if MAX_BYTES in os.environ else 2**30
-if MAX_PIXELS in os.environ:
-    Image.MAX_IMAGE_PIXELS = int(os.environ[MAX_PIXELS])
+# Environment variables that raise limits: of a picture, of its file, and of the seconds that a disk takes to give it.
+MAX_PIXELS, MAX_BYTES, MAX_SECONDS = "CLIPCAP_MAX_PIXELS", "CLIPCAP_MAX_BYTES", "CLIPCAP_MAX_SECONDS"
+_LIMITS = {MAX_PIXELS: Image.MAX_IMAGE_PIXELS or 0, MAX_BYTES: 2**30, MAX_SECONDS: 60}
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 _JPEG = b"\xff\xd8"
@@ -109,18 +109,54 @@ def may_be_picture(start: bytes) -> bool:
     return any(accept(start) is True for accept in accepting) or "convert it" in _kind(start)
 
 
+def limit(name: str) -> int:
+    """The limit of this name, which its environment variable may have changed.
+
+    Raises:
+      UserError: that holds no number.
+    """
+    given = os.environ.get(name, str(_LIMITS[name]))
+    if not given.isdecimal():
+        raise UserError(f"the environment variable {name} has to be a whole number, not {given!r}")
+    return int(given)
+
+
 def read(path: Path) -> bytes:
     """The bytes of a picture's file.
 
     Raises:
       UserError: it is a folder, a pipe or a device, of which the one may wait for ever and the other not end; or too
         large.
+      TimeoutError: the disk or the network that it lies on does not answer.
       OSError: it cannot be read.
     """
+    answer: Future[bytes] = Future()
+
+    def fill() -> None:
+        try:
+            answer.set_result(_read(path))
+        except BaseException as error:
+            answer.set_exception(error)
+
+    # A file system whose server is gone answers never, and nothing can interrupt who waits for it. A daemon is left.
+    threading.Thread(target=fill, daemon=True).start()
+    try:
+        return answer.result(limit(MAX_SECONDS))
+    except TimeoutError:
+        if answer.done():  # it is the file system's own
+            raise
+    raise TimeoutError(
+        errno.ETIMEDOUT,
+        f"the file system has not answered for {limit(MAX_SECONDS)} seconds (the environment variable {MAX_SECONDS})",
+        str(path),
+    )
+
+
+def _read(path: Path) -> bytes:
     found = path.stat()
     if not stat.S_ISREG(found.st_mode):
         raise UserError(f"{path} is not a file, but a folder, a pipe or a device")
-    if found.st_size > _MOST_BYTES:
+    if found.st_size > limit(MAX_BYTES):
         raise _too_many_bytes()
     return path.read_bytes()
 
@@ -135,16 +171,17 @@ def read_stream(stream: IO[bytes], size: int = 0) -> bytes:
     Raises:
       UserError: it is too large.
     """
-    data = b"" if size > _MOST_BYTES else stream.read(_MOST_BYTES + 1)
-    if max(size, len(data)) > _MOST_BYTES:
+    most = limit(MAX_BYTES)
+    data = b"" if size > most else stream.read(most + 1)
+    if max(size, len(data)) > most:
         raise _too_many_bytes()
     return data
 
 
 def _too_many_bytes() -> UserError:
     return UserError(
-        f"The image is too large: it has more than {_MOST_BYTES:,} bytes. A higher limit can be set by the environment "
-        f"variable {MAX_BYTES}."
+        f"The image is too large: it has more than {limit(MAX_BYTES):,} bytes. A higher limit can be set by the "
+        f"environment variable {MAX_BYTES}."
     )
 
 
@@ -176,7 +213,7 @@ def decode(data: bytes) -> Image.Image:
       The whole picture in mode "RGB", upright.
 
     Raises:
-      UserError: it is not such an image, is truncated or broken, has more than `PIL.Image.MAX_IMAGE_PIXELS` pixels or
+      UserError: it is not such an image, is truncated or broken, has more pixels than `limit(MAX_PIXELS)` or
         no defined range of brightness, or is more than `MAX_ASPECT_RATIO` times as long as wide.
     """
     if not data:
@@ -199,15 +236,17 @@ def decode(data: bytes) -> Image.Image:
 
 
 def _load(data: bytes) -> Image.Image:
-    limit = Image.MAX_IMAGE_PIXELS
+    most = limit(MAX_PIXELS)
+    if Image.MAX_IMAGE_PIXELS:  # Pillow's own, of which it refuses twice as many
+        Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, most)
     try:
         image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
-        too_large = limit is not None and image.width * image.height > limit
+        too_large = image.width * image.height > most
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         too_large = True
     if too_large:
         raise UserError(
-            f"The image is too large: it has more than {limit:,} pixels. A higher limit can be set by the environment "
+            f"The image is too large: it has more than {most:,} pixels. A higher limit can be set by the environment "
             f"variable {MAX_PIXELS}."
         )
     if max(image.size) > MAX_ASPECT_RATIO * min(image.size):

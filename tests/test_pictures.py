@@ -1,4 +1,5 @@
 import contextlib
+import errno
 import io
 import os
 import struct
@@ -228,6 +229,36 @@ def test_the_limit_of_pixels_can_be_set() -> None:
         assert done.returncode == status, done.stderr
 
 
+@pytest.mark.parametrize("given", ["", "many", "-1"])
+def test_a_limit_that_is_no_number(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(pictures.MAX_PIXELS, given)
+    with pytest.raises(UserError, match=rf"CLIPCAP_MAX_PIXELS has to be a whole number, not '{given}'"):
+        pictures.decode(PNG)
+
+
+def test_a_file_system_that_does_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "photo.png"
+    path.write_bytes(PNG)
+    assert pictures.read(path) == PNG
+
+    answers = threading.Event()
+    monkeypatch.setattr(Path, "read_bytes", lambda _: PNG * answers.wait())
+    monkeypatch.setenv(pictures.MAX_SECONDS, "0")
+    try:
+        with pytest.raises(TimeoutError, match=r"has not answered for 0 seconds.*CLIPCAP_MAX_SECONDS.*photo\.png"):
+            pictures.read(path)
+    finally:
+        answers.set()
+
+    def refused(_: Path) -> bytes:
+        raise TimeoutError(errno.ETIMEDOUT, "the file system's own")
+
+    monkeypatch.setattr(Path, "read_bytes", refused)
+    monkeypatch.delenv(pictures.MAX_SECONDS)
+    with pytest.raises(TimeoutError, match="the file system's own"):
+        pictures.read(path)
+
+
 @given(st.sampled_from([JPEG, PNG, GIF]), st.data())
 def test_damage_gives_a_picture_or_a_user_error(data: bytes, draw: st.DataObject) -> None:
     damaged = bytearray(data)
@@ -235,7 +266,7 @@ def test_damage_gives_a_picture_or_a_user_error(data: bytes, draw: st.DataObject
         damaged[position] = draw.draw(st.integers(0, 255))
     end = draw.draw(st.integers(0, len(data)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Image, "MAX_IMAGE_PIXELS", 100_000)  # a damaged size must not take memory
+        patch.setenv(pictures.MAX_PIXELS, "100000")  # a damaged size must not take memory
         with contextlib.suppress(UserError):
             assert pictures.decode(bytes(damaged[:end])).mode == "RGB"
 

@@ -168,6 +168,9 @@ class Captioner:
         """Caption picture files, in order; of one that cannot be read comes the error instead.
 
         Pictures are decoded by `workers` threads, one batch ahead of the devices.
+
+        Raises:
+          UserError: this model reads no pictures; a disk does not answer (see `pictures.read`).
         """
         if self.image_size is None:
             raise self._not_pictures()
@@ -178,6 +181,8 @@ class Captioner:
                 return pictures.preprocess(pictures.decode(pictures.read(path)), size)
             except UserError as error:
                 return error
+            except TimeoutError as error:  # nor would any other on that disk be read
+                raise UserError(str(error)) from error
             except OSError as error:
                 return UserError(f"cannot be read: {error.strerror}")
 

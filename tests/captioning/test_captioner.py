@@ -1,4 +1,5 @@
 import dataclasses
+import errno
 import shutil
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,15 @@ def test_a_bad_file_costs_only_itself(reads_pixels: Captioner, source: Source, t
 
 def test_no_files_give_no_captions(reads_pixels: Captioner) -> None:
     assert list(reads_pixels.caption_files([], batch_size=4, workers=1)) == []
+
+
+def test_a_dead_disk_ends_captioning(reads_pixels: Captioner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(path: Path) -> bytes:
+        raise TimeoutError(errno.ETIMEDOUT, "the file system has not answered", str(path))
+
+    monkeypatch.setattr(pictures, "read", read)
+    with pytest.raises(UserError, match=r"has not answered: '.*a\.png'"):
+        list(reads_pixels.caption_files([tmp_path / "a.png"], batch_size=4, workers=1))
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, 100])

@@ -81,7 +81,7 @@ def test_a_tar_that_was_cut_off(tmp_path: Path) -> None:
 
 def test_a_picture_that_claims_to_be_huge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A tar of 10 kB may stand for 20 GB: what is not stored is read as zeros."""
-    monkeypatch.setattr(pictures, "_MOST_BYTES", 10_000)
+    monkeypatch.setenv(pictures.MAX_BYTES, "10000")
     path = tmp_path / "00000.tar"
     write_tar(path, keyed(1, 2))
     sparse = tarfile.TarInfo("000000003.jpg")
