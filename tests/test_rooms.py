@@ -15,7 +15,7 @@ import pytest
 import clipcap_jax
 
 PACKAGE = Path(clipcap_jax.__file__).parent
-EVERYWHERE = {"files", "progress", "errors"}  # the ground floor
+EVERYWHERE = {"files", "progress", "signals", "errors"}  # the ground floor
 MODULES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path
     for path in PACKAGE.rglob("*.py")

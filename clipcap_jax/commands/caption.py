@@ -137,7 +137,7 @@ def _write(results: Iterator[tuple[str, Any]], path: Path, console: Console) -> 
         # POSIX file names need not be UTF-8: what is not is written as it is.
         with (
             on_disk(partial) as here,
-            here.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
+            here.open("w", 1, encoding="utf-8", errors="surrogateescape", newline="") as file,  # line by line
         ):
             table = csv.DictWriter(file, columns)
             if path.suffix == ".csv":

@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import os
-import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -14,6 +13,7 @@ from absl import app, flags, logging
 from rich.console import Console
 from rich.markup import escape
 
+from clipcap_jax import signals
 from clipcap_jax.errors import UserError
 
 # The arguments of `cluster.start`: name, what is taken when it is not given, and help.
@@ -63,15 +63,9 @@ def start_processes(options: Any, **console: Any) -> Console:
 
 
 def run_script(main: Callable[[], Any]) -> None:
-    """Run a program; a `UserError` ends it with its message alone and status 2.
-
-    SIGTERM and SIGHUP end it as an exception does: what it started is stopped, and what it wrote half is removed.
-    """
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
-            signal.signal(number, lambda number, _: sys.exit(128 + number))
+    """Run a program; a `UserError` ends it with its message alone and status 2, a signal with 128 and its number."""
     try:
-        with _others():
+        with signals.end(), _others():
             main()
     except UserError as error:
         Console(stderr=True).print(f"[red]Error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
@@ -80,7 +74,11 @@ def run_script(main: Callable[[], Any]) -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         Console(stderr=True).print("Stopped.")
-        sys.exit(130)
+        signals.leave(130)
+    except SystemExit as ended:
+        if isinstance(ended.code, int) and ended.code > 128:
+            signals.leave(ended.code)
+        raise
 
 
 @contextlib.contextmanager

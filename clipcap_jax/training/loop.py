@@ -1,7 +1,6 @@
 """The training loop."""
 
 import contextlib
-import signal
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from clipcap_jax import cluster, parallel
+from clipcap_jax import cluster, parallel, signals
 from clipcap_jax.checkpoints.store import Checkpoints
 from clipcap_jax.config import Config
 from clipcap_jax.datasets.schema import open_builder, open_split
@@ -92,7 +91,7 @@ def _take_steps(
             losses=run.losses,
         )
         stack.enter_context(contextlib.closing(monitor))
-        stop = stack.enter_context(_stop_signals())
+        stop = stack.enter_context(signals.stop(lambda: _answer(console)))
         batches = stack.enter_context(_batches(run, stop))
         while step < run.total and not stopping:
             state, metrics = take_step(state, run.frozen, next(batches))
@@ -111,6 +110,12 @@ def _take_steps(
                     log.keep()
                     _save(run, step, state, list(monitor.losses), checkpoints, scores)
     return step
+
+
+def _answer(console: Console) -> None:
+    console.print(
+        "Stopping after the step that is under way, with a checkpoint. A second Ctrl-C stops at once, without."
+    )
 
 
 def _agreeing(run: Run, step: Callable[..., Any]) -> Callable[..., Any]:
@@ -182,22 +187,3 @@ def _validate(run: Run, step: int, state: TrainState, log: NoLog, console: Conso
             style="yellow",
         )
     return metrics
-
-
-@contextlib.contextmanager
-def _stop_signals() -> Iterator[threading.Event]:
-    """An event that is set when the process is asked to stop; a second Ctrl-C interrupts at once."""
-    stop = threading.Event()
-
-    def request(signum: int, frame: Any) -> None:
-        stop.set()
-        signal.signal(signum, previous[signal.Signals(signum)])
-
-    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    heeded = [signum for signum in signals if signal.getsignal(signum) != signal.SIG_IGN]  # as nohup sets it
-    previous = {signum: signal.signal(signum, request) for signum in heeded}
-    try:
-        yield stop
-    finally:
-        for signum, handler in previous.items():
-            signal.signal(signum, handler)

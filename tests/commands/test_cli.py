@@ -218,6 +218,7 @@ def test_a_script_that_is_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted() -> None:
         raise KeyboardInterrupt
 
+    monkeypatch.setattr(os, "_exit", sys.exit)
     with pytest.raises(SystemExit, match="130"):
         cli.run_script(interrupted)
 

@@ -93,6 +93,7 @@ def test_stopping_after_any_step_and_going_on_gives_the_same_bits(
         signum = signals[step % 3]
         workers = {"data.workers": step % 3}  # these may change
         printed = train_until(tmp_path, settings(data_dir, workers), step, signum)
+        assert "Stopping after the step that is under way" in printed
         assert f"Stopped after step {step} of {STEPS}." in printed
         assert ("Going on after step" in printed) == (step > 1)
         assert_same(saved(tmp_path, step), saved(unstopped, step))
