@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import signal
+import sys
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -215,6 +216,7 @@ def clipcap(monkeypatch: pytest.MonkeyPatch) -> Clipcap:
     def run(*arguments: str | Path) -> int:
         monkeypatch.setattr("sys.argv", ["clipcap", *map(str, arguments)])
         monkeypatch.setenv("COLUMNS", "300")
+        monkeypatch.setattr("os._exit", sys.exit)  # as an interrupt ends it
         try:
             __main__.main()
         except SystemExit as stop:

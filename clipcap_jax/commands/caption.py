@@ -51,7 +51,7 @@ def _caption(arguments: argparse.Namespace) -> None:
     if arguments.output and arguments.output.suffix not in (".jsonl", ".csv"):
         raise UserError(f"--output {arguments.output}: the name has to end in .jsonl or .csv")
     if arguments.output:
-        check_new(arguments.output, overwrite=arguments.overwrite)
+        check_new(arguments.output, _partial(arguments.output), overwrite=arguments.overwrite)
     matrices = [name for name in arguments.inputs if name.endswith(".npy")]
     if matrices and len(arguments.inputs) > 1:
         raise UserError("give either pictures or one .npy matrix of embeddings, not both")
@@ -126,13 +126,18 @@ def _load_matrix(name: str) -> np.ndarray:
         raise UserError(f"{name} is not a NumPy matrix: {error}") from error
 
 
+def _partial(path: Path) -> Path:
+    """Where what was captioned until an interrupt stays."""
+    return path.with_name(path.name + ".partial")
+
+
 Skipped = list[tuple[str, UserError]]
 
 
 def _write(results: Iterator[tuple[str, Any]], path: Path, console: Console) -> Skipped:
     skipped: Skipped = []
     columns = ("image", "caption", "score", "finished")
-    partial = path.with_name(path.name + ".partial")  # where what was captioned until an interrupt stays
+    partial = _partial(path)
     try:
         # POSIX file names need not be UTF-8: what is not is written as it is.
         with (

@@ -97,6 +97,9 @@ def test_captions_are_not_lost(
     assert output.read_text() == "earlier"
     assert json.loads(partial.read_text())["caption"] == "A picture."
     assert str(partial) in capsys.readouterr().err.replace("\n", "")
+    output.unlink()
+    assert clipcap(*command) == 2
+    assert f"{partial} is there already" in capsys.readouterr().err.replace("\n", " ")
     assert clipcap(*command, "--overwrite") == 0
     assert json.loads(output.read_text())["finished"] in (True, False)
     assert not partial.exists()
@@ -154,7 +157,10 @@ def test_mistakes_are_told_without_a_traceback(
         (("caption", pixels_run, tmp_path / "gone.jpg"), "there is no file, folder or glob"),
         (("caption", pixels_run, picture, "--output", "captions.txt"), "has to end in .jsonl or .csv"),
         (("caption", pixels_run, picture, "--output", tmp_path / "gone" / "c.csv"), "cannot be written"),
-        (("caption", pixels_run, picture, "--output", full), "cannot be written: No space left on device"),
+        (
+            ("caption", pixels_run, picture, "--output", full, "--overwrite"),
+            "cannot be written: No space left on device",
+        ),
         (("caption", "s3://bucket/run", picture), "runs and their checkpoints lie on a disk"),
         (("caption", pixels_run, picture, source.embeddings), "not both"),
         (("caption", pixels_run, source.embeddings), "cannot caption embeddings"),
