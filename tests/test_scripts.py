@@ -1,22 +1,40 @@
 """`train.py` and `evaluate.py`, as the processes that a user starts."""
 
+import functools
+import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
+import numpy as np
 import pytest
+from absl import flags
+from absl.testing import flagsaver
+from clip_files import write_clip
+from tiny import ENCODER, Source
+
+from clipcap_jax.captioning.captioner import BatchCaptioner
+from clipcap_jax.datasets import RecordsSource, prepare_records
+from clipcap_jax.errors import UserError
+from clipcap_jax.evaluation import evaluate
+from clipcap_jax.metrics import SpiceConfig, unavailable
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {**os.environ, "COLUMNS": "200"}
 
 
-def start(script: str, *arguments: str, environment: dict[str, str] = ENVIRONMENT) -> subprocess.Popen[str]:
-    command = [sys.executable, script, *arguments]
+def start(
+    script: str, *arguments: str, environment: dict[str, str] = ENVIRONMENT, cwd: Path = ROOT
+) -> subprocess.Popen[str]:
+    command = [sys.executable, str(ROOT / script), *arguments]
     return subprocess.Popen(
-        command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        command, cwd=cwd, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
 
 
@@ -29,31 +47,114 @@ def finish(process: subprocess.Popen[str], timeout: float = 300) -> str:
 
 
 def test_train_then_evaluate(data_dir: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    flags = ["--config=tests/tiny.py", f"--config.data.data_dir={data_dir}", f"--workdir={run}"]
-    printed = finish(start("train.py", *flags))
+    flags = [f"--config={ROOT / 'tests' / 'tiny.py'}", f"--config.data.data_dir={data_dir}"]
+    printed = finish(start("train.py", *flags, cwd=tmp_path))
     assert "validation loss" in printed
-    assert "Trained 15 steps" in printed
-    printed = finish(
-        start("evaluate.py", f"--workdir={run}", "--checkpoint=latest", "--beam_size=3", "--split=test[:4]")
-    )
-    results = run / "evaluations" / "records-both-test[:4]-15-beam3"
-    assert str(results) in printed
-    assert len(json.loads((results / "captions.json").read_text())) == 4
-    assert "beam_size=3" in json.loads((results / "scores.json").read_text())["details"]["decoding"]
-    assert "Trained 15 steps" in finish(start("train.py", *flags))  # nothing left to do
-    again = (
-        "evaluate.py",
+    assert "Trained 15 steps. The run is in runs/tiny" in printed
+    printed = finish(start("evaluate.py", "--workdir=runs/tiny", "--split=val", cwd=tmp_path))
+    [results] = (tmp_path / "runs" / "tiny" / "evaluations").iterdir()
+    assert f"runs/tiny/evaluations/{results.name}" in printed
+    assert (results / "page.html").exists()
+    assert "Trained 15 steps" in finish(start("train.py", *flags, "--workdir=runs/tiny", cwd=tmp_path))  # nothing left
+
+
+@functools.cache
+def evaluate_script() -> Any:
+    """As a module, of which there can be one: it defines its flags when it is loaded."""
+    spec = importlib.util.spec_from_file_location("evaluate_script", ROOT / "evaluate.py")
+    assert spec
+    assert spec.loader
+    spec.loader.exec_module(script := importlib.util.module_from_spec(spec))
+    return script
+
+
+def evaluated(*arguments: str) -> tuple[dict[str, Any], int, list[int]]:
+    """What `evaluate.py` writes: scores.json and how many captions. And how many pictures it captions at a time."""
+    folders, sizes = [], []
+    write, caption = evaluate.write, BatchCaptioner.__call__
+
+    def write_noted(result: Any, captioner: Any, folder: Path, console: Any) -> None:
+        folders.append(folder)
+        write(result, captioner, folder, console)
+
+    def caption_noted(self: BatchCaptioner, params: Any, inputs: np.ndarray) -> Any:
+        sizes.append(len(inputs))
+        return caption(self, params, inputs)
+
+    script = evaluate_script()
+    script._clip.cache_clear()
+    with (
+        flagsaver.flagsaver(),
+        mock.patch.object(evaluate, "write", write_noted),
+        mock.patch.object(BatchCaptioner, "__call__", caption_noted),
+    ):
+        flags.FLAGS(["evaluate.py", *arguments])
+        script.main([])
+    [folder] = folders
+    scores = json.loads((folder / "scores.json").read_text())
+    return {**scores, "folder": str(folder)}, len(json.loads((folder / "captions.json").read_text())), sizes
+
+
+@pytest.fixture
+def run(embeddings_run: Path, tmp_path: Path) -> Path:
+    """A finished run whose best checkpoint, of step 100, is not its last, of step 200."""
+    run = shutil.copytree(embeddings_run, tmp_path / "run")
+    (run / "checkpoints" / "100" / "metrics" / "metrics").write_text('{"CIDEr": 99.0}')
+    return run
+
+
+def test_an_evaluation_as_the_run_was_configured(run: Path) -> None:
+    scores, captions, sizes = evaluated(f"--workdir={run}")
+    assert scores["folder"] == f"{run}/evaluations/records-both-test-100-beam1"
+    assert scores["details"]["checkpoint"] == "step 100"
+    assert scores["details"]["decoding"] == "beam_size=1 max_tokens=16 length_penalty=1.0 stop="
+    assert (captions, sizes) == (6, [4, 4])
+    assert "CLIPScore" not in scores["scores"]
+    assert scores["not_computed"] == {"SPICE": "not asked for", **unavailable(meteor=True, spice=None)}
+
+    path = Path(scores["folder"]) / "scores.json"
+    path.write_text("{}")
+    with pytest.raises(UserError, match=f"{path.parent} holds results: name another folder by --output, or replace"):
+        evaluated(f"--workdir={run}", "--nometeor")
+    assert path.read_text() == "{}"
+    scores, *_ = evaluated(f"--workdir={run}", "--nometeor", "--overwrite")
+    assert scores["not_computed"]["METEOR"] == "not asked for"
+
+
+def test_every_flag_of_an_evaluation(run: Path, source: Source, tmp_path: Path) -> None:
+    """Changes something that is seen."""
+    captions, pictures, embeddings = map(str, (source.captions, source.pictures, source.embeddings))
+    other = RecordsSource("other", captions, images=pictures, embeddings=embeddings, encoder=ENCODER)
+    prepare_records(other, str(tmp_path / "data"))
+    clip, jars = write_clip(tmp_path / "clip"), str(tmp_path / "jars")
+    for name in ("vocab.json", "merges.txt"):
+        (clip / name).rename(tmp_path / name)
+    scores, count, sizes = evaluated(
         f"--workdir={run}",
         "--checkpoint=latest",
+        "--data=records/other",
+        f"--data_dir={tmp_path / 'data'}",
+        "--split=test[:5]",
         "--beam_size=3",
-        "--split=test[:4]",
+        "--length_penalty=0.5",
+        "--batch_size=8",
         "--nometeor",
+        "--spice",
+        f"--spice_jars={jars}",
+        f"--clipscore={clip}",
+        f"--clip_tokenizer={tmp_path}",
+        f"--output={tmp_path / 'results'}",
     )
-    out, err = (refused := start(*again)).communicate(timeout=300)
-    assert refused.returncode == 2
-    assert f"{results} holds results" in out + err
-    finish(start(*again, "--overwrite"))
+    assert scores["folder"] == str(tmp_path / "results")
+    assert scores["details"]["checkpoint"] == "step 200"
+    assert scores["details"]["data set"] == "records/other/test[:5]"
+    assert scores["details"]["decoding"] == "beam_size=3 max_tokens=16 length_penalty=0.5 stop="
+    assert (count, sizes) == (5, [8])
+    assert "CLIPScore" in scores["scores"]
+    assert scores["not_computed"] == {
+        "METEOR": "not asked for",
+        **unavailable(meteor=False, spice=SpiceConfig(jars)),  # where there is Java, as there are no jars
+    }
 
 
 def test_evaluation_follows_a_run_that_goes_on(data_dir: Path, tmp_path: Path) -> None:

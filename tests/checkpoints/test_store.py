@@ -1,5 +1,6 @@
 import dataclasses
 import hashlib
+import itertools
 import json
 import re
 import resource
@@ -7,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -86,6 +88,7 @@ def test_what_is_saved_comes_back(tmp_path: Path, metadata: Metadata) -> None:
         ({1: None, 2: None, 3: None}, 2, [2, 3], 3),  # never validated: the newest
         ({1: 0.0, 2: None}, 1, [1, 2], 1),
         ({1: 0.5, 2: 0.5, 3: 0.4}, 1, [2, 3], 2),
+        ({1: 0.5, 2: 0.5, 3: 0.4}, 3, [1, 2, 3], 2),
     ],
 )
 def test_the_newest_and_the_best_are_kept(
@@ -311,11 +314,15 @@ def test_a_reader_does_not_mind_that_checkpoints_go(metadata: Metadata, tmp_path
             (tmp_path / "copy").rename(folder / "2")
             shutil.rmtree(folder / "2")
 
+    seen: set[int] = set()
     with ThreadPoolExecutor() as pool:
         writing = pool.submit(come_and_go)
         try:
-            seen = set()
-            for _ in range(30):
+            # Often; and until one that came was seen before it went, which a busy machine may let wait.
+            end = time.monotonic() + 120
+            for looks in itertools.count():
+                if looks >= 30 and (seen == {1, 2} or time.monotonic() > end):
+                    break
                 with store.opened(tmp_path) as reader:
                     for steps in (reader.steps() for _ in range(10)):
                         assert 1 in steps

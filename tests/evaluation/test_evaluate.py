@@ -1,18 +1,23 @@
+import dataclasses
 import io
 import json
 import re
+import shutil
 import threading
 from pathlib import Path
 from unittest import mock
 
+import jax
 import numpy as np
 import pytest
+from by_hand import mean_loss, tokenizer_with_a_word_at_0
 from clip_files import write_clip
 from rich.console import Console
-from tiny import SPLITS, Source
+from tiny import ENCODER, SPLITS, Source
 
 from clipcap_jax import pictures
 from clipcap_jax.captioning.captioner import Caption, Captioner
+from clipcap_jax.config import Targets
 from clipcap_jax.datasets import RecordsSource, open_split, prepare_records, shapes
 from clipcap_jax.errors import UserError
 from clipcap_jax.evaluation import evaluate
@@ -88,7 +93,7 @@ def test_files(captioner: Captioner, data: CaptionData, evaluated: Evaluation, t
     assert report["not_computed"] == {"METEOR": "not asked for", "SPICE": "not asked for"}
     assert report["details"]["data set"] == "records/both/test"
     assert report["health"]["captions"] == len(data)
-    assert report["health"]["unfinished captions"] == sum(not caption.finished for caption in evaluated.captions)
+    assert report["health"]["unfinished captions"] == 0
     assert f"| CIDEr | {expected['CIDEr']:.4f} |" in (folder / "scores.md").read_text()
 
     page = (folder / "page.html").read_text()
@@ -102,6 +107,49 @@ def test_files(captioner: Captioner, data: CaptionData, evaluated: Evaluation, t
     assert "not asked for" in printed
     assert str(folder) in printed
     assert data.captions[0][0] in printed
+
+
+@pytest.mark.parametrize("targets", ["all", "original"])
+def test_losses_are_those_of_what_the_run_learnt(
+    captioner: Captioner, data: CaptionData, evaluated: Evaluation, data_dir: Path, targets: Targets
+) -> None:
+    texts = [text for captions in data.captions for text in captions]
+    tokenizer, metadata = tokenizer_with_a_word_at_0(texts, 320), captioner.metadata
+    config = dataclasses.replace(metadata.config, train=dataclasses.replace(metadata.config.train, targets=targets))
+    metadata = dataclasses.replace(metadata, config=config, tokenizer=tokenizer)
+    other = Captioner(metadata, captioner.params, captioner.step)
+    found = evaluate.evaluate(other, data, evaluated.captions, batch_size=4)
+    split, params = open_split("records/both", "test", str(data_dir)), jax.device_get(captioner.params)
+    assert found.loss == pytest.approx(mean_loss(config, params, tokenizer, split), rel=1e-5)
+    permuted = {i: (i + len(data) // 2) % len(data) for i in range(len(data))}
+    assert found.loss_permuted == pytest.approx(mean_loss(config, params, tokenizer, split, permuted), rel=1e-5)
+
+
+def test_captions_that_did_not_finish_are_told(captioner: Captioner, data: CaptionData, tmp_path: Path) -> None:
+    short = captioner.with_decode(dataclasses.replace(captioner.decode, max_tokens=2))
+    write(evaluate_all(short, data), short, tmp_path)
+    assert json.loads((tmp_path / "scores.json").read_text())["health"]["unfinished captions"] == len(data)
+    page = (tmp_path / "page.html").read_text()
+    assert page.count(">not finished<") == len(data)
+    assert f"{len(data)} of the captions reached the length limit" in page
+
+
+def test_pictures_that_lie_on_disk_are_shown(
+    captioner: Captioner, evaluated: Evaluation, source: Source, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(source.pictures, tmp_path / "pictures")
+    lying = RecordsSource("lying", str(source.captions), images=str(folder), embeddings=str(source.embeddings))
+    prepare_records(dataclasses.replace(lying, encoder=ENCODER), str(tmp_path))
+    data = evaluate.open_data(captioner, "records/lying", "test", str(tmp_path))
+    assert data.image(0) is None
+    exchanged, gone, *_ = map(Path, data.image_paths)
+    exchanged.write_bytes(Path(data.image_paths[-1]).read_bytes())
+    gone.unlink()
+    write(dataclasses.replace(evaluated, data=data), captioner, tmp_path)
+    page = (tmp_path / "page.html").read_text()
+    assert page.count("data:image/png") == len(data) - 2
+    assert f"{exchanged} is another picture than it was" in page
+    assert f"There is no picture at {gone}" in page
 
 
 def test_the_right_scenes_of_shapes_are_counted(pixels_run: Path, tmp_path: Path) -> None:

@@ -126,11 +126,6 @@ def test_an_epoch_holds_every_pair_once(order: tuple[np.ndarray, int, int, int, 
     assert (rows >= 0).any(axis=1).all()
 
 
-@given(ORDERS)
-def test_the_order_depends_on_nothing_but_its_arguments(order: tuple[np.ndarray, int, int, int, int]) -> None:
-    np.testing.assert_array_equal(training_order(*order), training_order(*order))
-
-
 def test_the_order_is_what_it_was() -> None:
     """NumPy may change what its generators draw. Then this fails, and a run must not go on where another NumPy left it:
     it would repeat some pairs and miss others."""

@@ -113,13 +113,17 @@ def test_only_kernels_decay(mapper: Any) -> None:
     assert moved == {name: {0.0} for name in still}
 
 
-def test_the_average_of_the_parameters() -> None:
-    """It follows its recurrence: of the first two steps all, then more and more of what came before."""
-    average = {"kernel": np.array([1.0, -2.0])}
-    expected = np.array([1.0, -2.0])
-    for step in range(1, 41):
-        params = {"kernel": np.array([np.cos(step), 0.1 * step])}
-        average = moved_average(average, params, jnp.int32(step), 0.9)
-        expected += max(0.1, 3 / (step + 2)) * (params["kernel"] - expected)
-        np.testing.assert_allclose(average["kernel"], expected, rtol=1e-5)
-    assert np.abs(expected - params["kernel"]).max() > 0.1
+def test_the_average_weighs_the_steps() -> None:
+    """Each counts `decay` times what the next counts; but little of the random start stays, whatever the decay."""
+    steps, decay = 60, 0.9
+    average, early = {"kernel": np.eye(steps + 1)[0]}, np.zeros(0)  # the start and each step, told apart
+    for step in range(1, steps + 1):
+        average = moved_average(average, {"kernel": np.eye(steps + 1)[step]}, jnp.int32(step), decay)
+        early = average["kernel"] if step == 10 else early
+    weights = average["kernel"]
+    assert weights.sum() == pytest.approx(1, rel=1e-5)
+    assert weights[-1] == pytest.approx(1 - decay, rel=1e-5)
+    np.testing.assert_allclose(weights[30:-1] / weights[31:], decay, rtol=1e-5)
+    assert early.sum() == pytest.approx(1, rel=1e-5)
+    assert early[:2].sum() < 0.01  # the first step has a learning rate of 0: it ends at the start
+    assert early[-1] < 0.3

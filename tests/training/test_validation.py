@@ -1,4 +1,6 @@
+import functools
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -7,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from by_hand import mean_loss
 from random_models import random_params
 from tiny import IMAGE_SIZE, make_config, train_until
 
@@ -58,23 +61,10 @@ def config(data_dir: Path, images: int, batch_size: int) -> Config:
 
 
 @pytest.fixture(scope="module")
-def loss(model: ClipCap, params: Any, data: CaptionData, tokenizer: Tokenizer) -> Any:
-    """The mean loss of the captions of some pictures, each shown with a picture: one caption at a time, in float64."""
-    logits = jax.jit(lambda picture, tokens: model.apply({"params": params}, picture, tokens))
-
-    def loss(shown: dict[int, int]) -> float:
-        losses: list[float] = []
-        for picture, other in shown.items():
-            for ids in tokenizer.encode(data.captions[picture]):
-                target = np.array([*ids, tokenizer.end_id][:MAX_TOKENS])
-                padded = np.zeros((1, MAX_TOKENS), np.int32)
-                padded[0, : len(target)] = target
-                scores = np.asarray(logits(data.inputs([other]), padded), np.float64)[0, : len(target)]
-                log_probs = scores - np.log(np.exp(scores).sum(axis=1, keepdims=True))
-                losses += list(-log_probs[np.arange(len(target)), target])
-        return float(np.mean(losses))
-
-    return loss
+def loss(data_dir: Path, params: Any, tokenizer: Tokenizer) -> Callable[[dict[int, int]], float]:
+    """The mean loss of the captions of some pictures, each shown with a picture."""
+    val = open_split("records/both", "val", str(data_dir))
+    return functools.partial(mean_loss, make_config(data_dir), params, tokenizer, val)
 
 
 @pytest.fixture(scope="module")
