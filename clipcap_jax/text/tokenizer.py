@@ -161,14 +161,23 @@ class Tokenizer:
 
     @classmethod
     def _from_folder(cls, folder: Path) -> "Tokenizer":
+        whole = folder / "tokenizer.json"
         found = [pair for pair in _GPT2_FILES if all((folder / name).is_file() for name in pair)]
         try:
-            return cls._from_pretrained(str(folder))
+            tokenizer = cls._from_pretrained(str(folder))
         except (OSError, ValueError):
-            if not found or (folder / "tokenizer.json").is_file():
+            if whole.is_file() or not found:
                 raise
-        vocabulary, merges = (str(folder / name) for name in found[0])
-        return cls(_byte_level(models.BPE.from_file(vocabulary, merges)))
+            vocabulary, merges = (str(folder / name) for name in found[0])
+            return cls(_byte_level(models.BPE.from_file(vocabulary, merges)))
+        # transformers makes another tokenizer of its pieces where the config is of another kind.
+        if whole.is_file() and _probe(tokenizers.Tokenizer.from_file(str(whole))) != _probe(tokenizer._tokenizer):
+            raise UserError(
+                f"transformers does not read {whole} as it is written, as the tokenizer_config.json or config.json "
+                "beside it names a tokenizer of another kind: let the former say "
+                '"tokenizer_class": "PreTrainedTokenizerFast", and the end of text as "eos_token".'
+            )
+        return tokenizer
 
     @classmethod
     def _from_hub(cls, name: str) -> "Tokenizer":
@@ -210,6 +219,12 @@ class Tokenizer:
 def _unknown_id(tokenizer: tokenizers.Tokenizer) -> int | None:
     model = json.loads(tokenizer.to_str())["model"]  # the one place that says it of all kinds of models
     return model["unk_id"] if "unk_id" in model else tokenizer.token_to_id(model.get("unk_token") or "")
+
+
+def _probe(tokenizer: tokenizers.Tokenizer) -> list[int]:
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer.encode("A dog's 2 BALLS, Straße. 一个男孩", add_special_tokens=False).ids
 
 
 def _reason(error: Exception) -> str:

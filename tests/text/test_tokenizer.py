@@ -214,6 +214,20 @@ def test_gpt2s_files_are_read_with_the_config_of_their_model(trained: Tokenizer,
             assert tokenizer.encode(CAPTIONS) == trained.encode(CAPTIONS)
 
 
+def test_a_tokenizer_that_transformers_makes_another_of(bert: Tokenizer, trained: Tokenizer, tmp_path: Path) -> None:
+    """A config of GPT-2 makes it byte-level, whatever the file says, and drops what is done to the text before."""
+    lower = json.loads(trained.to_dict()["tokenizer_json"]) | {"normalizer": {"type": "Lowercase"}}
+    for tokenizer, end in ((bert.to_dict()["tokenizer_json"], "[SEP]"), (json.dumps(lower), "<|endoftext|>")):
+        files = {"tokenizer.json": tokenizer, "config.json": '{"model_type": "gpt2"}'}
+        with pytest.raises(UserError, match=r"does not read .*tokenizer\.json as it is written, .*eos_token"):
+            Tokenizer.load(write(tmp_path / end, files))
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end}
+        loaded = Tokenizer.load(write(tmp_path / end, {"tokenizer_config.json": json.dumps(config)}))
+        assert loaded.encode(["the DOGS"]) == Tokenizer(tokenizers.Tokenizer.from_str(tokenizer), end).encode(
+            ["the DOGS"]
+        )
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -258,6 +272,12 @@ def test_spaces_before_punctuation_go_where_the_config_says_so(clean_up: str, tm
         assert ours.decode(ids) == Tokenizer.from_dict(ours.to_dict()).decode(ids) == expected
 
 
+def test_spaces_before_punctuation_are_letters_of_byte_level_pieces(trained: Tokenizer, tmp_path: Path) -> None:
+    config = '{"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": true}'
+    write(tmp_path, {"tokenizer.json": trained.to_dict()["tokenizer_json"], "tokenizer_config.json": config})
+    assert Tokenizer.load(str(tmp_path)).decode(trained.encode(["a dog . "])[0]) == "a dog ."
+
+
 @pytest.mark.parametrize("special", [True, False])
 def test_no_text_is_an_end(special: bool, trained: Tokenizer, bert: Tokenizer) -> None:
     words = tokenizers.Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, "dog": 2}, unk_token="<unk>"))
@@ -270,15 +290,20 @@ def test_no_text_is_an_end(special: bool, trained: Tokenizer, bert: Tokenizer) -
             assert same.decode(ids).startswith("dog ")
             assert same.decode(ids).endswith(" dog")
             assert same.stop_id(end) == same.end_id
-    assert trained.decode(trained.encode(["a <|endoftext|>."])[0]) == "a <|endoftext|>."
+    stored = trained.to_dict()
+    declared = json.dumps({**json.loads(stored["tokenizer_json"]), "added_tokens": []})
+    if not special:
+        declared = stored["tokenizer_json"].replace('"special":true', '"special":false')
+    for same in (trained, Tokenizer.from_dict({**stored, "tokenizer_json": declared})):
+        assert same.decode(same.encode(["a <|endoftext|>."])[0]) == "a <|endoftext|>."
 
 
-def test_a_file_that_cuts_and_fills_texts(tmp_path: Path) -> None:
-    tokenizer = tokenizers.Tokenizer.from_str(Tokenizer.train(CAPTIONS, 290).to_dict()["tokenizer_json"])
+def test_a_file_that_cuts_and_fills_texts(trained: Tokenizer, tmp_path: Path) -> None:
+    tokenizer = tokenizers.Tokenizer.from_str(trained.to_dict()["tokenizer_json"])
     tokenizer.enable_truncation(2)
-    tokenizer.enable_padding()
+    tokenizer.enable_padding(pad_id=5)
     loaded = Tokenizer.load(write(tmp_path, {"tokenizer.json": tokenizer.to_str()}))
-    assert list(map(loaded.decode, loaded.encode(["a", "a dog's ball"]))) == ["a", "a dog's ball"]
+    assert loaded.encode(["a", "a dog's ball"]) == trained.encode(["a", "a dog's ball"])
 
 
 def test_what_is_unknown(trained: Tokenizer, bert: Tokenizer) -> None:
