@@ -28,7 +28,8 @@ def locate(source: str, files: tuple[str, ...]) -> Path:
             if (path / name).is_file():
                 return path / name
         raise UserError(f"{path} holds none of {', '.join(files)}")
-    if path.suffix in (".safetensors", ".bin", ".pt") or source.startswith(("/", ".", "~")):  # no name on the hub
+    # No names on the hub.
+    if path.suffix in (".safetensors", ".bin", ".pt", ".ckpt") or source.startswith(("/", ".", "~")):
         raise UserError(f"there is no file or folder {source}")
     return _download(source, files)
 

@@ -22,6 +22,12 @@ def test_the_first_weights_of_a_folder_are_found(tmp_path: Path) -> None:
     assert hub.pinned(str(tmp_path), tmp_path / "model.safetensors") == str(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["last.ckpt", "model.pt", "model.bin", "model.safetensors", "./runs"])
+def test_files_that_are_not_there_are_not_asked_of_the_hub(name: str) -> None:
+    with pytest.raises(UserError, match=f"there is no file or folder {name}$"):
+        hub.locate(name, ("model.safetensors",))
+
+
 def cached(tmp_path: Path, repository: str, *names: str) -> Path:
     """A copy of the hub's cache with one snapshot."""
     folder = tmp_path / "hub" / f"models--{repository.replace('/', '--')}"

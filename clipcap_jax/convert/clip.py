@@ -16,7 +16,7 @@ import numpy as np
 
 from clipcap_jax import hub
 from clipcap_jax.convert import weights
-from clipcap_jax.convert.mapping import Arrays, Source, Table, conv, linear, load, norm, same
+from clipcap_jax.convert.mapping import Arrays, Source, Table, conv, linear, load, norm, same, some
 from clipcap_jax.errors import UserError
 from clipcap_jax.models.clip_resnet import ClipResnetConfig
 from clipcap_jax.models.clip_vit import ClipVitConfig
@@ -132,7 +132,7 @@ def from_arrays(
         other = [name for name in arrays if not name.startswith("visual.")]
         unknown = [name for name in other if not any(re.fullmatch(pattern, name) for pattern in _OPENAI_IGNORED)]
         if unknown:
-            raise UserError(f"{source} holds tensors that no CLIP has: {', '.join(sorted(unknown)[:10])}")
+            raise UserError(f"{source} holds tensors that no CLIP has: {some(sorted(unknown))}")
         arrays = {name.removeprefix("visual."): array for name, array in arrays.items() if name.startswith("visual.")}
     heads = _open_clip_heads(check_open_clip(stored, source)) or heads
     if "attnpool.positional_embedding" in arrays:

@@ -11,7 +11,7 @@ import numpy as np
 
 from clipcap_jax import files, hub
 from clipcap_jax.convert import weights
-from clipcap_jax.convert.mapping import Arrays, Source, Table, load, norm, same, store
+from clipcap_jax.convert.mapping import Arrays, Source, Table, load, norm, same, some, store
 from clipcap_jax.errors import UserError
 from clipcap_jax.models.gpt2 import Gpt2, Gpt2Config
 from clipcap_jax.text.tokenizer import Tokenizer
@@ -74,7 +74,7 @@ def load_gpt2(source: str, heads: int | None = None) -> tuple[Gpt2Config, Any]:
     stored = weights.read_config(path.with_name("config.json"))
     for name, (default, allowed) in _REQUIRED.items():
         if (value := stored.get(name, default)) not in allowed:
-            raise UserError(f"{path} is not a GPT-2 like OpenAI's: its config.json says {name}={value!r}")
+            raise UserError(f"{path} is not a GPT-2 like OpenAI's: its config.json says {name}={value!r:.80}")
     if stored:
         heads = stored.get("n_head", 12)
     return from_arrays(weights.read(path), str(path), heads)
@@ -83,7 +83,7 @@ def load_gpt2(source: str, heads: int | None = None) -> tuple[Gpt2Config, Any]:
 def from_arrays(arrays: Arrays, source: str, heads: int | None = None) -> tuple[Gpt2Config, Any]:
     """As `load_gpt2`, from tensors under the names of `GPT2LMHeadModel` or `GPT2Model`."""
     if twice := [name for name in arrays if f"transformer.{name}" in arrays]:
-        raise UserError(f"{source} holds tensors with and without the prefix transformer.: {', '.join(twice[:10])}")
+        raise UserError(f"{source} holds tensors with and without the prefix transformer.: {some(twice)}")
     arrays = {name.removeprefix("transformer."): array for name, array in arrays.items()}
     head = arrays.pop("lm_head.weight", None)
     for name in ("wte.weight", "wpe.weight"):

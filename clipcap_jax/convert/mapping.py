@@ -6,8 +6,9 @@ layer there.
 """
 
 import dataclasses
+import itertools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 import jax
@@ -56,6 +57,12 @@ class Source:
 
 
 Table = Mapping[str, Source]
+
+
+def some(names: Iterable[str], most: int = _NAMED) -> str:
+    """For a message: the first of the names, which a file may hold any number of, of any length."""
+    first = [f"{name:.80}" for name in itertools.islice(names, most + 1)]
+    return ", ".join([*first[:most], "..."] if len(first) > most else first)
 
 
 def same(ours: str, theirs: str) -> dict[str, Source]:
@@ -110,7 +117,7 @@ def load(table: Table, shapes: Any, arrays: Mapping[str, np.ndarray], ignored: M
 
     jax.tree_util.tree_map_with_path(lambda path, leaf: check(_name(path), leaf.shape), shapes)
     problems += [
-        f"{name} is not known"
+        f"{name:.80} is not known"
         for name in sorted(set(arrays) - used)
         if not any(re.fullmatch(pattern, name) for pattern in ignored)
     ]

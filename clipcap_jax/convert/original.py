@@ -10,11 +10,12 @@ import numpy as np
 
 from clipcap_jax import files
 from clipcap_jax.convert import gpt2, weights
-from clipcap_jax.convert.mapping import Arrays, Source, Table, linear, load, norm, same, store
+from clipcap_jax.convert.mapping import Arrays, Source, Table, linear, load, norm, same, some, store
 from clipcap_jax.errors import UserError
 from clipcap_jax.models.clipcap import ClipCapConfig
 from clipcap_jax.models.mapper import MAPPERS, MapperConfig
 
+_MAPPER, _GPT2 = "clip_project.", "gpt."
 HEADS = 8  # of the original's transformer mapper, in its `TransformerMapper`
 
 _MLP: Table = {**linear("in", "model.0"), **linear("out", "model.2")}
@@ -55,17 +56,17 @@ def load_original(
       UserError: it is not such a file, or holds anything but tensors.
     """
     stored = weights.read(path)
-    if twice := [name for name in stored if f"module.{name}" in stored]:
-        raise UserError(f"{path} holds tensors with and without the prefix module.: {', '.join(twice[:10])}")
-    arrays = {name.removeprefix("module."): array for name, array in stored.items()}
-    unknown = sorted(name for name in arrays if not name.startswith(("clip_project.", "gpt.")))
-    if unknown or not any(name.startswith("clip_project.") for name in arrays):
+    # What a trainer that holds the model calls it comes before all names.
+    prefix = min((name.partition(_MAPPER)[0] for name in stored if _MAPPER in name), default="")
+    arrays = _part(stored, prefix)
+    unknown = sorted(name for name in stored if not name.startswith((prefix + _MAPPER, prefix + _GPT2)))
+    if unknown or not any(name.startswith(_MAPPER) for name in arrays):
         raise UserError(
             f"{path} is not a checkpoint of the original ClipCap, whose tensors are named clip_project.* and gpt.*"
-            + (f": it holds {', '.join(unknown[:10])}" if unknown else "")
+            + (f": it holds {some(unknown)}" if unknown else "")
         )
-    language_model, gpt2_params = gpt2.from_arrays(_part(arrays, "gpt."), str(path), gpt2_heads)
-    projection = _part(arrays, "clip_project.")
+    language_model, gpt2_params = gpt2.from_arrays(_part(arrays, _GPT2), str(path), gpt2_heads)
+    projection = _part(arrays, _MAPPER)
     mapper, embedding_width, mapper_params = mapper_from_arrays(
         projection, language_model.width, mapper_heads, str(path)
     )

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from clipcap_jax.convert.mapping import Arrays
+from clipcap_jax.convert.mapping import Arrays, some
 from clipcap_jax.errors import UserError
 
 # OpenAI's files, from the addresses in openai/CLIP, clip/clip.py. They are TorchScript archives: programs, which are
@@ -29,14 +29,34 @@ OPENAI_SHA256 = {
     "ViT-L/14@336px": "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02",
 }
 
+# Under which names trainers put a state dict beside the rest of what they save: PyTorch Lightning and many others,
+# PyTorch's own tutorials, fairseq and others, DeepSpeed.
+_STATE_DICTS = ("state_dict", "model_state_dict", "model", "module")
+_NESTED = 4  # how deep; a pickle may hold a dict that holds itself
+_EXPORT = 'Where it was written, save the weights alone: torch.save(model.state_dict(), "weights.pt")'
+
 
 def read(path: Path) -> Arrays:
-    """The tensors of a `.safetensors`, `.bin` or `.pt` file, or of a sharded one's `.index.json`.
+    """The tensors of a `.safetensors`, `.bin`, `.pt` or `.ckpt` file, or of a sharded one's `.index.json`.
+
+    Of what a trainer saved, those of the model alone, without the names of data parallel (`module.`) and compiled
+    (`_orig_mod.`) modules in theirs, or a `model.` before all of them.
 
     Raises:
-      UserError: the file is not there, is truncated or broken, holds code or anything but tensors, or needs torch,
-        which is not installed.
+      UserError: the file is not there, is truncated or broken, holds code or no state dict, or needs torch, which is
+        not installed.
     """
+    arrays: Arrays = {}
+    for name, array in _read(path).items():
+        if (bare := re.sub(r"(?:^|(?<=\.))(?:module|_orig_mod)\.", "", name)) in arrays:
+            raise UserError(f"{path} holds tensors with and without the prefix module. or _orig_mod.: {some([bare])}")
+        arrays[bare] = array
+    while arrays and all(name.startswith("model.") for name in arrays):
+        arrays = {name.removeprefix("model."): array for name, array in arrays.items()}
+    return arrays
+
+
+def _read(path: Path) -> Arrays:
     if not path.is_file():
         raise UserError(f"there is no file {path}")
     if path.suffix == ".json":
@@ -52,7 +72,7 @@ def read_config(path: Path) -> dict[str, Any]:
         return {}
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON: {error}") from error
     if not isinstance(stored, dict):
         raise UserError(f"{path} does not hold settings by name")
@@ -66,10 +86,12 @@ def _read_shards(index: Path) -> Arrays:
     arrays: Arrays = {}
     for shard in sorted(set(names.values())):
         if not re.fullmatch(r"[^/\\]+\.(safetensors|bin)", shard):  # an index may not lead out of its folder
-            raise UserError(f"{index} names the file {shard!r}, which is none of weights that lie beside it")
-        for name, array in read(index.with_name(shard)).items():
+            raise UserError(f"{index} names the file {shard!r:.80}, which is none of weights that lie beside it")
+        for name, array in _read(index.with_name(shard)).items():
             if names.get(name) != shard:
-                raise UserError(f"{index.with_name(shard)} holds {name}, which {index.name} does not place there")
+                raise UserError(
+                    f"{index.with_name(shard)} holds {some([name])}, which {index.name} does not place there"
+                )
             arrays[name] = array
     return arrays
 
@@ -100,21 +122,70 @@ def _read_torch(path: Path) -> Arrays:
                 _check_published(path, data)
                 state = torch.jit.load(io.BytesIO(data), map_location="cpu").state_dict()
             else:
-                state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+                state = _load(data)
     except UserError:
         raise
     except pickle.UnpicklingError as error:
         # Not torch's own words, which tell how to run it all the same.
-        if asked := re.search(r"GLOBAL (\S+)", str(error)):
+        if asked := re.search(r"GLOBAL (\S+)|Can only .* got (.+)", str(error)):
             raise UserError(
-                f"{path} holds more than tensors, {asked[1]}, and was not loaded: it could run any program"
+                f"{path} holds more than tensors, {asked[1] or asked[2]:.200}, and was not loaded: it could run any "
+                f"program. {_EXPORT}"
             ) from error
         raise UserError(f"{path} is not a whole file of PyTorch. Copy or download it again.") from error
     except Exception as error:  # on broken files torch raises nearly anything
-        raise UserError(f"{path} is not a whole file of PyTorch: {error!r}. Copy or download it again.") from error
-    if not isinstance(state, dict) or not all(_is_plain(name, value) for name, value in state.items()):
-        raise UserError(f"{path} does not hold a state dict, which is names and dense tensors and nothing else")
-    return {name: _to_numpy(value) for name, value in state.items()}
+        raise UserError(f"{path} is not a whole file of PyTorch: {error!r:.200}. Copy or download it again.") from error
+    stored, place = _find_state_dict(state)
+    if isinstance(stored, dict):
+        other = [f"{_name(name)} ({_told(value)})" for name, value in stored.items() if not _is_plain(name, value)]
+    else:
+        other = [_told(stored)]
+    if other:
+        raise UserError(
+            f"{path} does not hold a state dict, which is names and dense tensors and nothing else: {place} holds "
+            f"{some(other)}. {_EXPORT}"
+        )
+    return {name: _to_numpy(value) for name, value in stored.items()}
+
+
+def _name(name: Any) -> str:
+    """Of an entry, for a message. Of values there is only the type: a small file may be lists of each other that no
+    memory holds as a text."""
+    return name if isinstance(name, str) else f"a {type(name).__name__}"
+
+
+def _told(value: Any) -> str:
+    kind = type(value).__name__
+    return f"{kind} of {some(map(_name, value), 3)}" if isinstance(value, dict) and value else kind
+
+
+class _Unread:
+    """Stands for any object beside the tensors, such as a trainer's settings, whose class is not looked for."""
+
+    def __new__(cls, *_: Any) -> "_Unread":
+        return super().__new__(cls)
+
+    def __setstate__(self, state: Any) -> None:
+        """Forget what it is made of."""
+
+
+def _load(data: bytes) -> Any:
+    import torch
+
+    unread = torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(data)) if data.startswith(b"PK") else []
+    with torch.serialization.safe_globals([(type(name, (_Unread,), {}), name) for name in unread]):
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+
+
+def _find_state_dict(stored: Any) -> tuple[Any, str]:
+    """The state dict in what a trainer saved, and what to call the place where it is."""
+    place = "it"
+    for _ in range(_NESTED):
+        found = [name for name in _STATE_DICTS if isinstance(stored, dict) and isinstance(stored.get(name), dict)]
+        if not found:
+            break
+        stored, place = stored[found[0]], f"its {found[0]}"
+    return stored, place
 
 
 def _is_plain(name: Any, value: Any) -> bool:

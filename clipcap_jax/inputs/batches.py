@@ -35,6 +35,7 @@ LENGTHS = (8, 12, 14, 16, 20, 24, 32, 48, 64, 96)
 
 _CACHED_BYTES = 2**28  # of decoded pictures
 _TOKENISED_AT_ONCE = 2000  # examples
+_TOKENS_VERSION = 2  # of how a tokenizer is used: what is kept from before is not read
 
 Batch = dict[str, np.ndarray]
 
@@ -124,7 +125,7 @@ class CaptionData:
         Raises:
           UserError: they cannot be written, or are damaged.
         """
-        chosen = json.dumps([tokenizer.to_dict(), max_tokens, targets])
+        chosen = json.dumps([_TOKENS_VERSION, tokenizer.to_dict(), max_tokens, targets])
         name = f"{self._columns.name}-tokens-{hashlib.sha256(chosen.encode()).hexdigest()[:16]}"
         captions = self._columns.all_captions
         folder = made_once(
@@ -165,6 +166,13 @@ class Pairs:
         """Some of the pairs; `cut` stays that of all."""
         examples, lengths, starts = self.examples[rows], self.lengths[rows], self.starts[rows]
         return dataclasses.replace(self, examples=examples, lengths=lengths, starts=starts)
+
+    def holding(self, token: int) -> np.ndarray:
+        """The pairs whose captions hold a token, each as often as it does."""
+        places = np.flatnonzero(self.tokens == token)
+        pairs = np.searchsorted(self.starts + self.lengths, places, "right")
+        places, pairs = places[pairs < len(self)], pairs[pairs < len(self)]
+        return pairs[self.starts[pairs] <= places]  # the others are between these pairs
 
 
 def make_pairs(

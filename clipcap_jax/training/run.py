@@ -1,6 +1,7 @@
 """What a run is made of: its data, model and optimiser, and the state that it begins or goes on with."""
 
 import dataclasses
+from collections import Counter
 from pathlib import Path
 
 import jax
@@ -24,6 +25,8 @@ from clipcap_jax.training import optim
 from clipcap_jax.training.start import check_same_run, choose_tokenizer, load_pretrained
 from clipcap_jax.training.step import Params, TrainState, init_params, param_shapes
 from clipcap_jax.training.validation import Validator
+
+_LOOKED_AT = 1000  # pictures, for what a tokenizer does not know
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,7 +197,23 @@ def _pairs(config: Config, data: CaptionData, tokenizer: Tokenizer, console: Con
             f"{config.data.max_tokens} and were cut.",
             style="yellow",
         )
+    if tokenizer.unknown_id is not None:
+        _tell_unknown(pairs.holding(tokenizer.unknown_id), pairs, data, tokenizer, console)
     return pairs
+
+
+def _tell_unknown(rows: np.ndarray, pairs: Pairs, data: CaptionData, tokenizer: Tokenizer, console: Console) -> None:
+    """Say what is not learnt because the tokenizer has no piece for it; `rows`: the pair of each such place."""
+    if not len(rows):
+        return
+    some = [text for i in np.unique(pairs.examples[rows])[:_LOOKED_AT] for text in data.captions[int(i)]]
+    frequent = Counter(part[:20] for text in some for part in tokenizer.unknown(text)).most_common(10)
+    console.print(
+        f"{len(np.unique(rows))} of the {len(pairs)} captions of {data.name} hold {len(rows)} pieces that the "
+        f"tokenizer does not know, most often {' '.join(part for part, _ in frequent)}",
+        style="yellow",
+        markup=False,
+    )
 
 
 def _check_same_data(restored: Restored, data: CaptionData, total: int) -> None:

@@ -53,7 +53,7 @@ def choose_tokenizer(config: Config, base: Metadata | None, captions: Sequence[t
             return base.tokenizer
         return Tokenizer.train((text for texts in captions for text in texts), vocab_size)
     tokenizer = Tokenizer.load(source)
-    if base is not None and tokenizer.to_dict() != base.tokenizer.to_dict():
+    if base is not None and not tokenizer.same_ids(base.tokenizer):
         raise UserError(
             f"the tokenizer {source!r} is not the one that the checkpoint was trained with, and its ids "
             'would mean other words: set config.tokenizer.source="captions" to take the checkpoint\'s'

@@ -49,6 +49,12 @@ def test_buffers_and_the_prefix_of_data_parallel_training(original: Original, tm
     jax.tree.map(np.testing.assert_array_equal, params, original.params)
 
 
+@pytest.mark.parametrize("prefix", ["captioner.", "model.net.", "module.lightning.model._orig_mod."])
+def test_what_a_trainer_calls_the_model(prefix: str, original: Original, tmp_path: Path) -> None:
+    _, _, params = load(save(original.state, tmp_path / "model.pt", prefix=prefix), original)
+    jax.tree.map(np.testing.assert_array_equal, params, original.params)
+
+
 MASKS = (".attn.bias", ".attn.masked_bias")
 
 
@@ -117,6 +123,12 @@ NORM = "gpt.transformer.h.0.ln_1.weight"
     [
         ("mlp", lambda s: {"model": s["clip_project.model.0.bias"]}, "is not a checkpoint of the original ClipCap"),
         ("mlp", lambda s: s | {"clip.weight": np.ones(1)}, r"whose tensors are named .*: it holds clip\.weight"),
+        (
+            "mlp",
+            lambda s: {f"net.{k}": v for k, v in s.items()} | {"loss.weight": np.ones(1)},
+            r"it holds loss\.weight$",
+        ),
+        ("mlp", lambda s: s | {f"ema.{k}": v for k, v in s.items()}, r"it holds ema\.clip_project\..*, \.\.\.$"),
         ("mlp", lambda s: {k: v for k, v in s.items() if k.startswith("gpt.")}, "is not a checkpoint of the original"),
         ("mlp", lambda s: s | {NORM: s[NORM][1:]}, r"h\.0\.ln_1\.weight has the shape \(31,\), where \(32,\) is neede"),
         ("mlp", lambda s: s | {NORM: s[NORM] * np.nan}, r"h\.0\.ln_1\.weight holds values that are not finite"),
@@ -133,7 +145,7 @@ NORM = "gpt.transformer.h.0.ln_1.weight"
         (
             "mlp",
             lambda s: s | {f"module.{NORM}": s[NORM]},
-            r"with and without the prefix module\.: gpt\.transformer\.h\.0\.ln_1\.weight",
+            r"with and without the prefix module\. or _orig_mod\.: gpt\.transformer\.h\.0\.ln_1\.weight",
         ),
         (
             "mlp",

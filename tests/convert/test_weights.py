@@ -1,7 +1,9 @@
+import argparse
 import json
 import pickle
 import sys
 import zipfile
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,16 @@ ARRAYS: Arrays = {"a.weight": np.arange(6, dtype=np.float32).reshape(2, 3), "a.b
 @pytest.fixture
 def torch() -> Any:
     return pytest.importorskip("torch", reason="needs the torch extra")
+
+
+class Touch:
+    """Unpickled carelessly, it makes a file."""
+
+    def __init__(self, mark: Path):
+        self.mark = mark
+
+    def __reduce__(self) -> Any:
+        return eval, (f"open({str(self.mark)!r}, 'w')",)
 
 
 def assert_same(found: Arrays, expected: Arrays = ARRAYS) -> None:
@@ -59,6 +71,7 @@ def test_shards(tmp_path: Path) -> None:
     ("content", "message"),
     [
         ("no json", "is not JSON"),
+        ("[" * 100_000, "is not JSON"),
         ("[]", "does not hold settings by name"),
         ("{}", "is not the index of a sharded model"),
         ('{"weight_map": 3}', "is not the index of a sharded model"),
@@ -93,12 +106,25 @@ def test_a_state_dict_of_torch(torch: Any, tmp_path: Path, new_format: bool) -> 
 def test_code_in_a_torch_file_does_not_run(torch: Any, tmp_path: Path) -> None:
     mark = tmp_path / "mark"
     torch.save({"a": torch.ones(1), "evil": Evil(mark)}, tmp_path / "model.pt")
+    torch.save({"state_dict": {"a": torch.ones(1)}, "evil": Evil(mark)}, tmp_path / "last.ckpt")
     (tmp_path / "plain.pt").write_bytes(pickle.dumps(Evil(mark), protocol=2))
-    for name in ("model.pt", "plain.pt"):
+    for name in ("model.pt", "last.ckpt", "plain.pt"):
         with pytest.raises(UserError) as raised:
             weights.read(tmp_path / name)
         assert "holds more than tensors, posix.mkdir, and was not loaded: it could run any program" in str(raised.value)
         assert "weights_only" not in str(raised.value)  # torch's advice is to run it all the same
+    assert not mark.exists()
+
+
+def test_code_that_torch_would_allow_does_not_run_either(torch: Any, tmp_path: Path) -> None:
+    """Of modules other than os and sys."""
+    mark, allowed = tmp_path / "mark", set(torch.serialization.get_safe_globals())
+    torch.save({"state_dict": {"a": torch.ones(2)}, "evil": Touch(mark)}, tmp_path / "last.ckpt")
+    assert_same(weights.read(tmp_path / "last.ckpt"), {"a": np.ones(2, np.float32)})
+    torch.save({"a": torch.ones(2), "evil": Touch(mark)}, tmp_path / "model.pt")
+    with pytest.raises(UserError, match=r"it holds evil \(builtins\.eval\)"):
+        weights.read(tmp_path / "model.pt")
+    assert set(torch.serialization.get_safe_globals()) == allowed
     assert not mark.exists()
 
 
@@ -144,10 +170,107 @@ def test_tensors_that_are_not_plain(torch: Any, tmp_path: Path) -> None:
         weights.read(tmp_path / "model.pt")
 
 
-@pytest.mark.parametrize("content", [[1, 2], {"a": 3}, {"model": {"nested": "dict"}}])
-def test_a_torch_file_without_a_state_dict(torch: Any, tmp_path: Path, content: Any) -> None:
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([1, 2], "it holds list"),
+        ({"a": 3, 4: 5}, r"it holds a \(int\), a int \(int\)\. Where it was written, save the weights alone"),
+        ({"model": {"nested": "dict"}}, r"its model holds nested \(str\)"),
+        ({"net": {"a.weight": 1, "a.bias": 2}, "epoch": 3}, r"holds net \(dict of a\.weight, a\.bias\), epoch \(int\)"),
+        (
+            {f"{i:02}" * 100: i for i in range(20)},
+            r"it holds (\d{80}, ){10}\.\.\. Where|it holds (\d{80}, ){10}\.\.\.\. Where",
+        ),
+    ],
+)
+def test_a_torch_file_without_a_state_dict(torch: Any, tmp_path: Path, content: Any, message: str) -> None:
     torch.save(content, tmp_path / "model.pt")
-    with pytest.raises(UserError, match="does not hold a state dict"):
+    with pytest.raises(UserError, match=f"does not hold a state dict, .*{message}"):
+        weights.read(tmp_path / "model.pt")
+
+
+def test_a_small_torch_file_that_stands_for_a_large_text(torch: Any, tmp_path: Path) -> None:
+    """Or that has no end: 2 ** 60 brackets, and a dict that holds itself."""
+    bomb: Any = 1
+    for _ in range(60):
+        bomb = [bomb, bomb]
+    torch.save({"a": bomb}, tmp_path / "model.pt")
+    with pytest.raises(UserError, match=r"it holds a \(list\)"):
+        weights.read(tmp_path / "model.pt")
+    own: dict[str, Any] = {}
+    own["model"] = own
+    torch.save(own, tmp_path / "model.pt")
+    with pytest.raises(UserError, match=r"its model holds model \(dict of model\)"):
+        weights.read(tmp_path / "model.pt")
+
+
+class Settings:
+    """A class that only the program knows that saved it."""
+
+    def __init__(self, mark: Path):
+        self.mark = mark
+
+    def __getstate__(self) -> Any:
+        return [1, 2]  # no dict
+
+    def __setstate__(self, state: Any) -> None:
+        raise AssertionError("it was run")
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda state: {"state_dict": state, "epoch": 1, "hyper_parameters": {"width": 3}, "optimizer_states": [{}]},
+        lambda state: {"model_state_dict": state, "optimizer_state_dict": {"state": {}}, "loss": 0.5},
+        lambda state: {"model": state, "scheduler": None},
+        lambda state: {"module": state, "global_step": 7},
+        lambda state: {"model": {"module": {"state_dict": state}}},
+        lambda state: {"model": "a name", "state_dict": {"model": state, "epoch": 1}},
+        lambda state: {"state_dict": state, "hyper_parameters": argparse.Namespace(width=3, path=Path("a"))},
+        lambda state: {"state_dict": state, "hyper_parameters": Settings(Path("a")), "callbacks": {Settings: print}},
+    ],
+)
+@pytest.mark.parametrize(
+    "prefixes",
+    ["", "module.", "model.", "_orig_mod.", "model.module._orig_mod.", "_orig_mod.module.model.model.module."],
+)
+def test_what_trainers_wrap(torch: Any, tmp_path: Path, wrap: Any, prefixes: str) -> None:
+    state = {prefixes + name: torch.from_numpy(array) for name, array in ARRAYS.items()}
+    torch.save(wrap(state), tmp_path / "last.ckpt")
+    assert_same(weights.read(tmp_path / "last.ckpt"))
+
+
+def test_wrappers_within_names(tmp_path: Path) -> None:
+    save_file(
+        {"gpt._orig_mod.a.weight": ARRAYS["a.weight"], "gpt.module.a.bias": ARRAYS["a.bias"]},
+        tmp_path / "1.safetensors",
+    )
+    assert weights.read(tmp_path / "1.safetensors").keys() == {"gpt.a.weight", "gpt.a.bias"}
+    others = {"submodule.a": ARRAYS["a.bias"], "model.a": ARRAYS["a.bias"], "a.model.b": ARRAYS["a.bias"]}
+    save_file(others, tmp_path / "2.safetensors")
+    assert_same(weights.read(tmp_path / "2.safetensors"), others)
+    save_file({"module.a": ARRAYS["a.bias"], "a": ARRAYS["a.bias"]}, tmp_path / "3.safetensors")
+    with pytest.raises(UserError, match=r"holds tensors with and without the prefix module\. or _orig_mod\.: a$"):
+        weights.read(tmp_path / "3.safetensors")
+
+
+def test_shards_of_what_is_wrapped(tmp_path: Path) -> None:
+    save_file({f"module.{name}": array for name, array in ARRAYS.items()}, tmp_path / "1.safetensors")
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {f"module.{name}": "1.safetensors" for name in ARRAYS}}))
+    assert_same(weights.read(index))
+
+
+def test_whole_models_are_not_loaded(torch: Any, tmp_path: Path) -> None:
+    torch.save(Settings(tmp_path), tmp_path / "model.pt")
+    with pytest.raises(
+        UserError, match=r"it holds test_weights\.Settings\. Where it was written, save the weights alone"
+    ):
+        weights.read(tmp_path / "model.pt")
+    torch.save({"state_dict": {}, "counts": defaultdict(int, a=1)}, tmp_path / "model.pt")
+    with pytest.raises(
+        UserError, match=r"holds more than tensors, .*defaultdict.*, and was not loaded: .* save the weigh"
+    ):
         weights.read(tmp_path / "model.pt")
 
 

@@ -97,10 +97,20 @@ def test_the_originals_pairs_have_no_end() -> None:
     assert make_pairs([(" red ",)], TOKENIZER, limit, "original").padded(np.arange(1), len(around)).tolist() == [around]
 
 
+def test_pairs_that_hold_a_token() -> None:
+    (z,), (q,) = TOKENIZER.encode(["z", "q"])
+    pairs = make_pairs([("qz", "z z"), (), ("q",), ("", "a z q z")], TOKENIZER, 5)  # the last z is cut off
+    assert pairs.holding(z).tolist() == [0, 1, 1, 4]
+    assert pairs.holding(q).tolist() == [0, 2, 4]
+    assert pairs.holding(TOKENIZER.size).tolist() == []
+    assert pairs.select(np.array([2, 4])).holding(z).tolist() == [1]
+    assert make_pairs([("",), ("q",), ("",)], TOKENIZER, 5, "original").holding(q).tolist() == [1]
+
+
 @pytest.mark.parametrize("captions", [[], [()], [(), ()]])
 def test_pairs_of_nothing(captions: Any) -> None:
     pairs = make_pairs(captions, TOKENIZER, 5)
-    assert len(pairs) == pairs.cut == 0
+    assert len(pairs) == pairs.cut == len(pairs.holding(0)) == 0
     assert pairs.padded(np.arange(0), 5).shape == (0, 5)
 
 

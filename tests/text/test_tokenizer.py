@@ -7,9 +7,11 @@ from typing import Any
 
 import huggingface_hub.constants
 import pytest
+import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 from openai_bpe import Gpt2Bpe
+from tokenizers import decoders, models, pre_tokenizers
 
 from clipcap_jax.errors import UserError
 from clipcap_jax.text.tokenizer import Tokenizer
@@ -39,7 +41,7 @@ def test_gpt2_known_ids(gpt2: Tokenizer) -> None:
         [15496, 995],
         [15496, 11, 616, 3290, 318, 13779],
     ]
-    assert gpt2.encode(["<|endoftext|>"]) == [[50256]]
+    assert gpt2.encode(["<|endoftext|>"]) == [[27, 91, 437, 1659, 5239, 91, 29]]
     assert gpt2.decode([15496, 995, 50256, 15496]) == "Hello world"
 
 
@@ -145,12 +147,206 @@ def test_ids_with_gaps_are_below_the_size(tmp_path: Path) -> None:
     assert (tokenizer.size, tokenizer.end_id) == (10, 4)
 
 
-def test_a_folder_without_a_tokenizer(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"needs tokenizer\.json, or vocab\.json and merges\.txt, .*; it holds nothing"):
-        Tokenizer.load(str(tmp_path))
-    (tmp_path / "vocab.json").write_text("{}")
-    with pytest.raises(UserError, match=r"it holds vocab\.json"):
-        Tokenizer.load(str(tmp_path))
+# Chinese as BERT reads it, and English of whole words and pieces.
+WORDS = [
+    "[PAD]",
+    "[UNK]",
+    "[CLS]",
+    "[SEP]",
+    "[MASK]",
+    *"一个男孩在看\uff0c。“”3.,'at",
+    "the",
+    "red",
+    "dog",
+    "##s",
+    "don",
+]
+BERT = {"vocab.txt": "\n".join(WORDS), "tokenizer_config.json": '{"tokenizer_class": "BertTokenizer"}'}
+
+
+def write(folder: Path, files: dict[str, str]) -> str:
+    folder.mkdir(exist_ok=True)
+    for name, content in files.items():
+        (folder / name).write_text(content, encoding="utf-8")
+    return str(folder)
+
+
+@pytest.fixture
+def bert(tmp_path: Path) -> Tokenizer:
+    return Tokenizer.load(write(tmp_path / "bert", BERT))
+
+
+@pytest.mark.parametrize(
+    ("files", "size", "end_id"),
+    [
+        (BERT, len(WORDS), 3),
+        ({"vocab.txt": BERT["vocab.txt"], "config.json": '{"model_type": "bert"}'}, len(WORDS), 3),
+        ({**BERT, "special_tokens_map.json": '{"eos_token": "[MASK]"}'}, len(WORDS), 4),
+        (
+            {
+                **BERT,
+                "special_tokens_map.json": '{"eos_token": "[EOS]"}',
+                "added_tokens.json": f'{{"cat": {len(WORDS)}, "[EOS]": {len(WORDS) + 1}}}',
+            },
+            len(WORDS) + 2,
+            len(WORDS) + 1,
+        ),
+    ],
+)
+def test_a_folder_is_read_as_on_the_hub(files: dict[str, str], size: int, end_id: int, tmp_path: Path) -> None:
+    tokenizer = Tokenizer.load(write(tmp_path, files))
+    assert (tokenizer.size, tokenizer.end_id) == (size, end_id)
+    pieces = [WORDS.index(piece) for piece in ("一", "个", "男", "孩", "red", "dog", "##s", ".")]
+    assert tokenizer.encode(["一个男孩 red dogs."]) == [pieces]
+    if "added_tokens.json" in files:
+        assert tokenizer.encode(["cat"]) == [[len(WORDS)]]
+
+
+def test_gpt2s_files_are_read_with_the_config_of_their_model(trained: Tokenizer, tmp_path: Path) -> None:
+    """Of OpenAI's names transformers knows none, and makes a tokenizer without a vocabulary."""
+    model = json.loads(trained.to_dict()["tokenizer_json"])["model"]
+    merges = "".join(f"{first} {second}\n" for first, second in model["merges"])
+    for names in (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt")):
+        files = dict(zip(names, (json.dumps(model["vocab"]), merges), strict=True))
+        for config in ({}, {"config.json": '{"model_type": "gpt2"}'}, {"tokenizer_config.json": "{}"}):
+            tokenizer = Tokenizer.load(write(tmp_path / f"{names[0]}{len(config)}", {**files, **config}))
+            assert tokenizer.same_ids(trained)
+            assert tokenizer.encode(CAPTIONS) == trained.encode(CAPTIONS)
+
+
+def test_a_tokenizer_that_transformers_makes_another_of(bert: Tokenizer, trained: Tokenizer, tmp_path: Path) -> None:
+    """A config of GPT-2 makes it byte-level, whatever the file says, and drops what is done to the text before."""
+    lower = json.loads(trained.to_dict()["tokenizer_json"]) | {"normalizer": {"type": "Lowercase"}}
+    for tokenizer, end in ((bert.to_dict()["tokenizer_json"], "[SEP]"), (json.dumps(lower), "<|endoftext|>")):
+        files = {"tokenizer.json": tokenizer, "config.json": '{"model_type": "gpt2"}'}
+        with pytest.raises(UserError, match=r"does not read .*tokenizer\.json as it is written, .*eos_token"):
+            Tokenizer.load(write(tmp_path / end, files))
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end}
+        loaded = Tokenizer.load(write(tmp_path / end, {"tokenizer_config.json": json.dumps(config)}))
+        assert loaded.encode(["the DOGS"]) == Tokenizer(tokenizers.Tokenizer.from_str(tokenizer), end).encode(
+            ["the DOGS"]
+        )
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "一个男孩在看。",
+        "一个男孩\uff0c“看”。",
+        "3个男孩",
+        "一个 red dog 在看",  # Latin words keep their spaces
+        "the red dogs.",
+        "the dog, a dog.",
+        "don't",
+    ],
+)
+def test_what_is_decoded_is_what_one_writes(text: str, bert: Tokenizer) -> None:
+    for tokenizer in (bert, Tokenizer.from_dict(bert.to_dict())):
+        assert tokenizer.decode([*tokenizer.encode([text])[0], tokenizer.end_id, 5]) == text
+
+
+def test_spaces_that_were_there_stay(trained: Tokenizer) -> None:
+    """Between words of Chinese that somebody has taken apart."""
+    assert trained.decode(trained.encode(["一个 男孩 \uff0c 3 个"])[0]) == "一个 男孩 \uff0c 3 个"
+
+
+@pytest.mark.parametrize("clean_up", ["true", "false"])
+def test_spaces_before_punctuation_go_where_the_config_says_so(clean_up: str, tmp_path: Path) -> None:
+    """As in transformers."""
+    from transformers import AutoTokenizer
+
+    words = ["<unk>", "</s>", "the", "dog", *".,!?'s", "n't", "'m", "'s", "'ve", "'re"]
+    tokenizer = tokenizers.Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": "</s>",
+        "clean_up_tokenization_spaces": clean_up == "true",
+    }
+    write(tmp_path, {"tokenizer.json": tokenizer.to_str(), "tokenizer_config.json": json.dumps(config)})
+    ours, theirs = Tokenizer.load(str(tmp_path)), AutoTokenizer.from_pretrained(str(tmp_path))
+    for text in ("the dog .", "the ' s dog , ! ?", " ".join(words[2:])):
+        (ids,) = ours.encode([text])
+        expected = theirs.decode(ids)
+        assert (expected == text) == (clean_up == "false")
+        assert ours.decode(ids) == Tokenizer.from_dict(ours.to_dict()).decode(ids) == expected
+
+
+def test_spaces_before_punctuation_are_letters_of_byte_level_pieces(trained: Tokenizer, tmp_path: Path) -> None:
+    config = '{"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": true}'
+    write(tmp_path, {"tokenizer.json": trained.to_dict()["tokenizer_json"], "tokenizer_config.json": config})
+    assert Tokenizer.load(str(tmp_path)).decode(trained.encode(["a dog . "])[0]) == "a dog ."
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_no_text_is_an_end(special: bool, trained: Tokenizer, bert: Tokenizer) -> None:
+    words = tokenizers.Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, "dog": 2}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    (words.add_special_tokens if special else words.add_tokens)(["</s>"])
+    for tokenizer, end in ((trained, "<|endoftext|>"), (bert, "[SEP]"), (Tokenizer(words, "</s>"), "</s>")):
+        for same in (tokenizer, Tokenizer.from_dict(tokenizer.to_dict())):
+            (ids,) = same.encode([f"dog {end} dog"])
+            assert same.end_id not in ids
+            assert same.decode(ids).startswith("dog ")
+            assert same.decode(ids).endswith(" dog")
+            assert same.stop_id(end) == same.end_id
+    stored = trained.to_dict()
+    declared = json.dumps({**json.loads(stored["tokenizer_json"]), "added_tokens": []})
+    if not special:
+        declared = stored["tokenizer_json"].replace('"special":true', '"special":false')
+    for same in (trained, Tokenizer.from_dict({**stored, "tokenizer_json": declared})):
+        assert same.decode(same.encode(["a <|endoftext|>."])[0]) == "a <|endoftext|>."
+
+
+def test_a_file_that_cuts_and_fills_texts(trained: Tokenizer, tmp_path: Path) -> None:
+    tokenizer = tokenizers.Tokenizer.from_str(trained.to_dict()["tokenizer_json"])
+    tokenizer.enable_truncation(2)
+    tokenizer.enable_padding(pad_id=5)
+    loaded = Tokenizer.load(write(tmp_path, {"tokenizer.json": tokenizer.to_str()}))
+    assert loaded.encode(["a", "a dog's ball"]) == trained.encode(["a", "a dog's ball"])
+
+
+def test_what_is_unknown(trained: Tokenizer, bert: Tokenizer) -> None:
+    assert trained.unknown_id is None
+    assert bert.unknown_id == 1
+    assert bert.encode(["一个猫, the cat"])[0].count(1) == 2
+    assert bert.unknown(" 一个猫, the cat") == ["猫", "cat"]
+    assert bert.unknown("一个男孩") == trained.unknown("一个猫") == []
+    unigram = tokenizers.Tokenizer(models.Unigram([("</s>", 0.0), ("a", -1.0), ("<unk>", 0.0)], unk_id=2))
+    unigram.decoder = decoders.Metaspace()
+    assert Tokenizer(unigram, "</s>").unknown_id == 2
+    assert Tokenizer(unigram, "</s>").unknown("aba") == ["b"]
+    with pytest.raises(UserError, match=r"no caption can end with '!', which the tokenizer has no piece for"):
+        bert.stop_id("!")
+    assert bert.stop_id("。") == WORDS.index("。")
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, r"transformers does not know the files\. There has to be a tokenizer\.json; .* There is nothing\."),
+        (
+            {"vocab.txt": "a"},
+            r"does not know the files\. .* that says of which kind they are; .* There is vocab\.txt\.",
+        ),
+        ({"vocab.json": "{}"}, r"There is vocab\.json\."),
+        # transformers makes a vocabulary of the special tokens
+        (
+            {"config.json": '{"model_type": "gpt2"}', "vocab.txt": "a"},
+            r"there is no vocabulary\. .* is config\.json, voc",
+        ),
+        ({"config.json": '{"model_type": "bert"}'}, r"there is no vocabulary\."),
+        ({"config.json": '{"model_type": "t5"}'}, r"there is no vocabulary\."),
+        (
+            {"config.json": '{"model_type": "t5"}', "spiece.model": "a"},
+            r"pip install sentencepiece\. .* spiece\.model\.",
+        ),
+        ({f"{i:02}": "" for i in range(30)}, r"There is 00, 01, .*, 19, \.\.\.\.$"),
+    ],
+)
+def test_a_folder_without_a_tokenizer(files: dict[str, str], message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=rf"the tokenizer in .* cannot be read: .*{message}"):
+        Tokenizer.load(write(tmp_path, files))
 
 
 def without_end(trained: Tokenizer) -> str:
@@ -163,6 +359,8 @@ def without_end(trained: Tokenizer) -> str:
         ({"tokenizer.json": "{broken"}, "cannot be read"),
         ({"tokenizer.json": "{}"}, "cannot be read"),
         ({"tokenizer.json": ""}, "cannot be read"),
+        ({"tokenizer.json": "", "vocab.json": '{"<|endoftext|>": 0}', "merges.txt": ""}, "cannot be read"),
+        ({**BERT, "tokenizer_config.json": "[1]"}, "cannot be read"),
         ({"tokenizer.json": without_end}, r"no end-of-text token '<\|endoftext\|>'"),
         ({"vocab.json": "{broken", "merges.txt": ""}, "cannot be read"),
         ({"vocab.json": '{"a": 0}', "merges.txt": "a b"}, "cannot be read"),

@@ -52,6 +52,13 @@ def test_a_base_brings_its_tokenizer(data_dir: Path, tmp_path: Path) -> None:
 
     from_folder = make_config(data_dir, {"tokenizer.source": str(tmp_path)})
     assert choose_tokenizer(from_folder, base, captions).to_dict() == base.tokenizer.to_dict()
+    # The same, as another version of transformers puts it down.
+    stored = base.tokenizer.to_dict()
+    other = Tokenizer.from_dict(
+        {**stored, "tokenizer_json": stored["tokenizer_json"].replace('"trim_offsets":true', '"trim_offsets":false')}
+    )
+    assert other.to_dict() != stored
+    assert choose_tokenizer(from_folder, metadata(from_folder, other), captions).to_dict() == stored
     with pytest.raises(UserError, match="is not the one that the checkpoint was trained with"):
         choose_tokenizer(from_folder, metadata(from_folder, alone), captions)
     with pytest.raises(UserError, match=r"has \d+ pieces, more than config.model.gpt2.vocab_size=260"):
