@@ -52,7 +52,7 @@ def read_config(path: Path) -> dict[str, Any]:
         return {}
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON: {error}") from error
     if not isinstance(stored, dict):
         raise UserError(f"{path} does not hold settings by name")

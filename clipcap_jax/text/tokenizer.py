@@ -57,6 +57,11 @@ class Tokenizer:
         return cls(tokenizers.Tokenizer.from_str(stored["tokenizer_json"]), stored["end_token"])
 
     @classmethod
+    def _as_stored(cls, tokenizer: "Tokenizer") -> "Tokenizer":
+        """As checkpoints will have it, which fails now rather than then where two pieces have one id."""
+        return cls.from_dict(tokenizer.to_dict())
+
+    @classmethod
     def train(cls, captions: Iterable[str], size: int) -> "Tokenizer":
         """A byte-level BPE like GPT-2's, with at most `size` ids (at least 257), learnt from the captions."""
         if size < 257:
@@ -86,12 +91,12 @@ class Tokenizer:
             return cls._from_hub(source)
         try:
             if (folder / "tokenizer.json").is_file():
-                return cls._from_pretrained(str(folder))
+                return cls._as_stored(cls._from_pretrained(str(folder)))
             for vocabulary, merges in (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")):
                 if (folder / vocabulary).is_file() and (folder / merges).is_file():
                     tokenizer = _byte_level(models.BPE.from_file(str(folder / vocabulary), str(folder / merges)))
                     tokenizer.add_special_tokens([END_OF_TEXT])
-                    return cls(tokenizer)
+                    return cls._as_stored(cls(tokenizer))
         except UserError:
             raise
         except Exception as error:  # tokenizers raises nothing more specific

@@ -59,6 +59,7 @@ def test_shards(tmp_path: Path) -> None:
     ("content", "message"),
     [
         ("no json", "is not JSON"),
+        ("[" * 100_000, "is not JSON"),
         ("[]", "does not hold settings by name"),
         ("{}", "is not the index of a sharded model"),
         ('{"weight_map": 3}', "is not the index of a sharded model"),

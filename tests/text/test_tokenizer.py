@@ -167,6 +167,8 @@ def without_end(trained: Tokenizer) -> str:
         ({"vocab.json": "{broken", "merges.txt": ""}, "cannot be read"),
         ({"vocab.json": '{"a": 0}', "merges.txt": "a b"}, "cannot be read"),
         ({"encoder.json": "[]", "vocab.bpe": ""}, "cannot be read"),
+        # One of two pieces of one id would be lost in checkpoints.
+        ({"vocab.json": '{"a": 0, "b": 1, "ab": 1, "<|endoftext|>": 2}', "merges.txt": "a b"}, "cannot be read"),
     ],
 )
 def test_broken_files(files: dict[str, Any], message: str, trained: Tokenizer, tmp_path: Path) -> None:
