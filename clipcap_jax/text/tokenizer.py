@@ -44,8 +44,16 @@ class Tokenizer:
         return self._tokenizer.decode(text).strip()
 
     def stop_id(self, stop: str) -> int:
-        """The id that ends a caption: the end of text, or the first of `stop`, as the original takes it for "."."""
-        return self.encode([stop])[0][0] if stop.strip() else self.end_id
+        """The id that ends a caption: the end of text, or the first of `stop`, as the original takes it for ".".
+
+        Raises:
+          UserError: the tokenizer knows nothing of `stop`.
+        """
+        if not stop.strip():
+            return self.end_id
+        if not (ids := self.encode([stop])[0]):
+            raise UserError(f"captions are to stop at {stop!r}, of which the tokenizer knows nothing")
+        return ids[0]
 
     def to_dict(self) -> dict[str, str]:
         """What `from_dict` needs, as checkpoints store it: the `tokenizer.json` text and the end token."""

@@ -179,6 +179,13 @@ def test_broken_files(files: dict[str, Any], message: str, trained: Tokenizer, t
     assert str(tmp_path) in str(caught.value) or "end-of-text" in message
 
 
+def test_a_stop_that_is_unknown(tmp_path: Path) -> None:
+    (tmp_path / "vocab.json").write_text('{"a": 0, "<|endoftext|>": 1}')
+    (tmp_path / "merges.txt").write_text("")
+    with pytest.raises(UserError, match=r"captions are to stop at '\.', of which the tokenizer knows nothing"):
+        Tokenizer.load(str(tmp_path)).stop_id(".")
+
+
 def test_no_code_of_a_folder_is_run(
     trained: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
