@@ -26,12 +26,15 @@ from pathlib import Path
 from typing import IO, TypeVar
 
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
 
 from clipcap_jax.errors import UserError
 
 # What is opened, whatever its name says. Pillow knows more, among them PostScript, for which it starts a program.
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
+
+# Of these, whose decoders hold a picture several times in memory, only half as many pixels are read.
+_SEVERAL_TIMES = ("WEBP", "AVIF", "JPEG2000")
 
 # Names of pictures, among them such as only their message says what they are.
 SUFFIXES = {
@@ -61,6 +64,8 @@ MAX_ASPECT_RATIO = 100
 # Environment variables that raise limits: of a picture, of its file, and of the seconds that a disk takes to give it.
 MAX_PIXELS, MAX_BYTES, MAX_SECONDS = "CLIPCAP_MAX_PIXELS", "CLIPCAP_MAX_BYTES", "CLIPCAP_MAX_SECONDS"
 _LIMITS = {MAX_PIXELS: Image.MAX_IMAGE_PIXELS or 0, MAX_BYTES: 2**30, MAX_SECONDS: 60}
+
+_STRIP = 1 << 20  # pixels
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 _JPEG = b"\xff\xd8"
@@ -213,8 +218,9 @@ def decode(data: bytes) -> Image.Image:
       The whole picture in mode "RGB", upright.
 
     Raises:
-      UserError: it is not such an image, is truncated or broken, has more pixels than `limit(MAX_PIXELS)` or
-        no defined range of brightness, or is more than `MAX_ASPECT_RATIO` times as long as wide.
+      UserError: it is not such an image, is truncated or broken, has more pixels than `limit(MAX_PIXELS)` (half as many
+        in WebP, AVIF and JPEG 2000) or no defined range of brightness, or is more than `MAX_ASPECT_RATIO` times as long
+        as wide.
     """
     if not data:
         raise UserError("The image is empty: 0 bytes.")
@@ -232,7 +238,7 @@ def decode(data: bytes) -> Image.Image:
     if image.mode == "F" or image.mode.startswith("I"):
         image = _to_8_bits(image)
     image.info.pop("transparency", None)  # it would be dropped anyway, with a warning
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
 
 
 def _load(data: bytes) -> Image.Image:
@@ -241,7 +247,12 @@ def _load(data: bytes) -> Image.Image:
         Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, most)
     try:
         image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
-        too_large = image.width * image.height > most
+        if image.format in _SEVERAL_TIMES:
+            most //= 2
+        # A TIFF's tiles are read as a whole, and may be larger than the picture that is cut out of them.
+        tags = getattr(image, "tag_v2", {})
+        tile = tags.get(TiffImagePlugin.TILEWIDTH, 0) * tags.get(TiffImagePlugin.TILELENGTH, 0)
+        too_large = max(image.width * image.height, tile) > most
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         too_large = True
     if too_large:
@@ -298,19 +309,27 @@ def _kind(data: bytes) -> str:
 def _to_8_bits(image: Image.Image) -> Image.Image:
     """Greyscale, by what its numbers are: the range of whole ones is the least of 8, 12 and 16 bits that holds them,
     whatever they are stored in; that of others is 0 to 1, or 0 to 255 if one is above 1."""
-    pixels = np.asarray(image)
-    low, high = pixels.min(), pixels.max()
+    ranges = np.array([(strip.min(), strip.max()) for strip in _strips(image)])
+    low, high = ranges[:, 0].min(), ranges[:, 1].max()
     if image.mode == "F":
         if not (low >= 0 and high <= 0xFF):  # or not a number
             raise UserError(
                 f"The image has floating-point pixels from {low:g} to {high:g}, whose brightness is not defined. "
                 "Save it with 8 or 16 bits, or with numbers from 0 to 1."
             )
-        return Image.fromarray((pixels * (255 if high <= 1 else 1)).round().astype(np.uint8))
+        scale = 255 if high <= 1 else 1
+        return Image.fromarray(np.concatenate([(strip * scale).round().astype(np.uint8) for strip in _strips(image)]))
     bits = next((bits for bits in (8, 12, 16) if high < 1 << bits), None)
     if bits is None or low < 0:
         raise UserError("The image has negative pixels, or of more than 16 bits. Save it with 8 or 16 bits.")
-    return Image.fromarray((pixels >> (bits - 8)).astype(np.uint8))
+    return Image.fromarray(np.concatenate([(strip >> (bits - 8)).astype(np.uint8) for strip in _strips(image)]))
+
+
+def _strips(image: Image.Image) -> Iterator[np.ndarray]:
+    """Its pixels, some rows at a time: of the whole, NumPy would hold several copies."""
+    rows = max(1, _STRIP // image.width)
+    for top in range(0, image.height, rows):
+        yield np.asarray(image.crop((0, top, image.width, min(top + rows, image.height))))
 
 
 def preprocess(image: Image.Image, size: int) -> np.ndarray:

@@ -73,6 +73,21 @@ def test_brightness_is_scaled_by_what_the_numbers_are(values: np.ndarray, expect
     assert_decodes_to(encode(Image.fromarray(values), "TIFF"), np.array(expected)[None, :, None])
 
 
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32])
+@pytest.mark.parametrize("place", [(0, 0), (4, 6)])
+def test_brightness_is_that_of_all_rows(dtype: type, place: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which are looked at some at a time."""
+    monkeypatch.setattr(pictures, "_STRIP", 14)  # 2 rows
+    values = np.arange(35, dtype=dtype).reshape(5, 7)
+    values[place] = 255 if dtype == np.float32 else 0xFFFF
+    expected = values if dtype == np.float32 else values // 256
+    assert_decodes_to(encode(Image.fromarray(values), "TIFF"), expected[..., None])
+    if dtype == np.float32:
+        values[place] = np.nan
+        with pytest.raises(UserError, match="floating-point pixels from nan to nan"):
+            pictures.decode(encode(Image.fromarray(values), "TIFF"))
+
+
 def test_palette_with_transparency_shows_the_colours() -> None:
     image = Image.new("P", (3, 1))
     image.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90])
@@ -215,6 +230,56 @@ def test_decompression_bomb() -> None:
     bomb = png[:12] + header + struct.pack(">I", zlib.crc32(header)) + png[33:]
     with pytest.raises(UserError, match=r"too large: it has more than 89,478,485 pixels.*CLIPCAP_MAX_PIXELS"):
         pictures.decode(bomb)
+
+
+@pytest.mark.parametrize(("file_format", "limit"), [("PNG", 600), ("WEBP", 1200), ("AVIF", 1200), ("JPEG2000", 1200)])
+def test_the_limit_is_lower_where_decoders_take_more_memory(
+    file_format: str, limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = encode(noise(30, 20), file_format)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+    assert pictures.decode(data).size == (30, 20)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit - 1)
+    with pytest.raises(UserError, match="it has more than 599 pixels"):
+        pictures.decode(data)
+
+
+def test_a_small_tiff_of_a_huge_tile() -> None:
+    """Ten pixels, for which a tile of 134 million would be unpacked."""
+    tags = [
+        (256, 10),
+        (257, 1),
+        (258, 8),
+        (259, 8),
+        (262, 1),
+        (277, 1),
+        (322, 11584),
+        (323, 11584),
+        (324, 150),
+        (325, 9),
+    ]
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    data = b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4)
+    with pytest.raises(UserError, match=r"too large: it has more than 89,478,485 pixels"):
+        pictures.decode(data.ljust(150, b"\0") + zlib.compress(b""))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "F", "I"])
+def test_memory(mode: str, tmp_path: Path) -> None:
+    """Pixels of four bytes are there once, with the resized picture or what was made of some rows."""
+    Image.new(mode, (4000, 2500)).save(tmp_path / "a.tif", compression="packbits")
+    program = f"""
+from pathlib import Path
+from clipcap_jax import pictures
+def peak():
+    return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) / 1000
+data = Path({str(tmp_path / "a.tif")!r}).read_bytes()
+before = peak()
+pictures.preprocess(pictures.decode(data), 224)
+print(peak() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, check=True)
+    assert 40 < float(done.stdout) < 75  # megabytes
 
 
 def test_the_limit_of_pixels_can_be_set() -> None:

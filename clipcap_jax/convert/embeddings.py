@@ -17,7 +17,7 @@ import pickle
 import struct
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import numpy as np
 
@@ -44,8 +44,14 @@ def _encode(text: str, encoding: str) -> bytes:
     return text.encode(encoding)
 
 
-class _Unpickler(pickle.Unpickler):
+_Python: Any = vars(pickle)["_Unpickler"]  # C's takes memory for every number that a pickle gives to a value
+
+
+class _Unpickler(_Python):
     """Knows the names given, and no others."""
+
+    # An array is made with the length that a pickle claims, before it is read; embeddings need none.
+    dispatch: ClassVar[Any] = {code: load for code, load in _Python.dispatch.items() if code != pickle.BYTEARRAY8[0]}
 
     def __init__(self, file: io.BufferedIOBase, names: Mapping[tuple[str, str], Any]):
         super().__init__(file)

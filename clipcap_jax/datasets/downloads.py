@@ -30,7 +30,7 @@ from rich.progress import (
 
 from clipcap_jax import files, pictures
 from clipcap_jax.datasets import nocaps
-from clipcap_jax.datasets.readers import ZIP_ERRORS, find_file, not_there
+from clipcap_jax.datasets.readers import find_file, not_there
 from clipcap_jax.datasets.source import Problem
 from clipcap_jax.errors import UserError
 from clipcap_jax.progress import track
@@ -279,7 +279,9 @@ def unpack(archive: Path, folder: Path) -> None:
                 with file.open(member) as source, part.open("wb") as sink:
                     shutil.copyfileobj(source, sink, _CHUNK)  # zipfile checks the CRC at the end
                 os.replace(part, target)
-    except ZIP_ERRORS as error:
+    except UserError:
+        raise
+    except Exception as error:  # on a damaged zip zipfile raises nearly anything
         raise UserError(f"{archive} cannot be unpacked to {folder}: {error}") from None
 
 

@@ -102,7 +102,9 @@ def _read_tar(path: Path) -> Iterator[Sample | Problem]:
             raw.seek(end)
             if raw.read(512) != bytes(512):
                 fault = "it ends without the mark of its end"
-    except (tarfile.TarError, EOFError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # on a damaged tar tarfile raises nearly anything
         fault = str(error)
     lost = stats(path).get("successes", 0) - count
     if fault or lost > 0:

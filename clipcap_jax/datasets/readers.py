@@ -26,7 +26,6 @@ import itertools
 import json
 import re
 import zipfile
-import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
@@ -57,8 +56,8 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 _JSON = json.JSONDecoder(object_pairs_hook=_object)
 
 
-# What a damaged zip raises; RuntimeError if it is encrypted, or packed by a method that is not known.
-ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, OSError)
+_LARGEST = 1 << 30  # bytes of a file in a zip, which a small zip can stand for many more of
+_PIECE = 1 << 12  # bytes; of some methods, zipfile unpacks as much as these hold at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,9 +78,11 @@ class TextFile:
         if not self.member:
             return self.path.read_bytes()
         try:
-            with zipfile.ZipFile(self.path) as archive:
-                return archive.read(self.member)
-        except ZIP_ERRORS as error:
+            with zipfile.ZipFile(self.path) as archive, archive.open(self.member) as file:
+                if archive.getinfo(self.member).file_size > _LARGEST:
+                    raise ValueError(f"it has more than {_LARGEST:,} bytes when unpacked")
+                return b"".join(iter(lambda: file.read(_PIECE), b""))
+        except Exception as error:  # on a damaged zip zipfile raises nearly anything
             raise UserError(f"{self} cannot be read: {error}. Copy or download {self.path.name} again.") from None
 
     def text(self) -> str:
@@ -160,7 +161,7 @@ def find_file(folder: Path, name: str, archive: str = "") -> TextFile | None:
         with zipfile.ZipFile(folder / archive) as file:
             # macOS puts a "._name" beside every file of a zip.
             members = [member for member in file.namelist() if PurePosixPath(member).name == name]
-    except ZIP_ERRORS as error:
+    except Exception as error:  # on a damaged zip zipfile raises nearly anything
         raise UserError(f"{folder / archive} is not a whole zip: {error}. Copy or download it again.") from None
     return TextFile(folder / archive, members[0]) if members else None
 
@@ -402,15 +403,14 @@ def join_captions(
         elif image_id in by_id:
             by_id[image_id].append(annotation.get("caption"))
         else:
-            detail = f"image_id {image_id}".encode(errors="backslashreplace").decode()
-            problems.append(Problem(where, "caption of an unknown image", detail))
+            problems.append(Problem(where, "caption of an unknown image", f"image_id {image_id}"))
     for index, image in enumerate(images):
         where = f"{file.name}: images[{index}]"
         if isinstance(image, _Doubled):
             problems.append(Problem(where, "doubled key", _told(image.keys_twice)))
         elif len(files.get(image_id := str(image.get("id")), ())) > 1:
             detail = f"{image_id} is of {len(files[image_id])} files, whose captions cannot be told apart"
-            problems.append(Problem(where, "duplicate image_id", detail.encode(errors="backslashreplace").decode()))
+            problems.append(Problem(where, "duplicate image_id", detail))
         else:
             entries.append((where, image, by_id.get(str(image.get("id")), [])))
     return entries, problems

@@ -34,6 +34,11 @@ class Problem:
     detail: str
     count: int = 1  # of what was skipped
 
+    def __post_init__(self) -> None:
+        for name in ("where", "detail"):  # names in archives may be any bytes, and JSON can spell half a character
+            printable = getattr(self, name).encode(errors="backslashreplace").decode()
+            object.__setattr__(self, name, printable)
+
     def __str__(self) -> str:
         return f"{self.where}: {self.reason}: {self.detail}"
 
@@ -233,7 +238,7 @@ def open_embeddings(path: str) -> np.ndarray:
         matrix = np.load(path, mmap_mode="r")
     except FileNotFoundError:
         raise UserError(f"The embeddings file {path} does not exist.") from None
-    except (ValueError, EOFError, OSError):  # NumPy's own words speak of pickles
+    except Exception:  # on a damaged header NumPy raises nearly anything, and its own words speak of pickles
         raise UserError(f"{path} is not a matrix saved by numpy.save.") from None
     if not isinstance(matrix, np.ndarray) or matrix.ndim != 2 or matrix.dtype.kind != "f":
         raise UserError(f"{path} must hold one matrix of floating-point numbers (numpy.save), a row for each picture.")

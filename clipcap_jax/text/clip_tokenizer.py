@@ -40,6 +40,8 @@ class ClipTokenizer:
         start, end = map(self._tokenizer.token_to_id, (START, END))
         if model.end_of_word_suffix != _WORD_END or start is None or end != self.size - 1:
             raise UserError(f"its pieces do not mark a word's end with {_WORD_END}, or {END} is not the last of them")
+        if sorted(self._tokenizer.get_vocab().values()) != list(range(self.size)):
+            raise UserError("the ids of its pieces are not all numbers from 0 on, each once")
         self._start, self._end = start, end
         self._tokenizer.add_special_tokens([START, END])
         self._tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

@@ -91,7 +91,11 @@ class Tokenizer:
         return text.strip()
 
     def stop_id(self, stop: str) -> int:
-        """The id that ends a caption: the end of text, or the first of `stop`, as the original takes it for "."."""
+        """The id that ends a caption: the end of text, or the first of `stop`, as the original takes it for ".".
+
+        Raises:
+          UserError: the tokenizer has no piece for `stop`.
+        """
         if stop.strip() in ("", self._end_token):
             return self.end_id
         ids = self.encode([stop])[0]
@@ -116,6 +120,11 @@ class Tokenizer:
         """The inverse of `to_dict`; older versions stored no `clean_up`."""
         tokenizer = tokenizers.Tokenizer.from_str(stored["tokenizer_json"])
         return cls(tokenizer, stored["end_token"], clean_up=stored.get("clean_up", False))
+
+    @classmethod
+    def _as_stored(cls, tokenizer: "Tokenizer") -> "Tokenizer":
+        """As checkpoints will have it, which fails now rather than then where two pieces have one id."""
+        return cls.from_dict(tokenizer.to_dict())
 
     @classmethod
     def train(cls, captions: Iterable[str], size: int) -> "Tokenizer":
@@ -147,7 +156,7 @@ class Tokenizer:
         if not folder.is_dir():
             return cls._from_hub(source)
         try:
-            return cls._from_folder(folder)
+            return cls._as_stored(cls._from_folder(folder))
         except UserError:
             raise
         except Exception as error:  # tokenizers and transformers raise nothing more specific

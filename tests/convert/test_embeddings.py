@@ -2,6 +2,7 @@ import io
 import json
 import pickle
 import struct
+import tracemalloc
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -252,6 +253,18 @@ def test_code_does_not_run_wherever_it_stands(write: Any, tmp_path: Path) -> Non
     with pytest.raises(UserError, match=r"it asks for posix.mkdir"):
         embeddings.read_pickle(path)
     assert not mark.exists()
+
+
+@pytest.mark.parametrize("claim", [b"Nr\xff\xff\xff\x03", b"\x96" + (1 << 30).to_bytes(8, "little")])
+def test_a_few_bytes_do_not_take_all_memory(tmp_path: Path, claim: bytes) -> None:
+    """The number of a value, for which C's pickle makes room, and the length of an array."""
+    (tmp_path / "oscar.pkl").write_bytes(b"\x80\x05" + claim + b".")
+    tracemalloc.start()
+    with pytest.raises(UserError):
+        embeddings.read_pickle(tmp_path / "oscar.pkl")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 10_000_000
 
 
 def test_a_file_that_is_not_whole(write: Any) -> None:

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from sources import read
 
-from clipcap_jax.datasets import coco
+from clipcap_jax.datasets import coco, readers
 from clipcap_jax.datasets.coco import coco_source
 from clipcap_jax.datasets.schema import Example
 from clipcap_jax.datasets.source import Source
@@ -118,6 +118,27 @@ def test_karpathy_zip(folder: Path) -> None:
         archive.writestr("dataset_flickr8k.json", "{}")
         archive.writestr("dataset_coco.json", json.dumps(karpathy()))
     check(coco_source(folder), folder)
+
+
+def test_a_zip_that_stands_for_more_than_memory_holds(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readers, "_LARGEST", 100_000)
+    with zipfile.ZipFile(folder / "caption_datasets.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("dataset_coco.json", " " * 100_001)
+    with pytest.raises(
+        UserError, match=r"dataset_coco.json cannot be read: it has more than 100,000 bytes when unpack"
+    ):
+        coco_source(folder)
+
+
+def test_a_damaged_zip_of_another_method(folder: Path) -> None:
+    with zipfile.ZipFile(folder / "caption_datasets.zip", "w", zipfile.ZIP_LZMA) as archive:
+        archive.writestr("dataset_coco.json", json.dumps(karpathy()))
+    data = bytearray((folder / "caption_datasets.zip").read_bytes())
+    start = data.index(b"dataset_coco.json") + len("dataset_coco.json")
+    data[start + 4 : start + 9] = b"\xff" * 5  # what lzma is to do
+    (folder / "caption_datasets.zip").write_bytes(data)
+    with pytest.raises(UserError, match=r"dataset_coco.json cannot be read: .* Copy or download"):
+        coco_source(folder)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from sources import read
 
 from clipcap_jax.datasets import conceptual
 from clipcap_jax.datasets.conceptual import conceptual_source
+from clipcap_jax.datasets.prepare import prepare
 from clipcap_jax.datasets.schema import Example
 from clipcap_jax.datasets.source import Problem, Source
 from clipcap_jax.errors import UserError
@@ -26,6 +27,15 @@ def test_both_splits_in_one_folder(tmp_path: Path) -> None:
     assert found.keys() == {("train", 0), ("train", 1), ("train", 5), ("val", 7)}
     for (_, number), example in found.items():
         assert example.captions == (f"Picture {number}.",)
+
+
+def test_names_in_a_tar_that_are_no_utf8(tmp_path: Path) -> None:
+    """They are skipped, and do not stop what tells of them at the very end."""
+    write_tar(tmp_path / "00000.tar", keyed(1, 2) | {"3\udcff": {"jpg": jpeg(3)}})
+    summary = prepare(conceptual_source("cc12m", tmp_path), str(tmp_path / "data"), max_skipped=1.0)
+    assert summary.images == {"train": 2}
+    assert [problem.where for problem in summary.problems] == [f"{tmp_path.name}/00000.tar: 3\\udcff"]
+    assert "3\\udcff" in (Path(summary.folder) / "report.html").read_text()
 
 
 @pytest.mark.parametrize("kind", WRITERS)

@@ -213,6 +213,17 @@ def test_a_broken_zip(tmp_path: Path) -> None:
         unpack(tmp_path / "a.zip", tmp_path / "out")
 
 
+def test_a_file_without_a_name_in_a_zip(tmp_path: Path) -> None:
+    data = zipped({"a": b"1"}).replace(b"PK\1\2", b"PK\1\2", 1)
+    directory = data.index(b"PK\1\2")
+    nameless = bytearray(data[:directory] + data[directory : directory + 46] + data[directory + 47 :])
+    nameless[directory + 28] = 0
+    nameless[nameless.index(b"PK\5\6") + 12] -= 1  # the directory's size
+    (tmp_path / "a.zip").write_bytes(nameless)
+    with pytest.raises(UserError, match=r"cannot be unpacked|would write outside"):
+        unpack(tmp_path / "a.zip", tmp_path / "out")
+
+
 @pytest.mark.parametrize("fault", ["the deflated stream", "encrypted", "an unknown method"])
 def test_a_zip_that_cannot_be_unpacked(tmp_path: Path, fault: str) -> None:
     """Whether its pictures are unpacked, or a file is read where it lies."""

@@ -96,6 +96,21 @@ def test_a_picture_that_claims_to_be_huge(tmp_path: Path, monkeypatch: pytest.Mo
     assert huge.fault.startswith("its .jpg cannot be read: The image is too large: it has more than 10,000 bytes")
 
 
+def test_a_size_that_no_file_has(tmp_path: Path) -> None:
+    """tarfile raises ValueError for it."""
+    path = tmp_path / "00000.tar"
+    write_tar(path, keyed(1, 2))
+    data = bytearray(path.read_bytes())
+    start = data.index(b"000000002.txt")
+    data[start + 124 : start + 136] = b"\x80" + bytes(3) + (2**63).to_bytes(8, "big")
+    data[start + 148 : start + 156] = b" " * 8
+    data[start + 148 : start + 156] = b"%06o\0 " % sum(data[start : start + 512])
+    path.write_bytes(data)
+    keys, problems = shard(path)
+    assert keys[:1] == ["000000001"]
+    assert [problem.reason for problem in problems] == ["broken tar"]
+
+
 @pytest.mark.parametrize("what", ["tar", "counts"])
 def test_a_disk_that_fails_for_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
     """It costs no samples: the command fails, and the next time they may be there."""

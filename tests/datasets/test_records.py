@@ -309,6 +309,20 @@ def test_not_a_matrix_of_embeddings(folder: Path, matrix: np.ndarray) -> None:
         prepare(folder, embeddings=str(folder / "e.npy"))
 
 
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [(b"}", b" "), (b"(28, 5)", b"(None,)"), (b"(28, 5)", b"28     "), (b"'<f4'", b"'<f'["), (b"{", b"[")],
+)
+def test_damaged_headers_of_embeddings(folder: Path, old: bytes, new: bytes) -> None:
+    """NumPy raises TypeError, TokenError, SyntaxError and others."""
+    np.save(folder / "e.npy", np.ones((28, 5), np.float32))
+    data = (folder / "e.npy").read_bytes()
+    assert old in data
+    (folder / "e.npy").write_bytes(data.replace(old, new))
+    with pytest.raises(UserError, match="is not a matrix saved by numpy"):
+        prepare(folder, embeddings=str(folder / "e.npy"))
+
+
 def test_no_captions_at_all(folder: Path) -> None:
     (folder / "c.jsonl").write_text("\n")
     with pytest.raises(UserError, match="holds no captions"):

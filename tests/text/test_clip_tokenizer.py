@@ -134,6 +134,7 @@ def change_vocabulary(folder: Path, change: Any) -> None:
             r"<|endoftext|> is not the last",
         ),
         (lambda folder: change_vocabulary(folder, lambda ids: ids | {"more": len(ids)}), "is not the last of them"),
+        (lambda folder: change_vocabulary(folder, lambda ids: ids | {"!": 2**31}), "not all numbers from 0 on"),
     ],
 )
 def test_broken_files(damage: Any, message: str, tmp_path: Path) -> None:

@@ -365,6 +365,8 @@ def without_end(trained: Tokenizer) -> str:
         ({"vocab.json": "{broken", "merges.txt": ""}, "cannot be read"),
         ({"vocab.json": '{"a": 0}', "merges.txt": "a b"}, "cannot be read"),
         ({"encoder.json": "[]", "vocab.bpe": ""}, "cannot be read"),
+        # One of two pieces of one id would be lost in checkpoints.
+        ({"vocab.json": '{"a": 0, "b": 1, "ab": 1, "<|endoftext|>": 2}', "merges.txt": "a b"}, "cannot be read"),
     ],
 )
 def test_broken_files(files: dict[str, Any], message: str, trained: Tokenizer, tmp_path: Path) -> None:
@@ -373,6 +375,13 @@ def test_broken_files(files: dict[str, Any], message: str, trained: Tokenizer, t
     with pytest.raises(UserError, match=message) as caught:
         Tokenizer.load(str(tmp_path))
     assert str(tmp_path) in str(caught.value) or "end-of-text" in message
+
+
+def test_a_stop_that_is_unknown(tmp_path: Path) -> None:
+    (tmp_path / "vocab.json").write_text('{"a": 0, "<|endoftext|>": 1}')
+    (tmp_path / "merges.txt").write_text("")
+    with pytest.raises(UserError, match=r"captions are to stop at '\.', of which the tokenizer knows nothing"):
+        Tokenizer.load(str(tmp_path)).stop_id(".")
 
 
 def test_no_code_of_a_folder_is_run(
