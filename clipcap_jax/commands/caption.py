@@ -5,7 +5,6 @@ import collections
 import csv
 import dataclasses
 import itertools
-import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +18,7 @@ from rich.text import Text
 from clipcap_jax.commands.cli import add_cluster_options, add_overwrite_option, positive, start_processes
 from clipcap_jax.commands.convert import ORIGINAL_OPTIONS, add_original_options, load_original
 from clipcap_jax.errors import UserError
-from clipcap_jax.files import check_new, on_disk, place
+from clipcap_jax.files import check_new, on_disk, place, to_json
 from clipcap_jax.inputs.folders import described, find_pictures
 from clipcap_jax.progress import track
 
@@ -134,7 +133,7 @@ def _write(results: Iterator[tuple[str, Any]], path: Path, console: Console) -> 
     columns = ("image", "caption", "score", "finished")
     partial = path.with_name(path.name + ".partial")  # where what was captioned until an interrupt stays
     try:
-        # POSIX file names need not be UTF-8: what is not is written as it is.
+        # POSIX file names need not be UTF-8: what is not is written to a .csv as it is.
         with (
             on_disk(partial) as here,
             here.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
@@ -150,7 +149,7 @@ def _write(results: Iterator[tuple[str, Any]], path: Path, console: Console) -> 
                 if path.suffix == ".csv":
                     table.writerow(row)
                 else:
-                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                    file.write(to_json(row) + "\n")
         partial.replace(path)
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}") from error

@@ -9,7 +9,6 @@ lies in it as bytes, in which torch wrote further pickles: they are read the sam
 
 import collections
 import io
-import json
 import pickle
 import struct
 from collections.abc import Callable, Mapping
@@ -160,5 +159,5 @@ def convert_pickle(path: Path, embeddings: Path, captions: Path) -> tuple[int, i
             np.save(file, matrix[[picture["embedding_row"] for picture in pictures]])
         with files.whole(captions) as partial_captions, partial_captions.open("w", encoding="utf-8") as lines:
             for row, picture in enumerate(pictures):
-                lines.write(json.dumps({**picture, "embedding_row": row}, ensure_ascii=False) + "\n")
+                lines.write(files.to_json({**picture, "embedding_row": row}) + "\n")
     return len(pictures), sum(len(picture["captions"]) for picture in pictures)

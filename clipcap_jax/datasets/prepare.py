@@ -204,8 +204,8 @@ def finish(writer: Writer, shards: list[Shard], max_skipped: float) -> Summary:
                 f"{source.name}: {len(repeated):,} image ids occur more than once in {split}: {', '.join(repeated[:5])}"
             )
     if problems:
-        with (writer.unfinished / "problems.jsonl").open("w") as file:
-            file.writelines(json.dumps(dataclasses.asdict(problem)) + "\n" for problem in problems)
+        with (writer.unfinished / "problems.jsonl").open("w", encoding="utf-8") as file:
+            file.writelines(files.to_json(dataclasses.asdict(problem)) + "\n" for problem in problems)
     captions: Counter[str] = Counter()
     words: Counter[int] = Counter()
     for part, shard in zip(source.parts, shards, strict=True):

@@ -2,11 +2,10 @@
 
 import dataclasses
 import functools
-import json
-import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from clipcap_jax import files
 from clipcap_jax.metrics import significance
 from clipcap_jax.metrics.paper import OVERALL, ROWS
 from clipcap_jax.metrics.references import Scores
@@ -114,10 +113,7 @@ class Scorecard:
     def to_json(self) -> str:
         """All numbers at full precision, under pycocoevalcap's names; null where one is not finite."""
         content: dict[str, Any] = {
-            "scores": {
-                name: value if math.isfinite(value) else None
-                for name, value in {**self.scores.overall, **self.losses}.items()
-            },
+            "scores": {**self.scores.overall, **self.losses},
             "not_computed": self._not_computed,
             "intervals": {name: [interval.low, interval.high] for name, interval in self.intervals.items()},
             "domains": {
@@ -130,7 +126,7 @@ class Scorecard:
         if self.baseline:
             content["baseline"] = self.baseline.overall
             content["differences"] = {name: dataclasses.asdict(found) for name, found in self.differences.items()}
-        return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
+        return files.to_json(content, indent=2)
 
     def to_markdown(self, title: str) -> str:
         """The tables and the facts."""

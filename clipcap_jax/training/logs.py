@@ -67,14 +67,14 @@ class MetricsLog(NoLog):
             self._tensorboard = EventsWriter(str(run / "tensorboard" / "events"))
             # From here on, TensorBoard forgets what earlier files say of later steps.
             self._show(first_step + 1, session_log=SessionLog(status=SessionLog.START))
-            self._file = path.open("a", buffering=1)
+            self._file = path.open("a", buffering=1, encoding="utf-8")
             lines = path.read_bytes().splitlines(keepends=True)
             self._file.truncate(sum(map(len, itertools.takewhile(is_kept, lines))))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Log named numbers of a step; a slash in a name groups it in TensorBoard."""
         with self._explained():
-            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            self._file.write(files.to_json({"step": step, **values}) + "\n")
             for name, value in values.items():
                 self._show(step, summary=summary.scalar(name, value))
 

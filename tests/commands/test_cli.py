@@ -62,7 +62,8 @@ def test_captions_in_a_file(
     strange = photos / "02 é\n\udcff,'\".png"  # a name that is no UTF-8, as POSIX allows
     (photos / "02.png").rename(strange)
     assert clipcap("caption", pixels_run, photos, "--output", output) == 0
-    with output.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+    errors = "strict" if suffix == ".jsonl" else "surrogateescape"  # JSON is UTF-8
+    with output.open(newline="", encoding="utf-8", errors=errors) as file:
         rows = list(map(json.loads, file)) if suffix == ".jsonl" else list(csv.DictReader(file))
     captions = {Path(row["image"]).name: row["caption"] for row in rows}
     names = [path.name for path in sorted(source.pictures.iterdir())]
