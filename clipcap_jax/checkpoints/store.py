@@ -19,6 +19,7 @@ etils.epath; and a checkpoint is whole when Orbax has put the file `commit_succe
 
 import contextlib
 import dataclasses
+import glob
 import logging
 import re
 import shutil
@@ -101,10 +102,11 @@ def run_folder(name: str | Path) -> Path:
     """The folder that a run's name means: a `pathlib.Path`, or of gs:// an `epath.Path`, which has the same methods.
 
     Raises:
-      UserError: it is at a place that Orbax does not write to, such as s3://.
+      UserError: it is at a place that Orbax does not write to, such as s3://, or its name is no UTF-8.
     """
     if files.is_remote(name) and not str(name).startswith("gs://"):
         raise UserError(f"{name}: runs and their checkpoints lie on a disk or on gs://, which Orbax can write to")
+    files.check_utf8(name)
     return files.place(name)
 
 
@@ -134,6 +136,12 @@ class Checkpoints:
         writing = keep is not None
         self._run = run if files.is_remote(run) else run.absolute()
         self.folder = self._run / FOLDER
+        # With such a name Orbax finds nothing to put together, and saves what nothing can read.
+        if writing and glob.escape(str(self._run)) != str(self._run):
+            raise UserError(
+                f"{self._run}: Orbax cannot save checkpoints where a folder's name has [, * or ? in it, which it "
+                "takes for a pattern. Give another folder."
+            )
         if not writing and not has_checkpoints(run):
             raise UserError(f"{run} holds no checkpoints: give the folder of a run, the one that train.py wrote to")
         best = BestN(get_metric_fn=_best_metric, n=1, keep_checkpoints_without_metrics=False)

@@ -55,6 +55,7 @@ def prepare(
       UserError: there are more problems than `max_skipped` allows, or ids that occur twice; a data set of this name was
         prepared from something else, or is just being prepared; a file could not be read or written.
     """
+    files.check_utf8(data_dir)
     if files.is_remote(data_dir) and beam is None:
         return prepare_remote(
             source,

@@ -124,6 +124,22 @@ def test_a_folder_that_is_no_run(tmp_path: Path, metadata: Metadata) -> None:
         Checkpoints(tmp_path / "file", keep=1)
 
 
+@pytest.mark.parametrize("name", ["lr[lr=1e-4]", "why?", "a*"])
+def test_a_folder_that_orbax_takes_for_a_pattern(tmp_path: Path, metadata: Metadata, name: str) -> None:
+    """There it would save parts that nothing puts together; what was copied there can be read."""
+    with pytest.raises(UserError, match=r"Orbax cannot save .* Give another folder"):
+        Checkpoints(tmp_path / name / "run", keep=1)
+    save(tmp_path / "run", metadata, {1: 0.5})
+    shutil.copytree(tmp_path / "run", tmp_path / name)
+    with store.opened(tmp_path / name) as checkpoints:
+        assert checkpoints.params(1).keys() == arrays(1).keys()
+
+
+def test_a_folder_that_is_no_utf8(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="this name is no UTF-8"):
+        store.run_folder(tmp_path / "ph\udcff")
+
+
 def change_json(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
