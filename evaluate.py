@@ -10,6 +10,7 @@ from pathlib import Path
 
 from absl import flags
 from rich.console import Console
+from rich.text import Text
 
 from clipcap_jax import cluster, files
 from clipcap_jax.captioning.captioner import Captioner
@@ -62,7 +63,7 @@ def _evaluate(console: Console, workdir: Path, which: str) -> None:
     if evaluate.is_done(data, folder) and not _OVERWRITE.value:
         if not _FOLLOW.value:
             raise UserError(f"{folder} holds results: name another folder by --output, or replace them by --overwrite")
-        console.print(f"{folder} holds results already", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"{folder} holds results already", soft_wrap=True)
         return
     clip = _clip()
     spice = SpiceConfig(_SPICE_JARS.value) if _SPICE.value else None
@@ -76,7 +77,6 @@ def _evaluate(console: Console, workdir: Path, which: str) -> None:
         console.print(
             f"{data.name} has no references: nothing is scored. `clipcap submit` takes {folder / 'captions.json'}.",
             soft_wrap=True,
-            highlight=False,
         )
         return
     result = evaluate.evaluate(
@@ -99,7 +99,7 @@ def main(_: list[str]) -> None:
         return
     if cluster.joined():
         raise UserError("--follow works in one process, beside the training: start it so")
-    with console.status(f"Waiting for a run in {workdir}"):
+    with console.status(Text(f"Waiting for a run in {workdir}")):
         while not store.has_checkpoints(workdir):
             time.sleep(_PATIENCE)
     with store.opened(workdir) as checkpoints:

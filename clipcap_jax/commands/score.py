@@ -19,6 +19,7 @@ from clipcap_jax.metrics.health import health
 from clipcap_jax.metrics.measure import Measure
 from clipcap_jax.metrics.paper import ROWS
 from clipcap_jax.metrics.scorecard import Scorecard
+from clipcap_jax.progress import screen
 
 if TYPE_CHECKING:
     from clipcap_jax.evaluation.clipscore import ClipScorer
@@ -131,8 +132,8 @@ def _score(arguments: argparse.Namespace) -> None:
                 report.write_page(partial, title=title, rows=rows, scorecard=scorecard)
             else:
                 text = scorecard.to_json() if output.suffix == ".json" else scorecard.to_markdown(title)
-                partial.write_text(text, encoding="utf-8")
-        console.print(f"written: {output}", highlight=False, markup=False, soft_wrap=True)
+                partial.write_text(text, encoding="utf-8", errors="backslashreplace")
+        console.print(f"written: {output}", soft_wrap=True)
 
 
 # All that can be wrong is looked for before anything is scored, which may take minutes.
@@ -237,4 +238,4 @@ def _submit(arguments: argparse.Namespace) -> None:
             raise UserError("nocaps' server takes one split at a time: give --val or --test")
         [(split, files)] = given.items()
         submission.write_nocaps(arguments.output, submission.checked(f"nocaps {split}", *files))
-    Console().print(f"{arguments.output} is ready for the server", highlight=False, soft_wrap=True)
+    screen().print(f"{arguments.output} is ready for the server", soft_wrap=True)

@@ -137,7 +137,7 @@ class CopiedLog(MetricsLog):
             except OSError as error:
                 if not self._failed:
                     told = f"Warning: the logs cannot be copied to {self._there} for now: {error.strerror}"
-                    self._console.print(told, style="yellow", markup=False, highlight=False)
+                    self._console.print(told, style="yellow", soft_wrap=True)
                 self._failed = True
 
     def _copy(self) -> None:
@@ -154,7 +154,7 @@ class CopiedLog(MetricsLog):
         self.keep()
         if self._failed:
             told = f"Warning: the last lines of the logs are in {self._here} alone: copy them to {self._there}."
-            self._console.print(told, style="yellow", markup=False, highlight=False)
+            self._console.print(told, style="yellow", soft_wrap=True)
         else:
             shutil.rmtree(self._here)
 
@@ -235,7 +235,7 @@ class Monitor:
             )
             self._progress.update(self._task, description=f"loss {loss:.3f}  {rate:.0f} pairs/s")
             if not self._console.is_terminal:
-                self._console.print(f"step {step}  loss {loss:.3f}  {rate:.0f} pairs/s", highlight=False)
+                self._console.print(f"step {step}  loss {loss:.3f}  {rate:.0f} pairs/s")
         self._progress.update(self._task, completed=step)
 
     @contextlib.contextmanager

@@ -8,7 +8,6 @@ from unittest import mock
 import numpy as np
 import pytest
 from clip_files import write_clip
-from rich.console import Console
 from tiny import SPLITS, Source
 
 from clipcap_jax import pictures
@@ -22,6 +21,7 @@ from clipcap_jax.inputs import batches
 from clipcap_jax.inputs.batches import CaptionData
 from clipcap_jax.inputs.embed import encoder_name
 from clipcap_jax.metrics import References
+from clipcap_jax.progress import screen
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def data(captioner: Captioner) -> CaptionData:
 
 
 def caption_all(captioner: Captioner, data: CaptionData, batch_size: int = 4) -> list[Caption]:
-    return evaluate.caption_all(captioner, data, batch_size=batch_size, console=Console(file=io.StringIO()))
+    return evaluate.caption_all(captioner, data, batch_size=batch_size, console=screen(file=io.StringIO()))
 
 
 def evaluate_all(captioner: Captioner, data: CaptionData, batch_size: int = 4) -> Evaluation:
@@ -49,7 +49,7 @@ def evaluated(captioner: Captioner, data: CaptionData) -> Evaluation:
 
 
 def write(result: Evaluation, captioner: Captioner, folder: Path) -> str:
-    console = Console(file=io.StringIO(), width=200)
+    console = screen(file=io.StringIO(), width=200)
     evaluate.write_captions(result.data, result.captions, folder)
     evaluate.write(result, captioner, folder, console)
     assert isinstance(console.file, io.StringIO)
@@ -73,8 +73,8 @@ def test_the_batch_size_changes_nothing(
 
 
 def test_files(captioner: Captioner, data: CaptionData, evaluated: Evaluation, tmp_path: Path) -> None:
-    printed = write(evaluated, captioner, tmp_path / "new" / "folder")
-    folder = tmp_path / "new" / "folder"
+    printed = write(evaluated, captioner, tmp_path / "new" / "[" / "x]:smile:")
+    folder = tmp_path / "new" / "[" / "x]:smile:"  # no markup
 
     results = json.loads((folder / "captions.json").read_text())
     assert [result["image_id"] for result in results] == [int(image_id) for image_id in data.image_ids]
@@ -123,7 +123,7 @@ def test_pictures_are_decoded_and_looked_at_once(pixels_run: Path, monkeypatch: 
     monkeypatch.setattr(batches, "_CACHED_BYTES", 0)
     captioner = Captioner.load(pixels_run)
     pixels = evaluate.open_data(captioner, "", "test", "")
-    threads, console = threading.active_count(), Console(file=io.StringIO())
+    threads, console = threading.active_count(), screen(file=io.StringIO())
     with mock.patch.object(pictures, "decode", wraps=pictures.decode) as decode:
         seen = evaluate.embed_all(captioner, pixels, batch_size=4, console=console)
         once = evaluate_all(captioner, seen)
@@ -199,7 +199,7 @@ def test_a_split_without_references(captioner: Captioner, data: CaptionData, mon
     with pytest.raises(UserError, match="1 examples without references"):
         caption_all(captioner, data)
     with pytest.raises(UserError, match="1 examples without references"):
-        evaluate.embed_all(captioner, data, batch_size=4, console=Console(file=io.StringIO()))
+        evaluate.embed_all(captioner, data, batch_size=4, console=screen(file=io.StringIO()))
     monkeypatch.setattr(data, "captions", [()] * len(data))
     assert len(caption_all(captioner, data)) == len(data)
 
