@@ -128,6 +128,7 @@ def get_config(variant: str = "embeddings") -> ConfigDict:
             "evaluate": {
                 "every": 6,
                 "images": 4,
+                "words": "ptb",
                 "batch_size": 4,
                 "decode": {"beam_size": 1, "max_tokens": 16, "length_penalty": 1.0, "stop": ""},
             },

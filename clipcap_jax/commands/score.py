@@ -7,13 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
 from clipcap_jax.commands.cli import add_overwrite_option, positive
 from clipcap_jax.errors import UserError, first
 from clipcap_jax.evaluation import report
 from clipcap_jax.evaluation.report import Row
-from clipcap_jax.metrics import References, Scores, SpiceConfig, coco_files, score_domains, unavailable
+from clipcap_jax.metrics import References, Scores, SpiceConfig, coco_files, score_domains, unavailable, words
 from clipcap_jax.metrics.coco_files import CaptionsFile
 from clipcap_jax.metrics.health import health
 from clipcap_jax.metrics.measure import Measure
@@ -49,6 +47,12 @@ def add(commands: Any) -> None:
     score.add_argument("--compare", type=Path, metavar="BASELINE", help="also test the difference to these captions")
     score.add_argument("--paper", choices=sorted(ROWS), default="", help="show the paper's scores of this data set")
     score.add_argument("--plain-cider", action="store_true", help="also CIDEr itself; CIDEr-D is what is called CIDEr")
+    score.add_argument(
+        "--words",
+        choices=words.NAMED,
+        default="ptb",
+        help="what counts as a word; for scripts without spaces: characters, or spaces where all is segmented [ptb]",
+    )
     score.add_argument("--meteor", action="store_true", help="also METEOR, which needs Java")
     score.add_argument("--spice", action="store_true", help="also SPICE, which needs Java, and minutes")
     score.add_argument(
@@ -89,9 +93,9 @@ def _score(arguments: argparse.Namespace) -> None:
         if not texts:
             raise UserError(f"no caption of {arguments.captions} is of an image that {arguments.references} has")
     references = _references(texts, captions, compared, arguments)
-    console = Console()
-    for name, reason in unavailable(meteor=arguments.meteor, spice=_spice(arguments)).items():
-        console.print(f"{name} will not be computed: {reason}", style="yellow", markup=False, soft_wrap=True)
+    console = screen()
+    for name, reason in unavailable(meteor=arguments.meteor, spice=_spice(arguments), words=arguments.words).items():
+        console.print(f"{name} will not be computed: {reason}", style="yellow", soft_wrap=True)
     pictures = {image: _picture(arguments.images, file, image) for image in texts} if arguments.images else {}
     _check_pictures(pictures, arguments)
     clip = _load_clip(arguments) if arguments.clipscore else None
@@ -118,7 +122,7 @@ def _score(arguments: argparse.Namespace) -> None:
     scorecard = Scorecard(
         scores=scores,
         domains=score_domains(texts, captions, file.domains, scores),
-        health=health(list(captions.values())),
+        health=health(list(captions.values()), words=arguments.words),
         details={name: str(value) for name, value in details.items() if value},
         paper=arguments.paper,
         baseline=None if compared is None else scored(compared),
@@ -167,7 +171,7 @@ def _references(
     arguments: argparse.Namespace,
 ) -> References:
     try:
-        references = References(texts)
+        references = References(texts, arguments.words)
     except UserError as error:
         raise UserError(f"{arguments.references}: {error}") from error
     files = {arguments.captions: captions} | ({} if compared is None else {arguments.compare: compared})

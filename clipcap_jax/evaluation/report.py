@@ -95,7 +95,7 @@ def print_scores(scorecard: Scorecard, console: Console) -> None:
         console.print(table, "")
         console.width = width
     for name, fact in scorecard.facts().items():
-        console.print(f"{name}: {fact}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"{name}: {fact}", style="yellow" if name == "note" else None, soft_wrap=True)
 
 
 def captions_table(rows: Sequence[Row]) -> Table:

@@ -96,6 +96,8 @@ def open_run(config: Config, folder: Path, checkpoints: Checkpoints, console: Co
     if config.evaluate.images:
         val = _open(config, "val")
         validator = Validator(model, tokenizer, val, _pairs(config, val, tokenizer, console), config)
+        for note in validator.notes:
+            console.print(f"Warning: {note}", style="yellow", soft_wrap=True)
 
     params = base_params
     if params is None:

@@ -20,7 +20,7 @@ from tiny import assert_same, in_process, make_config, named, train
 
 from clipcap_jax.captioning.captioner import Captioner
 from clipcap_jax.checkpoints import store
-from clipcap_jax.checkpoints.metadata import Metadata
+from clipcap_jax.checkpoints.metadata import FORMAT_VERSION, Metadata
 from clipcap_jax.checkpoints.store import Checkpoints, differences
 from clipcap_jax.config import Config
 from clipcap_jax.errors import UserError
@@ -147,8 +147,9 @@ def change_json(path: Path, **changes: Any) -> None:
 def test_another_format(tmp_path: Path, metadata: Metadata) -> None:
     save(tmp_path, metadata, {1: 0.5})
     file = tmp_path / "checkpoints" / "1" / "metadata" / "metadata"
-    change_json(file, format_version=6)
-    with pytest.raises(UserError, match=r"has format 6, and this clipcap_jax reads format 5: install the version"):
+    change_json(file, format_version=FORMAT_VERSION + 1)
+    told = f"has format {FORMAT_VERSION + 1}, and this clipcap_jax reads format {FORMAT_VERSION}: install the version"
+    with pytest.raises(UserError, match=told):
         Captioner.load(tmp_path)
     file.write_text("{}")
     with pytest.raises(UserError, match="has format of another program"):
@@ -294,6 +295,7 @@ def test_format_1_is_still_read() -> None:
     train = stored["train"]
     assert (train.pop("accumulation"), train.pop("remat"), train.pop("gradient_dtype")) == (1, False, "float32")
     assert stored.pop("parallel") == {"layout": "data"}
+    assert stored["evaluate"].pop("words") == "ptb"
     assert stored == expected["config"]
     assert captioner.metadata.tokenizer.encode(list(expected["tokens"])) == list(expected["tokens"].values())
     assert checksums(named(jax.device_get(captioner.params))) == expected["sha256"]

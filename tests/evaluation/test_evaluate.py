@@ -87,6 +87,7 @@ def test_files(captioner: Captioner, data: CaptionData, evaluated: Evaluation, t
     assert report["scores"]["loss"] == evaluated.loss
     assert report["not_computed"] == {"METEOR": "not asked for", "SPICE": "not asked for"}
     assert report["details"]["data set"] == "records/both/test"
+    assert report["details"]["words"] == "ptb"
     assert report["health"]["captions"] == len(data)
     assert report["health"]["unfinished captions"] == sum(not caption.finished for caption in evaluated.captions)
     assert f"| CIDEr | {expected['CIDEr']:.4f} |" in (folder / "scores.md").read_text()
@@ -221,3 +222,19 @@ def test_a_folder_that_cannot_be_made(
 def test_no_such_split(captioner: Captioner) -> None:
     with pytest.raises(UserError, match="no split 'dev'"):
         evaluate.open_data(captioner, "", "dev", "")
+
+
+def test_words(captioner: Captioner, data: CaptionData, tmp_path: Path) -> None:
+    """Those of the captions are counted, and told, in a folder of their own."""
+    captions = caption_all(captioner, data)
+    found = evaluate.evaluate(captioner, data, captions, batch_size=4, words=list)
+    texts = dict(zip(data.image_ids, (caption.text for caption in captions), strict=True))
+    references = References(dict(zip(data.image_ids, data.captions, strict=True)), list)
+    assert found.scores.overall == references.score(texts).overall
+    write(found, captioner, tmp_path)
+    report = json.loads((tmp_path / "scores.json").read_text())
+    assert report["details"]["words"] == "list"
+    letters = sum(map(len, "".join(texts.values()).split()))
+    assert report["health"]["words per caption"] == pytest.approx(letters / len(texts))
+    names = [evaluate.name_of(captioner, data, words) for words in ("ptb", "characters", "spaces")]
+    assert len(set(names)) == 3

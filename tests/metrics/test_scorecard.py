@@ -43,7 +43,7 @@ def test_json_holds_full_precision() -> None:
     assert content["not_computed"] == {"METEOR": "no java | here"}
     assert content["domains"] == {"in-domain": {"pictures": 1, "scores": {"CIDEr": 0.75, "SPICE": 0.2}}}
     assert content["health"] == {"captions": 2, "words per caption": 7.5}
-    assert content["details"] == {"checkpoint": "step 7"}
+    assert content["details"] == {"checkpoint": "step 7", "words": "ptb"}
     assert "baseline" not in content
 
 

@@ -66,7 +66,9 @@ def test_a_tower_more_is_another_setting(data_dir: Path) -> None:
             check_same_run(now, then)
 
 
-@pytest.mark.parametrize("changes", [{"evaluate.images": 2}, {"evaluate.decode.beam_size": 5}])
+@pytest.mark.parametrize(
+    "changes", [{"evaluate.images": 2}, {"evaluate.decode.beam_size": 5}, {"evaluate.words": "spaces"}]
+)
 def test_scores_of_a_run_can_be_compared(data_dir: Path, changes: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=next(iter(changes))):
         check_same_run(make_config(data_dir, changes), make_config(data_dir))
