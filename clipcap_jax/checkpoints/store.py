@@ -21,6 +21,7 @@ import contextlib
 import dataclasses
 import glob
 import logging
+import math
 import re
 import shutil
 import uuid
@@ -197,7 +198,7 @@ class Checkpoints:
           params, optimizer: trees of arrays, which may be changed or donated when this returns.
           unaveraged: another one, where `params` are averages; None where they are not.
           position, metadata: see above.
-          metrics: of a validation, among them `BEST_METRIC`; or nothing.
+          metrics: of a validation, among them `BEST_METRIC`; or nothing. Those that are not finite are left out.
 
         Raises:
           UserError: the disk is full or cannot be written to, or the store cannot be.
@@ -210,7 +211,9 @@ class Checkpoints:
         }
         if unaveraged is not None:
             items["unaveraged"] = ocp.args.StandardSave(unaveraged)
-        self._save(step, items, (params, unaveraged, optimizer), metrics)
+        # JSON has no other numbers.
+        finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
+        self._save(step, items, (params, unaveraged, optimizer), finite)
 
     def save_frozen(self, params: Any) -> None:
         """Write the parts that no step changes, unless a run that goes on has written them.

@@ -124,6 +124,23 @@ def test_a_folder_that_is_no_run(tmp_path: Path, metadata: Metadata) -> None:
         Checkpoints(tmp_path / "file", keep=1)
 
 
+def test_what_orbax_writes_is_json(tmp_path: Path, metadata: Metadata) -> None:
+    """Without the NaN of a loss of a validation."""
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(
+        1,
+        params=arrays(1),
+        unaveraged=None,
+        optimizer={"mu": np.zeros(1, np.float32)},
+        position={"step": 1, "total": 9},
+        metadata=metadata,
+        metrics={"CIDEr": 0.5, "loss": float("nan")},
+    )
+    checkpoints.close()
+    stored = json.loads((tmp_path / "checkpoints/1/metrics/metrics").read_text(), parse_constant=pytest.fail)
+    assert stored == {"CIDEr": 0.5}
+
+
 @pytest.mark.parametrize("name", ["lr[lr=1e-4]", "why?", "a*"])
 def test_a_folder_that_orbax_takes_for_a_pattern(tmp_path: Path, metadata: Metadata, name: str) -> None:
     """There it would save parts that nothing puts together; what was copied there can be read."""
