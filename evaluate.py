@@ -7,9 +7,11 @@ import dataclasses
 import functools
 import time
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 from rich.console import Console
+from rich.text import Text
 
 from clipcap_jax import cluster, files
 from clipcap_jax.captioning.captioner import Captioner
@@ -18,7 +20,7 @@ from clipcap_jax.commands import cli
 from clipcap_jax.errors import UserError
 from clipcap_jax.evaluation import evaluate
 from clipcap_jax.evaluation.clipscore import ClipScorer
-from clipcap_jax.metrics import SpiceConfig, unavailable
+from clipcap_jax.metrics import SpiceConfig, unavailable, words
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs/shapes", "the run's folder, which train.py wrote to")
 _WHICH = flags.DEFINE_string("checkpoint", "best", '"best" (by CIDEr on the validation pictures), "latest" or a step')
@@ -29,6 +31,7 @@ _SPLIT = flags.DEFINE_string("split", "test", "the split to caption; a part of i
 _BEAM_SIZE = flags.DEFINE_integer("beam_size", 0, "hypotheses per picture, 1 for greedy [as the run's config says]", 0)
 _LENGTH_PENALTY = flags.DEFINE_float("length_penalty", None, "see decode.DecodeConfig [as the run's config says]")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 0, "pictures per step, over all devices [as the run's config says]", 0)
+_WORDS = flags.DEFINE_enum("words", None, words.NAMED, "what scores count as a word [as the run's config says]")
 _METEOR = flags.DEFINE_bool("meteor", True, "METEOR as well, where Java and pycocoevalcap are there")
 _SPICE = flags.DEFINE_bool("spice", False, "SPICE as well, which needs Java, and minutes")
 _SPICE_JARS = flags.DEFINE_string("spice_jars", "", "the folder with Stanford CoreNLP 3.6.0, Nashorn and ASM")
@@ -58,16 +61,18 @@ def _evaluate(console: Console, workdir: Path, which: str) -> None:
     captioner = captioner.with_decode(decode)
     data = evaluate.open_data(captioner, _DATA.value, _SPLIT.value, _DATA_DIR.value)
     batch_size = _BATCH_SIZE.value or captioner.metadata.config.evaluate.batch_size
-    folder = files.place(_OUTPUT.value or workdir / "evaluations" / evaluate.name_of(captioner, data))
+    counted: Any = _WORDS.value or captioner.metadata.config.evaluate.words
+    folder = files.place(_OUTPUT.value or workdir / "evaluations" / evaluate.name_of(captioner, data, counted))
     if evaluate.is_done(data, folder) and not _OVERWRITE.value:
         if not _FOLLOW.value:
             raise UserError(f"{folder} holds results: name another folder by --output, or replace them by --overwrite")
-        console.print(f"{folder} holds results already", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"{folder} holds results already", soft_wrap=True)
         return
     clip = _clip()
     spice = SpiceConfig(_SPICE_JARS.value) if _SPICE.value else None
-    for name, reason in unavailable(meteor=False, spice=spice).items():  # METEOR is computed where it can be
-        console.print(f"{name} will not be computed: {reason}", style="yellow", markup=False, soft_wrap=True)
+    # METEOR is computed where it can be.
+    for name, reason in unavailable(meteor=False, spice=spice, words=counted).items():
+        console.print(f"{name} will not be computed: {reason}", style="yellow", soft_wrap=True)
     data = evaluate.embed_all(captioner, data, batch_size=batch_size, console=console)
     captions = evaluate.caption_all(captioner, data, batch_size=batch_size, console=console)
     if cluster.is_main():
@@ -76,7 +81,6 @@ def _evaluate(console: Console, workdir: Path, which: str) -> None:
         console.print(
             f"{data.name} has no references: nothing is scored. `clipcap submit` takes {folder / 'captions.json'}.",
             soft_wrap=True,
-            highlight=False,
         )
         return
     result = evaluate.evaluate(
@@ -84,6 +88,7 @@ def _evaluate(console: Console, workdir: Path, which: str) -> None:
         data,
         captions,
         batch_size=batch_size,
+        words=counted,
         meteor=_METEOR.value and cluster.is_main(),
         spice=spice if cluster.is_main() else None,
         clip=clip,
@@ -99,7 +104,7 @@ def main(_: list[str]) -> None:
         return
     if cluster.joined():
         raise UserError("--follow works in one process, beside the training: start it so")
-    with console.status(f"Waiting for a run in {workdir}"):
+    with console.status(Text(f"Waiting for a run in {workdir}")):
         while not store.has_checkpoints(workdir):
             time.sleep(_PATIENCE)
     with store.opened(workdir) as checkpoints:

@@ -22,9 +22,9 @@ from typing import Any, NoReturn, TypeVar
 
 import jax
 from jax._src import distributed, xla_bridge  # not public; Orbax takes the client from here too
-from rich.console import Console
 
 from clipcap_jax.errors import UserError
+from clipcap_jax.progress import screen
 
 T = TypeVar("T")
 
@@ -297,9 +297,9 @@ def _wait(function: Callable[..., T], *arguments: Any) -> T:
 
 
 def _print(text: str) -> None:
-    console = Console(stderr=True)
+    console = screen(stderr=True)
     console.show_cursor()  # a progress bar hid it
-    console.print(text, style="red", markup=False, highlight=False, soft_wrap=True)
+    console.print(text, style="red", soft_wrap=True)
     sys.stdout.flush()
 
 

@@ -167,12 +167,15 @@ class EvaluateConfig:
     Attributes:
       every: steps between validations; each also saves a checkpoint.
       images: pictures of the validation split that are captioned and scored each time; 0: none.
+      words: what scores count as a word: "ptb", as every paper does; "characters", for scripts without spaces;
+        "spaces", of captions that are segmented already (see `metrics.words.split_all`).
       batch_size: pictures per step, over all devices.
       decode: how captions are searched for.
     """
 
     every: int
     images: int
+    words: Literal["ptb", "characters", "spaces"]
     batch_size: int
     decode: DecodeConfig
 

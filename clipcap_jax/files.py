@@ -1,9 +1,11 @@
-"""Folders of files that are made once and from then on only read, and files that lie elsewhere than on a disk."""
+"""Folders of files that are made once and from then on only read, files that lie elsewhere than on a disk, and JSON."""
 
 import contextlib
 import errno
 import fcntl
 import hashlib
+import json
+import math
 import os
 import shutil
 import tempfile
@@ -188,6 +190,35 @@ def digest(path: Any) -> str:
     """The SHA-256 of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def to_json(value: Any, *, indent: int | None = None) -> str:
+    """As JSON, for a file in UTF-8: null where a number is not finite, and escapes for what UTF-8 does not have.
+
+    Such are the bytes of a file's name that are no UTF-8, which Python reads as halves of characters.
+    """
+    text = json.dumps(_finite(value), indent=indent, ensure_ascii=False, allow_nan=False)
+    return text.encode(errors="backslashreplace").decode()
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def check_utf8(path: str | Path) -> None:
+    """That all libraries can open what lies there.
+
+    Raises:
+      UserError: the name is no UTF-8, and those in C++ know no other.
+    """
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{path}: this name is no UTF-8, which what is written and read there has to be") from error
 
 
 def check_new(*paths: Path, overwrite: bool) -> None:

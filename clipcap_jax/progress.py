@@ -1,22 +1,29 @@
-"""How far a long piece of work is, on the screen."""
+"""What is shown on the screen: texts as they are, and how far a long piece of work is."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 T = TypeVar("T")
 
 
-def bar(**options: Any) -> Progress:
+def screen(**options: Any) -> Console:
+    """A console, with options of rich's, that shows texts as they are: a folder may be called "[lr=1e-4]" or "[/x]"."""
+    return Console(markup=False, emoji=False, highlight=False, **options)
+
+
+def bar(console: Console | None = None, **options: Any) -> Progress:
     """A bar with how many are done of how many, the time taken and the time left; with options of rich's."""
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
+        console=console or screen(),
         **options,
     )
 

@@ -56,6 +56,7 @@ def get_config() -> ConfigDict:
     config.evaluate = dict(
         every=5000,
         images=1000,
+        words="ptb",
         batch_size=64,
         decode=dict(beam_size=5, max_tokens=67, length_penalty=1.0, stop=""),
     )

@@ -55,6 +55,7 @@ def get_config(variant: str = "embeddings") -> ConfigDict:
     config.evaluate = dict(
         every=1876,
         images=1000,
+        words="ptb",
         batch_size=100,
         decode=dict(beam_size=1, max_tokens=40, length_penalty=1.0, stop=""),
     )

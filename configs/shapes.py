@@ -50,6 +50,7 @@ def get_config() -> ConfigDict:
     config.evaluate = dict(
         every=1100,
         images=200,
+        words="ptb",
         batch_size=100,
         decode=dict(beam_size=5, max_tokens=24, length_penalty=1.0, stop=""),
     )

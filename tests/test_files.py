@@ -1,4 +1,5 @@
 import fcntl
+import json
 import os
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -83,3 +84,18 @@ def test_two_processes_at_once(tmp_path: Path, locks: bool) -> None:
     assert sorted(times) == (["0", "1"] if locks else ["1", "1"])
     assert len(set(by)) == 1
     assert not list(tmp_path.glob(".*.tmp"))
+
+
+def test_json_holds_neither_nan_nor_halves_of_characters() -> None:
+    nan, inf = float("nan"), float("inf")
+    value = {"a": nan, "b": [inf, (1.5, -inf)], "c": {"ph\udcff é": [None, True, 3]}}
+    written = files.to_json(value).encode()  # as every file is
+    content = json.loads(written, parse_constant=pytest.fail)
+    assert content == {"a": None, "b": [None, [1.5, None]], "c": {"ph\udcff é": [None, True, 3]}}
+    assert "é".encode() in written
+
+
+def test_names_that_are_no_utf8() -> None:
+    files.check_utf8(Path("photos/é 木"))
+    with pytest.raises(UserError, match=r"ph\udcff: this name is no UTF-8"):
+        files.check_utf8("ph\udcff")

@@ -1,4 +1,6 @@
+import io
 import re
+from pathlib import Path
 
 import pytest
 
@@ -11,3 +13,31 @@ def test_how_many_of_how_many(capsys: pytest.CaptureFixture[str]) -> None:
     with progress.bar() as bar:
         bar.advance(bar.add_task("Unpacking", total=4), 3)
     assert re.match(r"Unpacking .+ 3/4 ", capsys.readouterr().out)
+
+
+NAME = "runs/lr[lr=1e-4]/[/x]:smile:"  # rich's markup would lose a part of it, and raise an error at the rest
+
+
+def test_names_are_shown_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = progress.screen(file=io.StringIO(), width=60)
+    shown.print(NAME)
+    shown.rule(NAME)
+    assert list(progress.track(iter("abc"), NAME, total=3, console=shown)) == ["a", "b", "c"]
+    assert list(progress.track(iter("abc"), NAME, total=3)) == ["a", "b", "c"]
+    assert isinstance(shown.file, io.StringIO)
+    assert shown.file.getvalue().count(NAME) == 3
+    assert NAME in capsys.readouterr().out
+
+
+def test_every_console_is_such_a_one() -> None:
+    root = Path(__file__).parents[1]
+    files = [*(root / "clipcap_jax").rglob("*.py"), root / "train.py", root / "evaluate.py"]
+    made = re.compile(r"\bConsole\(|\bProgress\((?!\))|rich\.print\(|from_markup|(?<![\w.])print\(|\.status\(f?[\"']")
+    found = {str(file.relative_to(root)): made.findall(file.read_text()) for file in files}
+    del found["clipcap_jax/progress.py"]
+    # Bars with columns of their own, which show no markup either; and a docstring for people's own Python.
+    assert {name: calls for name, calls in found.items() if calls} == {
+        "clipcap_jax/datasets/downloads.py": ["Progress("],
+        "clipcap_jax/datasets/records.py": ["rich.print("],
+        "clipcap_jax/metrics/spice.py": ["Progress("],
+    }

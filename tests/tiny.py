@@ -25,11 +25,11 @@ import pytest
 from ml_collections import ConfigDict
 from orbax.checkpoint import args
 from PIL import Image
-from rich.console import Console
 
 from clipcap_jax import __main__, config
 from clipcap_jax.config import Config
 from clipcap_jax.datasets import RecordsSource, prepare_records
+from clipcap_jax.progress import screen
 from clipcap_jax.training import loop
 from clipcap_jax.training.logs import Monitor
 
@@ -129,6 +129,7 @@ def get_config(variant: str = "embeddings") -> ConfigDict:
             "evaluate": {
                 "every": 6,
                 "images": 4,
+                "words": "ptb",
                 "batch_size": 4,
                 "decode": {"beam_size": 1, "max_tokens": 16, "length_penalty": 1.0, "stop": ""},
             },
@@ -228,7 +229,7 @@ def clipcap(monkeypatch: pytest.MonkeyPatch) -> Clipcap:
 
 def train(run: Path, settings: Config) -> str:
     """Train, and return what was printed."""
-    printed = Console(file=io.StringIO(), width=200)
+    printed = screen(file=io.StringIO(), width=200)
     try:
         loop.train(settings, run, printed)
     finally:

@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from rich.console import Console
 
 from clipcap_jax import cluster, parallel, pictures
 from clipcap_jax.captioning.decode import Hypotheses, beam_search
@@ -19,6 +18,7 @@ from clipcap_jax.config import DecodeConfig
 from clipcap_jax.errors import UserError
 from clipcap_jax.inputs.batches import CaptionData, fill, input_batches
 from clipcap_jax.models.clipcap import ClipCap
+from clipcap_jax.progress import screen
 from clipcap_jax.text.tokenizer import Tokenizer
 
 _CHECKED_AT_ONCE = 65536  # rows of a matrix, which may be larger than the memory
@@ -147,7 +147,7 @@ class Captioner:
                     if not steps:
                         raise
                     told = f"Warning: {error} The one of step {steps[0]} is tried."
-                    Console(stderr=True).print(told, style="yellow", markup=False, highlight=False, soft_wrap=True)
+                    screen(stderr=True).print(told, style="yellow", soft_wrap=True)
 
     def with_decode(self, decode: DecodeConfig) -> "Captioner":
         """The same model, searching differently."""

@@ -8,7 +8,7 @@ from clipcap_jax import config as config_lib
 from clipcap_jax.errors import UserError
 from clipcap_jax.text.tokenizer import Tokenizer
 
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 
 # Settings that a format brought, and what was the only way before.
 _SINCE: dict[int, dict[str, Any]] = {
@@ -26,6 +26,7 @@ _SINCE: dict[int, dict[str, Any]] = {
         "train.gradient_dtype": "float32",
         "parallel": {"layout": "data"},
     },
+    6: {"evaluate.words": "ptb"},
 }
 
 

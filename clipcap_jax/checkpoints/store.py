@@ -19,7 +19,9 @@ etils.epath; and a checkpoint is whole when Orbax has put the file `commit_succe
 
 import contextlib
 import dataclasses
+import glob
 import logging
+import math
 import re
 import shutil
 import uuid
@@ -101,10 +103,11 @@ def run_folder(name: str | Path) -> Path:
     """The folder that a run's name means: a `pathlib.Path`, or of gs:// an `epath.Path`, which has the same methods.
 
     Raises:
-      UserError: it is at a place that Orbax does not write to, such as s3://.
+      UserError: it is at a place that Orbax does not write to, such as s3://, or its name is no UTF-8.
     """
     if files.is_remote(name) and not str(name).startswith("gs://"):
         raise UserError(f"{name}: runs and their checkpoints lie on a disk or on gs://, which Orbax can write to")
+    files.check_utf8(name)
     return files.place(name)
 
 
@@ -134,6 +137,12 @@ class Checkpoints:
         writing = keep is not None
         self._run = run if files.is_remote(run) else run.absolute()
         self.folder = self._run / FOLDER
+        # With such a name Orbax finds nothing to put together, and saves what nothing can read.
+        if writing and glob.escape(str(self._run)) != str(self._run):
+            raise UserError(
+                f"{self._run}: Orbax cannot save checkpoints where a folder's name has [, * or ? in it, which it "
+                "takes for a pattern. Give another folder."
+            )
         if not writing and not has_checkpoints(run):
             raise UserError(f"{run} holds no checkpoints: give the folder of a run, the one that train.py wrote to")
         best = BestN(get_metric_fn=_best_metric, n=1, keep_checkpoints_without_metrics=False)
@@ -189,7 +198,7 @@ class Checkpoints:
           params, optimizer: trees of arrays, which may be changed or donated when this returns.
           unaveraged: another one, where `params` are averages; None where they are not.
           position, metadata: see above.
-          metrics: of a validation, among them `BEST_METRIC`; or nothing.
+          metrics: of a validation, among them `BEST_METRIC`; or nothing. Those that are not finite are left out.
 
         Raises:
           UserError: the disk is full or cannot be written to, or the store cannot be.
@@ -202,7 +211,9 @@ class Checkpoints:
         }
         if unaveraged is not None:
             items["unaveraged"] = ocp.args.StandardSave(unaveraged)
-        self._save(step, items, (params, unaveraged, optimizer), metrics)
+        # JSON has no other numbers.
+        finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
+        self._save(step, items, (params, unaveraged, optimizer), finite)
 
     def save_frozen(self, params: Any) -> None:
         """Write the parts that no step changes, unless a run that goes on has written them.

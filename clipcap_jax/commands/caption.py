@@ -5,7 +5,6 @@ import collections
 import csv
 import dataclasses
 import itertools
-import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,9 +18,9 @@ from rich.text import Text
 from clipcap_jax.commands.cli import add_cluster_options, add_overwrite_option, positive, start_processes
 from clipcap_jax.commands.convert import ORIGINAL_OPTIONS, add_original_options, load_original
 from clipcap_jax.errors import UserError
-from clipcap_jax.files import check_new, on_disk, place
+from clipcap_jax.files import check_new, on_disk, place, to_json
 from clipcap_jax.inputs.folders import described, find_pictures
-from clipcap_jax.progress import track
+from clipcap_jax.progress import screen, track
 
 
 def add(commands: Any) -> None:
@@ -76,13 +75,13 @@ def _caption(arguments: argparse.Namespace) -> None:
         collections.deque(results, maxlen=0)  # nothing comes out here: process 0 has them
         return
     skipped = _write(results, arguments.output, console) if arguments.output else _show(results)
-    console.print(f"{total - len(skipped)} captions, {len(skipped)} pictures skipped", highlight=False)
+    console.print(f"{total - len(skipped)} captions, {len(skipped)} pictures skipped")
     for name, error in skipped[:20]:
-        console.print(f"  {name}: {error}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"  {name}: {error}", soft_wrap=True)
     if len(skipped) > 20:
         console.print(f"  ... and {len(skipped) - 20} more")
     if others:
-        console.print(f"Not looked at: {described(others)}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"Not looked at: {described(others)}", soft_wrap=True)
     if len(skipped) == total:
         raise UserError("none of the pictures could be read")
 
@@ -139,7 +138,7 @@ def _write(results: Iterator[tuple[str, Any]], path: Path, console: Console) -> 
     columns = ("image", "caption", "score", "finished")
     partial = _partial(path)
     try:
-        # POSIX file names need not be UTF-8: what is not is written as it is.
+        # POSIX file names need not be UTF-8: what is not is written to a .csv as it is.
         with (
             on_disk(partial) as here,
             here.open("w", 1, encoding="utf-8", errors="surrogateescape", newline="") as file,  # line by line
@@ -155,12 +154,12 @@ def _write(results: Iterator[tuple[str, Any]], path: Path, console: Console) -> 
                 if path.suffix == ".csv":
                     table.writerow(row)
                 else:
-                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                    file.write(to_json(row) + "\n")
         partial.replace(path)
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}") from error
     except BaseException:
-        console.print(f"The captions so far are in {partial}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"The captions so far are in {partial}", soft_wrap=True)
         raise
     return skipped
 
@@ -173,9 +172,8 @@ def _show(results: Iterator[tuple[str, Any]]) -> Skipped:
             if isinstance(caption, UserError):
                 skipped.append((name, caption))
             else:
-                readable = name.encode(errors="replace").decode()  # a file's name may be any bytes
-                table.add_row(Text(readable, overflow="fold"), Text(caption.text))
+                table.add_row(Text(name, overflow="fold"), Text(caption.text))
     finally:  # after an interrupt, those that there are
         if table.row_count:
-            Console().print(table)
+            screen().print(table)
     return skipped

@@ -2,6 +2,8 @@
 
 import argparse
 import contextlib
+import errno
+import io
 import os
 import sys
 import threading
@@ -11,10 +13,11 @@ from typing import Any
 
 from absl import app, flags, logging
 from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
 from clipcap_jax import signals
 from clipcap_jax.errors import UserError
+from clipcap_jax.progress import screen
 
 # The arguments of `cluster.start`: name, what is taken when it is not given, and help.
 _CLUSTER: list[tuple[str, Any, str]] = [
@@ -59,21 +62,65 @@ def start_processes(options: Any, **console: Any) -> Console:
     parallel.keep_compiled_programs()
     cluster.start(*(getattr(options, name) for name, *_ in _CLUSTER))
     parallel.connect()
-    return Console(quiet=not cluster.is_main(), **console)
+    return screen(quiet=not cluster.is_main(), **console)
+
+
+class _Output(io.FileIO):
+    """Standard output or error. Whether it can be written to decides nothing while there is work to do.
+
+    Attributes:
+      fault: why something that was to be seen was not.
+    """
+
+    fault: OSError | None = None
+
+    def write(self, content: Any) -> int:
+        try:
+            return super().write(content)
+        except OSError as error:  # a pipe whose reader has ended, a terminal that is gone, a full disk
+            self.fault = error
+            return memoryview(content).nbytes
+
+
+@contextlib.contextmanager
+def _outputs() -> Iterator[None]:
+    """What is shown decides nothing: any text can be, in any encoding, and whether it arrives is asked in the end.
+
+    Raises:
+      UserError: it did not, other than because nobody wanted it any more.
+    """
+    outputs = {}
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is not None and stream is getattr(sys, f"__{name}__"):  # not what a notebook or a test put there
+            outputs[name] = _Output(stream.fileno(), "w", closefd=False)
+            stream = io.TextIOWrapper(io.BufferedWriter(outputs[name]), stream.encoding, line_buffering=True)
+            setattr(sys, name, stream)
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        yield
+    except SystemExit as ended:  # as absl ends every script
+        if ended.code:
+            raise
+    for name, output in outputs.items():
+        getattr(sys, name).flush()
+        if output.fault and output.fault.errno not in (errno.EPIPE, errno.EIO):
+            raise UserError(f"not all was written to {name}: {output.fault.strerror}")
 
 
 def run_script(main: Callable[[], Any]) -> None:
     """Run a program; a `UserError` ends it with its message alone and status 2, a signal with 128 and its number."""
     try:
-        with signals.end(), _others():
+        with signals.end(), _others(), _outputs():
             main()
     except UserError as error:
-        Console(stderr=True).print(f"[red]Error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        screen(stderr=True).print(Text.assemble(("Error:", "red"), f" {error}"), soft_wrap=True)
         if any(type(thread).__module__.startswith("orbax.") for thread in threading.enumerate()):
             os._exit(2)  # after a save that failed, they wait ten minutes for what it was to make
         sys.exit(2)
     except KeyboardInterrupt:
-        Console(stderr=True).print("Stopped.")
+        screen(stderr=True).print("Stopped.")
         signals.leave(130)
     except SystemExit as ended:
         if isinstance(ended.code, int) and ended.code > 128:

@@ -6,10 +6,9 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from clipcap_jax.commands.cli import add_overwrite_option, positive
 from clipcap_jax.errors import UserError
+from clipcap_jax.progress import screen
 
 
 def add(commands: Any) -> None:
@@ -99,7 +98,7 @@ def _convert_from_original(arguments: argparse.Namespace) -> None:
     metadata, params = load_original(arguments.file, arguments)
     with contextlib.closing(store.Checkpoints(folder, keep=1)) as checkpoints:
         checkpoints.save_weights(params, metadata)
-    Console().print(f"{arguments.file} is now in {folder}", highlight=False, soft_wrap=True)
+    screen().print(f"{arguments.file} is now in {folder}", soft_wrap=True)
 
 
 def _load_run(arguments: argparse.Namespace) -> tuple[Any, Any]:
@@ -118,7 +117,7 @@ def _convert_to_original(arguments: argparse.Namespace) -> None:
     files.check_new(arguments.file, overwrite=arguments.overwrite)
     metadata, params = _load_run(arguments)
     save_original(metadata.config.model, params, arguments.file)
-    Console().print(f"{arguments.run_folder} is now in {arguments.file}", highlight=False, soft_wrap=True)
+    screen().print(f"{arguments.run_folder} is now in {arguments.file}", soft_wrap=True)
 
 
 def _convert_to_gpt2(arguments: argparse.Namespace) -> None:
@@ -128,7 +127,7 @@ def _convert_to_gpt2(arguments: argparse.Namespace) -> None:
         raise UserError(f"{arguments.folder} is there already: name another folder")
     metadata, params = _load_run(arguments)
     save_gpt2(metadata.config.model.gpt2, params["gpt2"], metadata.tokenizer, arguments.folder)
-    Console().print(f"GPT-2 and its tokenizer are now in {arguments.folder}", highlight=False, soft_wrap=True)
+    screen().print(f"GPT-2 and its tokenizer are now in {arguments.folder}", soft_wrap=True)
 
 
 def _convert_embeddings(arguments: argparse.Namespace) -> None:
@@ -137,9 +136,8 @@ def _convert_embeddings(arguments: argparse.Namespace) -> None:
 
     files.check_new(arguments.embeddings, arguments.captions, overwrite=arguments.overwrite)
     pictures, captions = convert_pickle(arguments.file, arguments.embeddings, arguments.captions)
-    Console().print(
+    screen().print(
         f"{pictures} pictures with {captions} captions. Next: clipcap prepare records --name NAME "
         f"--embeddings {arguments.embeddings} --captions {arguments.captions} --encoder NAME",
-        highlight=False,
         soft_wrap=True,
     )

@@ -4,10 +4,9 @@ import argparse
 import functools
 from typing import Any
 
-from rich.console import Console
-
 from clipcap_jax.commands.cli import add_cluster_options, cpus, positive, start_processes
 from clipcap_jax.errors import UserError
+from clipcap_jax.progress import screen
 
 # Data sets that are read from their owners' files; docs/ has a page for each.
 _PUBLISHED = {
@@ -114,7 +113,7 @@ def _prepare_published(arguments: argparse.Namespace) -> None:
     from clipcap_jax.datasets import conceptual, downloads, flickr, nocaps, prepare, tfds_coco
     from clipcap_jax.datasets.source import first_problems
 
-    name, folder, console = arguments.name, arguments.manual_dir, Console()
+    name, folder, console = arguments.name, arguments.manual_dir, screen()
     if name in _KARPATHY and (arguments.download or arguments.download_images):
         downloads.download_karpathy(folder, name, pictures=arguments.download_images)
     if name == "nocaps" and arguments.download_images and (lost := downloads.download_nocaps(folder)):
@@ -138,7 +137,7 @@ def _prepare_published(arguments: argparse.Namespace) -> None:
 def _prepare_shapes(arguments: argparse.Namespace) -> None:
     from clipcap_jax import datasets  # importing it takes seconds, which `clipcap --help` should not
 
-    Console().print(datasets.prepare_shapes(arguments.data_dir, **_workers(arguments)))
+    screen().print(datasets.prepare_shapes(arguments.data_dir, **_workers(arguments)))
 
 
 def _prepare_records(arguments: argparse.Namespace) -> None:
@@ -156,7 +155,7 @@ def _prepare_records(arguments: argparse.Namespace) -> None:
         **given,
     )
     summary = datasets.prepare_records(source, arguments.data_dir, arguments.max_skipped, **_workers(arguments))
-    Console().print(summary)
+    screen().print(summary)
 
 
 def _embed(arguments: argparse.Namespace) -> None:
@@ -192,4 +191,4 @@ def _embed(arguments: argparse.Namespace) -> None:
         settings = f"--config.data.name={summary.name} --config.data.input=embedding"
         if preset := encoder.name.partition(",")[0].removeprefix("CLIP"):  # with the tower, to caption pictures too
             settings += f" --config.model.clip={preset} --config.train.pretrained.clip={arguments.clip}"
-        console.print(f"To train on it: {settings}", soft_wrap=True, highlight=False)
+        console.print(f"To train on it: {settings}", soft_wrap=True)

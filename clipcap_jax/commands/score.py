@@ -7,18 +7,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
 from clipcap_jax.commands.cli import add_overwrite_option, positive
 from clipcap_jax.errors import UserError, first
 from clipcap_jax.evaluation import report
 from clipcap_jax.evaluation.report import Row
-from clipcap_jax.metrics import References, Scores, SpiceConfig, coco_files, score_domains, unavailable
+from clipcap_jax.metrics import References, Scores, SpiceConfig, coco_files, score_domains, unavailable, words
 from clipcap_jax.metrics.coco_files import CaptionsFile
 from clipcap_jax.metrics.health import health
 from clipcap_jax.metrics.measure import Measure
 from clipcap_jax.metrics.paper import ROWS
 from clipcap_jax.metrics.scorecard import Scorecard
+from clipcap_jax.progress import screen
 
 if TYPE_CHECKING:
     from clipcap_jax.evaluation.clipscore import ClipScorer
@@ -48,6 +47,12 @@ def add(commands: Any) -> None:
     score.add_argument("--compare", type=Path, metavar="BASELINE", help="also test the difference to these captions")
     score.add_argument("--paper", choices=sorted(ROWS), default="", help="show the paper's scores of this data set")
     score.add_argument("--plain-cider", action="store_true", help="also CIDEr itself; CIDEr-D is what is called CIDEr")
+    score.add_argument(
+        "--words",
+        choices=words.NAMED,
+        default="ptb",
+        help="what counts as a word; for scripts without spaces: characters, or spaces where all is segmented [ptb]",
+    )
     score.add_argument("--meteor", action="store_true", help="also METEOR, which needs Java")
     score.add_argument("--spice", action="store_true", help="also SPICE, which needs Java, and minutes")
     score.add_argument(
@@ -88,9 +93,9 @@ def _score(arguments: argparse.Namespace) -> None:
         if not texts:
             raise UserError(f"no caption of {arguments.captions} is of an image that {arguments.references} has")
     references = _references(texts, captions, compared, arguments)
-    console = Console()
-    for name, reason in unavailable(meteor=arguments.meteor, spice=_spice(arguments)).items():
-        console.print(f"{name} will not be computed: {reason}", style="yellow", markup=False, soft_wrap=True)
+    console = screen()
+    for name, reason in unavailable(meteor=arguments.meteor, spice=_spice(arguments), words=arguments.words).items():
+        console.print(f"{name} will not be computed: {reason}", style="yellow", soft_wrap=True)
     pictures = {image: _picture(arguments.images, file, image) for image in texts} if arguments.images else {}
     _check_pictures(pictures, arguments)
     clip = _load_clip(arguments) if arguments.clipscore else None
@@ -117,7 +122,7 @@ def _score(arguments: argparse.Namespace) -> None:
     scorecard = Scorecard(
         scores=scores,
         domains=score_domains(texts, captions, file.domains, scores),
-        health=health(list(captions.values())),
+        health=health(list(captions.values()), words=arguments.words),
         details={name: str(value) for name, value in details.items() if value},
         paper=arguments.paper,
         baseline=None if compared is None else scored(compared),
@@ -131,8 +136,8 @@ def _score(arguments: argparse.Namespace) -> None:
                 report.write_page(partial, title=title, rows=rows, scorecard=scorecard)
             else:
                 text = scorecard.to_json() if output.suffix == ".json" else scorecard.to_markdown(title)
-                partial.write_text(text, encoding="utf-8")
-        console.print(f"written: {output}", highlight=False, markup=False, soft_wrap=True)
+                partial.write_text(text, encoding="utf-8", errors="backslashreplace")
+        console.print(f"written: {output}", soft_wrap=True)
 
 
 # All that can be wrong is looked for before anything is scored, which may take minutes.
@@ -166,7 +171,7 @@ def _references(
     arguments: argparse.Namespace,
 ) -> References:
     try:
-        references = References(texts)
+        references = References(texts, arguments.words)
     except UserError as error:
         raise UserError(f"{arguments.references}: {error}") from error
     files = {arguments.captions: captions} | ({} if compared is None else {arguments.compare: compared})
@@ -237,4 +242,4 @@ def _submit(arguments: argparse.Namespace) -> None:
             raise UserError("nocaps' server takes one split at a time: give --val or --test")
         [(split, files)] = given.items()
         submission.write_nocaps(arguments.output, submission.checked(f"nocaps {split}", *files))
-    Console().print(f"{arguments.output} is ready for the server", highlight=False, soft_wrap=True)
+    screen().print(f"{arguments.output} is ready for the server", soft_wrap=True)

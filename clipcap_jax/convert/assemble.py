@@ -118,6 +118,7 @@ def from_original(
         evaluate=EvaluateConfig(
             every=5000,
             images=1000,
+            words="ptb",
             batch_size=64,
             # `predict.py`, `generate_beam`.
             decode=DecodeConfig(beam_size=5, max_tokens=max_tokens, length_penalty=1.0, stop="."),

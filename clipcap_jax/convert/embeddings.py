@@ -11,7 +11,6 @@ be lists of each other that no memory holds as a text: messages say what type a 
 
 import collections
 import io
-import json
 import math
 import pickle
 import struct
@@ -247,5 +246,5 @@ def convert_pickle(path: Path, embeddings: Path, captions: Path) -> tuple[int, i
             np.save(file, matrix[[picture["embedding_row"] for picture in pictures]])
         with files.whole(captions) as partial_captions, partial_captions.open("w", encoding="utf-8") as lines:
             for row, picture in enumerate(pictures):
-                lines.write(json.dumps({**picture, "embedding_row": row}, ensure_ascii=False) + "\n")
+                lines.write(files.to_json({**picture, "embedding_row": row}) + "\n")
     return len(pictures), sum(len(picture["captions"]) for picture in pictures)

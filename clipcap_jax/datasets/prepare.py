@@ -55,6 +55,7 @@ def prepare(
       UserError: there are more problems than `max_skipped` allows, or ids that occur twice; a data set of this name was
         prepared from something else, or is just being prepared; a file could not be read or written.
     """
+    files.check_utf8(data_dir)
     if files.is_remote(data_dir) and beam is None:
         return prepare_remote(
             source,
@@ -204,8 +205,8 @@ def finish(writer: Writer, shards: list[Shard], max_skipped: float) -> Summary:
                 f"{source.name}: {len(repeated):,} image ids occur more than once in {split}: {', '.join(repeated[:5])}"
             )
     if problems:
-        with (writer.unfinished / "problems.jsonl").open("w") as file:
-            file.writelines(json.dumps(dataclasses.asdict(problem)) + "\n" for problem in problems)
+        with (writer.unfinished / "problems.jsonl").open("w", encoding="utf-8") as file:
+            file.writelines(files.to_json(dataclasses.asdict(problem)) + "\n" for problem in problems)
     captions: Counter[str] = Counter()
     words: Counter[int] = Counter()
     for part, shard in zip(source.parts, shards, strict=True):

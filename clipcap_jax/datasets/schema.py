@@ -270,6 +270,7 @@ def open_split(name: str, split: str, data_dir: str) -> Split:
 
 def open_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
     """Opens the newest version of a prepared data set; as `open_split`, for its metadata and the list of its splits."""
+    files.check_utf8(data_dir)
     with files.reached(data_dir):
         folder = tfds.core.Path(data_dir).expanduser() / name
         versions = tfds.core.utils.version.list_all_versions(folder)  # the newest last

@@ -54,7 +54,7 @@ class Summary:
         state = "was prepared before, nothing to do" if self.already_prepared else "is prepared"
         table = Table("split", "images", "captions")
         for split, images in self.images.items():
-            table.add_row(split, f"{images:,}", f"{self.captions[split]:,}")
+            table.add_row(Text(split), f"{images:,}", f"{self.captions[split]:,}")
         lines = [f"words in a caption: {self.lengths}"] if self.words else []
         lines += [f"skipped {count:,}: {reason}" for reason, count in self.skipped.items()]
         lines += [f"  {problem}" for problem in self.problems[:10]]

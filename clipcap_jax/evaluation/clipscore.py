@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.console import Console
 
 from clipcap_jax import cluster, hub, parallel, pictures
 from clipcap_jax.convert import clip, clip_text
@@ -23,7 +22,7 @@ from clipcap_jax.metrics.measure import Measure, mean
 from clipcap_jax.models.clip_text import ClipText, ClipTextConfig
 from clipcap_jax.models.clip_vit import normalize_pixels
 from clipcap_jax.models.clipcap import ClipConfig, tower
-from clipcap_jax.progress import track
+from clipcap_jax.progress import screen, track
 from clipcap_jax.text.clip_tokenizer import ClipTokenizer
 
 _PROMPT = "A photo depicts "
@@ -222,7 +221,7 @@ def _track(batches: Sequence[int], description: str) -> Any:
         batches,
         description,
         total=len(batches),
-        console=Console(stderr=True, quiet=not cluster.is_main()),
+        console=screen(stderr=True, quiet=not cluster.is_main()),
         transient=True,
     )
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from clipcap_jax import files
+from clipcap_jax import files, metrics
 from clipcap_jax.captioning.captioner import Caption, Captioner
 from clipcap_jax.datasets import shapes
 from clipcap_jax.datasets.schema import open_split
@@ -19,7 +19,7 @@ from clipcap_jax.evaluation.clipscore import ClipScorer
 from clipcap_jax.evaluation.report import Row, captions_table, print_scores, write_page
 from clipcap_jax.inputs.batches import CaptionData
 from clipcap_jax.inputs.embed import encoder_name
-from clipcap_jax.metrics import References, Scores, SpiceConfig, coco_files, paper, score_domains
+from clipcap_jax.metrics import References, Scores, SpiceConfig, Words, coco_files, paper, score_domains
 from clipcap_jax.metrics.health import health
 from clipcap_jax.metrics.measure import Measure, mean
 from clipcap_jax.metrics.scorecard import Scorecard
@@ -101,6 +101,7 @@ def evaluate(
     captions: list[Caption],
     *,
     batch_size: int,
+    words: Words = "ptb",
     meteor: bool = False,
     spice: SpiceConfig | None = None,
     clip: ClipScorer | None = None,
@@ -110,6 +111,7 @@ def evaluate(
     Args:
       captioner, data, batch_size: as `caption_all` took them.
       captions: what it gave.
+      words: what scores count as a word; see `metrics.words.split_all`.
       meteor, spice: also METEOR and SPICE, which need Java.
       clip: also CLIPScore and RefCLIPScore by this CLIP, of the pictures, or of embeddings if it made them.
 
@@ -132,7 +134,7 @@ def evaluate(
     # With all processes, before METEOR and SPICE keep the first one busy.
     loss = meter(captioner.params, data, pairs, batch_size)
     loss_permuted = meter(captioner.params, data, pairs, batch_size, permuted=True)
-    scores = References(references).score(texts, meteor=meteor, spice=spice).add(more)
+    scores = References(references, words).score(texts, meteor=meteor, spice=spice).add(more)
     return Evaluation(
         data=data,
         captions=captions,
@@ -175,11 +177,12 @@ def open_data(captioner: Captioner, name: str, split: str, data_dir: str) -> Cap
     return data
 
 
-def name_of(captioner: Captioner, data: CaptionData) -> str:
-    """A folder's name that no other evaluation of a run has: by data set, split, step and search."""
+def name_of(captioner: Captioner, data: CaptionData, words: Words = "ptb") -> str:
+    """A folder's name that no other evaluation of a run has: by data set, split, step, search and words."""
     decode = captioner.decode
     penalty = "" if decode.length_penalty == 1 else f"-penalty{decode.length_penalty:g}"
-    return f"{data.name.replace('/', '-')}-{captioner.step}-beam{decode.beam_size}{penalty}"
+    counted = "" if words == "ptb" else f"-{metrics.words.name_of(words)}"
+    return f"{data.name.replace('/', '-')}-{captioner.step}-beam{decode.beam_size}{penalty}{counted}"
 
 
 def is_done(data: CaptionData, folder: Path) -> bool:
@@ -220,7 +223,11 @@ def write(evaluation: Evaluation, captioner: Captioner, folder: Path, console: C
     scorecard = Scorecard(
         scores=evaluation.scores,
         domains=evaluation.domains,
-        health=health([caption.text for caption in captions], [caption.finished for caption in captions]),
+        health=health(
+            [caption.text for caption in captions],
+            [caption.finished for caption in captions],
+            evaluation.scores.words,
+        ),
         details={
             "data set": data.name,
             "checkpoint": f"step {captioner.step}",
@@ -236,10 +243,10 @@ def write(evaluation: Evaluation, captioner: Captioner, folder: Path, console: C
     with _written_to(folder):
         for name, text in (("scores.json", scorecard.to_json()), ("scores.md", scorecard.to_markdown(title))):
             with files.whole(folder / name) as path:
-                path.write_text(text, encoding="utf-8")
+                path.write_text(text, encoding="utf-8", errors="backslashreplace")
         with files.whole(folder / "page.html") as path:
             write_page(path, title=title, rows=rows, scorecard=scorecard)
-    console.print(f"Captions, scores and a page with the pictures: {folder}", highlight=False, soft_wrap=True)
+    console.print(f"Captions, scores and a page with the pictures: {folder}", soft_wrap=True)
 
 
 def _rows(evaluation: Evaluation) -> Iterator[Row]:

@@ -13,7 +13,7 @@ from rich.text import Text
 from clipcap_jax import pages
 from clipcap_jax.metrics.scorecard import Scorecard
 from clipcap_jax.pages import Picture
-from clipcap_jax.progress import track
+from clipcap_jax.progress import screen, track
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +61,7 @@ def write_page(
     """
     ranked = sorted(rows, key=lambda row: (-row.scores["CIDEr"], row.image_id))
     left_out = range(pictures - pictures // 2, len(ranked) - pictures // 2)
-    bar = track(ranked, "Writing the page", total=len(ranked), console=Console(stderr=True), transient=True)
+    bar = track(ranked, "Writing the page", total=len(ranked), console=screen(stderr=True), transient=True)
     pages.write(
         path,
         "page.html",
@@ -95,7 +95,7 @@ def print_scores(scorecard: Scorecard, console: Console) -> None:
         console.print(table, "")
         console.width = width
     for name, fact in scorecard.facts().items():
-        console.print(f"{name}: {fact}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"{name}: {fact}", style="yellow" if name == "note" else None, soft_wrap=True)
 
 
 def captions_table(rows: Sequence[Row]) -> Table:

@@ -2,11 +2,13 @@
 
 from clipcap_jax.metrics.references import References, Scores, score_domains, unavailable
 from clipcap_jax.metrics.spice import SpiceConfig
+from clipcap_jax.metrics.words import Words
 
 __all__ = [
     "References",
     "Scores",
     "SpiceConfig",
+    "Words",
     "coco_files",
     "health",
     "measure",
@@ -15,4 +17,5 @@ __all__ = [
     "scorecard",
     "submission",
     "unavailable",
+    "words",
 ]

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from clipcap_jax.errors import UserError, first
+from clipcap_jax.files import to_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +99,7 @@ def write_results(path: Path, captions: dict[str, str]) -> None:
     ids = [coco_id(image) for image in captions]
     ids = ids if all(isinstance(image_id, int) for image_id in ids) else list(captions)
     entries = [{"image_id": image_id, "caption": text} for image_id, text in zip(ids, captions.values(), strict=True)]
-    path.write_text(json.dumps(entries, ensure_ascii=False, indent=0), encoding="utf-8")
+    path.write_text(to_json(entries, indent=0), encoding="utf-8")
 
 
 def coco_id(image_id: str) -> str | int:

@@ -5,11 +5,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
 
 from clipcap_jax.metrics import java
 from clipcap_jax.metrics.measure import Measure
-from clipcap_jax.progress import track
+from clipcap_jax.progress import screen, track
 
 _MEMORY = "-Xmx2G"  # pycocoevalcap's limit; the table of paraphrases alone needs a quarter of it
 _START_SECONDS = 120.0  # to load the table of paraphrases: seven seconds on two cores
@@ -39,7 +38,7 @@ def meteor(captions: Sequence[str], references: Sequence[Sequence[str]]) -> Meas
         lines=_questions(captions, references),
         seconds=_START_SECONDS + _IMAGE_SECONDS * len(captions),
     )
-    bar = Console(stderr=True)
+    bar = screen(stderr=True)
     with contextlib.closing(answers):
         lines = list(track(answers, "METEOR", total=len(captions), console=bar, transient=True))
     try:

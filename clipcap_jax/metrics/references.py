@@ -1,7 +1,8 @@
 """References read once, captions scored against them as often as wanted."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -13,11 +14,16 @@ from clipcap_jax.metrics.measure import Measure, mean
 from clipcap_jax.metrics.meteor import find as find_meteor
 from clipcap_jax.metrics.meteor import meteor as meteor_of
 from clipcap_jax.metrics.ngrams import ReferenceNGrams
-from clipcap_jax.metrics.ptb import tokenize_all
 from clipcap_jax.metrics.rouge import rouge_l
 from clipcap_jax.metrics.spice import SpiceConfig
 from clipcap_jax.metrics.spice import find as find_spice
 from clipcap_jax.metrics.spice import spice as spice_of
+from clipcap_jax.metrics.words import Words, are_unspaced, name_of, split_all
+
+# Of fewer pictures CIDEr says little.
+_FEW = 10
+
+_LIST = re.compile(r"\s*\[\s*(['\"]).*\1\s*,?\s*\]\s*", re.DOTALL)  # as Python, JSON or NumPy write one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,11 +34,15 @@ class Scores:
       images: the image ids, in the order of the measures' images.
       measures: by score.
       not_computed: score -> why it is not among them.
+      words: what was counted as a word.
+      notes: what to know before the scores are believed.
     """
 
     images: tuple[str, ...]
     measures: dict[str, Measure]
     not_computed: dict[str, str]
+    words: Words = "ptb"
+    notes: tuple[str, ...] = ()
 
     @property
     def overall(self) -> dict[str, float]:
@@ -52,11 +62,13 @@ class Scores:
         return dataclasses.replace(self, measures={**self.measures, **measures})
 
 
-def unavailable(*, meteor: bool, spice: SpiceConfig | None) -> dict[str, str]:
+def unavailable(*, meteor: bool, spice: SpiceConfig | None, words: Words = "ptb") -> dict[str, str]:
     """Which of these scores `References.score` will not compute, and why, to be told before the others are."""
     reasons = {}
     for name, find in (("METEOR", find_meteor if meteor else None), ("SPICE", spice and (lambda: find_spice(spice)))):
         try:
+            if find and words != "ptb":
+                raise Unavailable(_english_alone(words))
             if find:
                 find()
         except Unavailable as reason:
@@ -68,17 +80,21 @@ class References:
     """What captions are scored against, tokenised and counted once.
 
     The scores of a caption are those of pycocoevalcap 1.2 with its tokenizer, in the same order of images.
+
+    Attributes:
+      notes: what to know before scores are believed: that most words are whole sentences, or that pictures are few.
     """
 
-    def __init__(self, references: Mapping[str, Sequence[str]]):
+    def __init__(self, references: Mapping[str, Sequence[str]], words: Words = "ptb"):
         """Reads the references.
 
         Args:
           references: image id -> its reference captions, raw text, at least one of them with something in it. A blank
             one beside others is a reference without words, as in pycocoevalcap.
+          words: see `words.split_all`. METEOR and SPICE know English alone: they are computed of "ptb"'s words only.
 
         Raises:
-          UserError: no images; an id or a reference that is not a string; an image without references.
+          UserError: no images; an id or a reference that is not a string; an image without references; no such words.
         """
         if not references:
             raise UserError("there is nothing to score against: no image has references")
@@ -88,12 +104,15 @@ class References:
             raise UserError(f"references must be a list of strings for each image; {len(odd)} are not ({_first(odd)})")
         if odd := [image for image, texts in references.items() if not any(text.strip() for text in texts)]:
             raise UserError(f"{len(odd)} images have no references, or only blank ones ({_first(odd)}): leave them out")
-        tokenised = iter(tokenize_all([text for texts in references.values() for text in texts]))
+        raw = [text for texts in references.values() for text in texts]
+        tokenised = iter(split_all(raw, words))
         self._texts = {image: [next(tokenised) for _ in texts] for image, texts in references.items()}
-        words = [[text.split() for text in texts] for texts in self._texts.values()]
-        self._lengths = [list(map(len, texts)) for texts in words]
-        self._ngrams = ReferenceNGrams(words)
+        split = [[text.split() for text in texts] for texts in self._texts.values()]
+        self._lengths = [list(map(len, texts)) for texts in split]
+        self._ngrams = ReferenceNGrams(split)
         self._cider = Cider(self._ngrams, self._lengths)
+        self._words = words
+        self.notes = tuple(_notes(raw, len(references), words))
 
     def __len__(self) -> int:
         """The number of images."""
@@ -119,7 +138,7 @@ class References:
           UserError: captions are missing, for unknown images, or not strings.
         """
         self.check(captions)
-        texts = tokenize_all([captions[image] for image in self._texts])
+        texts = split_all([captions[image] for image in self._texts], self._words)
         references = list(self._texts.values())
         words = [text.split() for text in texts]
         lengths = np.array(list(map(len, words)))
@@ -131,6 +150,8 @@ class References:
             try:
                 if program is None:
                     raise Unavailable("not asked for")
+                if self._words != "ptb":
+                    raise Unavailable(_english_alone(self._words))
                 measures[name] = program()
             except Unavailable as reason:
                 not_computed[name] = str(reason)
@@ -141,7 +162,8 @@ class References:
         if plain_cider:
             measures["CIDEr_plain"] = mean(self._cider.score(matches, lengths, plain=True))
         ask("SPICE", (lambda: spice_of(texts, references, spice)) if spice else None)
-        return Scores(tuple(self._texts), measures, not_computed)
+        notes = (*self.notes, *_lists("captions", list(captions.values())))
+        return Scores(tuple(self._texts), measures, not_computed, self._words, notes)
 
     def check(self, captions: Mapping[str, str]) -> None:
         """Raises what `score` would raise."""
@@ -181,12 +203,41 @@ def score_domains(
         place = np.array([i for i, image in enumerate(scores.images) if domains.get(image) == domain])
         images = [scores.images[i] for i in place]
         plain_cider = "CIDEr_plain" in scores.measures
-        alone = References({image: references[image] for image in images}).score(
+        alone = References({image: references[image] for image in images}, scores.words).score(
             {image: captions[image] for image in images}, plain_cider=plain_cider
         )
         measures = {name: alone.measures.get(name) or whole.select(place) for name, whole in scores.measures.items()}
-        found[domain] = Scores(alone.images, measures, scores.not_computed)
+        found[domain] = dataclasses.replace(alone, measures=measures, not_computed=scores.not_computed)
     return found
+
+
+def _english_alone(words: Words) -> str:
+    return f"it knows English alone, in the words that 'ptb' makes of it, and words are {name_of(words)!r} here"
+
+
+def _notes(references: Sequence[str], images: int, words: Words) -> Iterator[str]:
+    if words == "ptb" and are_unspaced(references):
+        yield (
+            "The references are mostly in a script without spaces, of which a whole sentence counts as one word, and "
+            "scores say nothing. Count characters: --words characters (training: --config.evaluate.words=characters); "
+            "or segment all texts, and count with --words spaces."
+        )
+    yield from _lists("references", references)
+    if images == 1:
+        yield "CIDEr is 0 of any caption of a single picture: it weighs an n-gram by log(1 picture / 1 that has it)."
+    elif images < _FEW:
+        yield (
+            f"CIDEr says little of {images} pictures: it weighs an n-gram by log({images} / pictures with it in a "
+            f"reference), and what is in those of all {images} weighs nothing."
+        )
+
+
+def _lists(what: str, texts: Sequence[str]) -> Iterator[str]:
+    if found := [text for text in texts if _LIST.fullmatch(text)]:
+        yield (
+            f"{len(found):,} {what} are the text of a list, such as {found[0]!r:.60}, and are scored as they stand: "
+            "take the captions out of the lists first."
+        )
 
 
 def _is_list_of_strings(texts: object) -> bool:

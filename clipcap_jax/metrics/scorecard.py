@@ -2,15 +2,15 @@
 
 import dataclasses
 import functools
-import json
-import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from clipcap_jax import files
 from clipcap_jax.metrics import significance
 from clipcap_jax.metrics.paper import OVERALL, ROWS
 from clipcap_jax.metrics.references import Scores
 from clipcap_jax.metrics.significance import Difference, Interval
+from clipcap_jax.metrics.words import name_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Scorecard:
       scores: of all captions.
       domains: of each domain's captions alone, by domain.
       health: as `health.health` gives it.
-      details: what else to know, such as the data set and the checkpoint, by name.
+      details: what else to know, such as the data set and the checkpoint, by name; what was counted as words is added.
       paper: the key of the rows of `paper.ROWS` to show beside the scores; "": none.
       losses: nats per token by name, where there is a model to ask.
       baseline: scores of other captions of the same images, to compare with.
@@ -101,6 +101,19 @@ class Scorecard:
                     missing[f"{name} of the baseline"] = reason
         return missing
 
+    @property
+    def notes(self) -> list[str]:
+        """What to know before the scores are believed."""
+        known = self.scores.notes
+        parts = [
+            f"Of {name}: {note}" for name, part in self.domains.items() for note in part.notes if note not in known
+        ]
+        return [*known, *parts]
+
+    @property
+    def _details(self) -> dict[str, str]:
+        return {**self.details, "words": name_of(self.scores.words)}
+
     def facts(self) -> dict[str, str]:
         """Everything that is no score, by name; of a score that was not computed, why."""
         losses = {name: f"{loss:.4f} nats per token" for name, loss in self.losses.items()}
@@ -109,15 +122,13 @@ class Scorecard:
         }
         domains = {name: f"{len(scores.images):,} pictures" for name, scores in self.domains.items()}
         reasons = {name: f"not computed: {reason}" for name, reason in self._not_computed.items()}
-        return {**self.details, **health, **domains, **losses, **reasons}
+        notes = {"note": " ".join(self.notes)} if self.notes else {}
+        return {**notes, **self._details, **health, **domains, **losses, **reasons}
 
     def to_json(self) -> str:
         """All numbers at full precision, under pycocoevalcap's names; null where one is not finite."""
         content: dict[str, Any] = {
-            "scores": {
-                name: value if math.isfinite(value) else None
-                for name, value in {**self.scores.overall, **self.losses}.items()
-            },
+            "scores": {**self.scores.overall, **self.losses},
             "not_computed": self._not_computed,
             "intervals": {name: [interval.low, interval.high] for name, interval in self.intervals.items()},
             "domains": {
@@ -125,12 +136,13 @@ class Scorecard:
                 for name, scores in self.domains.items()
             },
             "health": dict(self.health),
-            "details": dict(self.details),
+            "details": self._details,
+            "notes": self.notes,
         }
         if self.baseline:
             content["baseline"] = self.baseline.overall
             content["differences"] = {name: dataclasses.asdict(found) for name, found in self.differences.items()}
-        return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
+        return files.to_json(content, indent=2)
 
     def to_markdown(self, title: str) -> str:
         """The tables and the facts."""

@@ -4,13 +4,12 @@ COCO's (https://cocodataset.org/#captions-upload) takes a zip of two results fil
 (https://nocaps.org) one results file of val or test.
 """
 
-import json
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
 from clipcap_jax.errors import UserError, first
-from clipcap_jax.files import whole
+from clipcap_jax.files import to_json, whole
 from clipcap_jax.metrics import coco_files
 
 COUNTS = {"val2014": 40_504, "test2014": 40_775, "nocaps val": 4_500, "nocaps test": 10_600}
@@ -50,10 +49,10 @@ def write_coco(path: Path, name: str, results: Mapping[str, list[dict[str, str |
     """Writes the zip for COCO's server: split -> what `checked` gave; `name` is the method's."""
     with whole(path) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as archive:
         for split, entries in results.items():
-            archive.writestr(f"captions_{split}_{name}_results.json", json.dumps(entries))
+            archive.writestr(f"captions_{split}_{name}_results.json", to_json(entries))
 
 
 def write_nocaps(path: Path, entries: list[dict[str, str | int]]) -> None:
     """Writes the file for nocaps' server."""
     with whole(path) as partial:
-        partial.write_text(json.dumps(entries), encoding="utf-8")
+        partial.write_text(to_json(entries), encoding="utf-8")

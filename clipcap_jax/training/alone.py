@@ -106,7 +106,6 @@ class Lease(Hold):
         console.print(
             f"{self._run} is or was another training's ({_holder(found)}). Looking for {WATCHED:.0f} seconds whether "
             "that still runs.",
-            highlight=False,
         )
         end = time.monotonic() + WATCHED
         while time.monotonic() < end:

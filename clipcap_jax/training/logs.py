@@ -67,14 +67,14 @@ class MetricsLog(NoLog):
             self._tensorboard = EventsWriter(str(run / "tensorboard" / "events"))
             # From here on, TensorBoard forgets what earlier files say of later steps.
             self._show(first_step + 1, session_log=SessionLog(status=SessionLog.START))
-            self._file = path.open("a", buffering=1)
+            self._file = path.open("a", buffering=1, encoding="utf-8")
             lines = path.read_bytes().splitlines(keepends=True)
             self._file.truncate(sum(map(len, itertools.takewhile(is_kept, lines))))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Log named numbers of a step; a slash in a name groups it in TensorBoard."""
         with self._explained():
-            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            self._file.write(files.to_json({"step": step, **values}) + "\n")
             for name, value in values.items():
                 self._show(step, summary=summary.scalar(name, value))
 
@@ -137,7 +137,7 @@ class CopiedLog(MetricsLog):
             except OSError as error:
                 if not self._failed:
                     told = f"Warning: the logs cannot be copied to {self._there} for now: {error.strerror}"
-                    self._console.print(told, style="yellow", markup=False, highlight=False)
+                    self._console.print(told, style="yellow", soft_wrap=True)
                 self._failed = True
 
     def _copy(self) -> None:
@@ -154,7 +154,7 @@ class CopiedLog(MetricsLog):
         self.keep()
         if self._failed:
             told = f"Warning: the last lines of the logs are in {self._here} alone: copy them to {self._there}."
-            self._console.print(told, style="yellow", markup=False, highlight=False)
+            self._console.print(told, style="yellow", soft_wrap=True)
         else:
             shutil.rmtree(self._here)
 
@@ -235,7 +235,7 @@ class Monitor:
             )
             self._progress.update(self._task, description=f"loss {loss:.3f}  {rate:.0f} pairs/s")
             if not self._console.is_terminal:
-                self._console.print(f"step {step}  loss {loss:.3f}  {rate:.0f} pairs/s", highlight=False)
+                self._console.print(f"step {step}  loss {loss:.3f}  {rate:.0f} pairs/s")
         self._progress.update(self._task, completed=step)
 
     @contextlib.contextmanager

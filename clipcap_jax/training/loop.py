@@ -57,7 +57,7 @@ def train(config: Config, folder: Path, console: Console) -> None:
     if done < run.total:
         console.print(f"Stopped after step {done} of {run.total}. The same command goes on from there.")
     else:
-        console.print(f"Trained {run.total} steps. The run is in {folder}")
+        console.print(f"Trained {run.total} steps. The run is in {folder}", soft_wrap=True)
 
 
 def _take_steps(
@@ -176,10 +176,9 @@ def _validate(run: Run, step: int, state: TrainState, log: NoLog, console: Conso
     console.print(
         f"step {step}  validation loss {metrics['loss']:.3f} ({metrics['loss_permuted']:.3f} with other pictures)  "
         f"CIDEr {metrics['CIDEr']:.3f}  BLEU-4 {metrics['Bleu_4']:.3f}",
-        highlight=False,
     )
     for sample in samples:
-        console.print(f"    {sample}", highlight=False, markup=False, style="dim")
+        console.print(f"    {sample}", style="dim", soft_wrap=True)
     if validation.collapsed:
         console.print(
             f"Warning: only {validation.distinct} different captions for {len(validation.captions)} pictures. "

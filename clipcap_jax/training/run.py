@@ -99,6 +99,8 @@ def open_run(config: Config, folder: Path, checkpoints: Checkpoints, console: Co
     if config.evaluate.images:
         val = _open(config, "val")
         validator = Validator(model, tokenizer, val, _pairs(config, val, tokenizer, console), config)
+        for note in validator.notes:
+            console.print(f"Warning: {note}", style="yellow", soft_wrap=True)
 
     params = base_params
     if params is None:
@@ -168,7 +170,7 @@ def _restore(config: Config, folder: Path, checkpoints: Checkpoints, console: Co
         for bad, reason in damaged:
             place = checkpoints.set_aside(bad)
             told = f"Warning: {reason} It is {place} now, and the one of step {step} is used."
-            console.print(told, style="yellow", markup=False, highlight=False)
+            console.print(told, style="yellow", soft_wrap=True)
         return restored
     if damaged:
         raise damaged[0][1]
@@ -265,7 +267,7 @@ def _describe(run: Run, trained: Params, frozen: Params, console: Console) -> No
         + (f", in {run.config.train.accumulation} parts" if run.config.train.accumulation > 1 else ""),
     ]
     for line in lines:
-        console.print(line, highlight=False, soft_wrap=True)
+        console.print(line, soft_wrap=True)
     pretrained, config = dataclasses.asdict(run.config.train.pretrained), run.config.train
     if random := [name for name in frozen if not pretrained.get(name) and not config.init_from]:
         console.print(

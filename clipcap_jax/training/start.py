@@ -31,7 +31,7 @@ def load_pretrained(config: Config, console: Console) -> dict[str, Any]:
         if config.train.init_from:
             raise UserError(f"config.train.init_from and config.train.pretrained.{part} are both set: choose one")
         path = hub.locate(source, files_of)
-        console.print(f"{part} from {hub.pinned(source, path)}", highlight=False, soft_wrap=True)
+        console.print(f"{part} from {hub.pinned(source, path)}", soft_wrap=True)
         sizes: Any = getattr(config.model, part)
         found, parts[part] = load(str(path), sizes.heads if sizes else None)
         if part == "gpt2":  # whose dropout is a setting of the training

@@ -65,7 +65,11 @@ class Validation:
 
 
 class Validator:
-    """Validates on a fixed subset of a split: `config.evaluate.images` pictures, evenly spaced."""
+    """Validates on a fixed subset of a split: `config.evaluate.images` pictures, evenly spaced.
+
+    Attributes:
+      notes: what to know before its scores are believed.
+    """
 
     def __init__(self, model: ClipCap, tokenizer: Tokenizer, data: CaptionData, pairs: Pairs, config: Config):
         if not len(pairs):
@@ -75,7 +79,10 @@ class Validator:
         self._indices = np.linspace(0, len(data) - 1, count).round().astype(int)
         self._pairs = pairs.select(np.isin(pairs.examples, self._indices))
         self._shown = np.union1d(self._indices, other_pictures(self._pairs.examples, data))
-        self._references = References({data.image_ids[i]: data.captions[i] for i in self._indices})
+        self._references = References(
+            {data.image_ids[i]: data.captions[i] for i in self._indices}, config.evaluate.words
+        )
+        self.notes = self._references.notes
         self._loss = LossMeter(model, config.train.targets)
         self._embed = BatchEmbedder(model)
         self._generate = BatchCaptioner(model, tokenizer, config.evaluate.decode)

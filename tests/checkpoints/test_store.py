@@ -22,7 +22,7 @@ from tiny import assert_same, in_process, make_config, named, train
 
 from clipcap_jax.captioning.captioner import Captioner
 from clipcap_jax.checkpoints import store
-from clipcap_jax.checkpoints.metadata import Metadata
+from clipcap_jax.checkpoints.metadata import FORMAT_VERSION, Metadata
 from clipcap_jax.checkpoints.store import Checkpoints, differences
 from clipcap_jax.config import Config
 from clipcap_jax.errors import UserError
@@ -127,6 +127,39 @@ def test_a_folder_that_is_no_run(tmp_path: Path, metadata: Metadata) -> None:
         Checkpoints(tmp_path / "file", keep=1)
 
 
+def test_what_orbax_writes_is_json(tmp_path: Path, metadata: Metadata) -> None:
+    """Without the NaN of a loss of a validation."""
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(
+        1,
+        params=arrays(1),
+        unaveraged=None,
+        optimizer={"mu": np.zeros(1, np.float32)},
+        position={"step": 1, "total": 9},
+        metadata=metadata,
+        metrics={"CIDEr": 0.5, "loss": float("nan")},
+    )
+    checkpoints.close()
+    stored = json.loads((tmp_path / "checkpoints/1/metrics/metrics").read_text(), parse_constant=pytest.fail)
+    assert stored == {"CIDEr": 0.5}
+
+
+@pytest.mark.parametrize("name", ["lr[lr=1e-4]", "why?", "a*"])
+def test_a_folder_that_orbax_takes_for_a_pattern(tmp_path: Path, metadata: Metadata, name: str) -> None:
+    """There it would save parts that nothing puts together; what was copied there can be read."""
+    with pytest.raises(UserError, match=r"Orbax cannot save .* Give another folder"):
+        Checkpoints(tmp_path / name / "run", keep=1)
+    save(tmp_path / "run", metadata, {1: 0.5})
+    shutil.copytree(tmp_path / "run", tmp_path / name)
+    with store.opened(tmp_path / name) as checkpoints:
+        assert checkpoints.params(1).keys() == arrays(1).keys()
+
+
+def test_a_folder_that_is_no_utf8(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="this name is no UTF-8"):
+        store.run_folder(tmp_path / "ph\udcff")
+
+
 def change_json(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
@@ -134,8 +167,9 @@ def change_json(path: Path, **changes: Any) -> None:
 def test_another_format(tmp_path: Path, metadata: Metadata) -> None:
     save(tmp_path, metadata, {1: 0.5})
     file = tmp_path / "checkpoints" / "1" / "metadata" / "metadata"
-    change_json(file, format_version=6)
-    with pytest.raises(UserError, match=r"has format 6, and this clipcap_jax reads format 5: install the version"):
+    change_json(file, format_version=FORMAT_VERSION + 1)
+    told = f"has format {FORMAT_VERSION + 1}, and this clipcap_jax reads format {FORMAT_VERSION}: install the version"
+    with pytest.raises(UserError, match=told):
         Captioner.load(tmp_path)
     file.write_text("{}")
     with pytest.raises(UserError, match="has format of another program"):
@@ -281,6 +315,7 @@ def test_format_1_is_still_read() -> None:
     train = stored["train"]
     assert (train.pop("accumulation"), train.pop("remat"), train.pop("gradient_dtype")) == (1, False, "float32")
     assert stored.pop("parallel") == {"layout": "data"}
+    assert stored["evaluate"].pop("words") == "ptb"
     assert stored == expected["config"]
     assert captioner.metadata.tokenizer.encode(list(expected["tokens"])) == list(expected["tokens"].values())
     assert checksums(named(jax.device_get(captioner.params))) == expected["sha256"]

@@ -45,7 +45,7 @@ def test_captions_on_the_screen(
     (photos / "01.png").rename(photos / "01 \udcff.png")  # a name that is no UTF-8
     assert clipcap("caption", pixels_run, photos, "--batch-size", "3") == 0
     printed = capsys.readouterr()
-    assert "01 ?.png" in printed.out
+    assert r"01 \udcff.png" in printed.out
     for text in expected_captions(pixels_run, source):
         assert text in printed.out
     assert printed.out.count(".png") == PICTURES - 1
@@ -62,7 +62,8 @@ def test_captions_in_a_file(
     strange = photos / "02 é\n\udcff,'\".png"  # a name that is no UTF-8, as POSIX allows
     (photos / "02.png").rename(strange)
     assert clipcap("caption", pixels_run, photos, "--output", output) == 0
-    with output.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+    errors = "strict" if suffix == ".jsonl" else "surrogateescape"  # JSON is UTF-8
+    with output.open(newline="", encoding="utf-8", errors=errors) as file:
         rows = list(map(json.loads, file)) if suffix == ".jsonl" else list(csv.DictReader(file))
     captions = {Path(row["image"]).name: row["caption"] for row in rows}
     names = [path.name for path in sorted(source.pictures.iterdir())]
@@ -227,6 +228,61 @@ def test_a_script_that_is_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "_exit", sys.exit)
     with pytest.raises(SystemExit, match="130"):
         cli.run_script(interrupted)
+
+
+SHOW = """
+import sys
+from pathlib import Path
+from clipcap_jax.commands import cli
+from clipcap_jax.progress import screen
+
+def main():
+    for _ in range(100):
+        screen().print("木 \\udcff " + 1000 * "-", soft_wrap=True)
+        screen(stderr=True).print("木 \\udcff")
+    Path("done").touch()
+    %s
+
+cli.run_script(main)
+"""
+
+
+def show(folder: Path, end: str = "", redirected: str = "", encoding: str = "utf-8") -> tuple[int, str, str]:
+    """Status and outputs of a program that shows what not every encoding has, and much of it, and then makes a file."""
+    (folder / "done").unlink(missing_ok=True)
+    environment = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = f'set -o pipefail; "{sys.executable}" -c "$0" {redirected}'
+    run = subprocess.run(["bash", "-c", command, SHOW % end], cwd=folder, env=environment, capture_output=True)
+    out, err = run.stdout.decode(encoding), run.stderr.decode(encoding)
+    assert (folder / "done").exists(), err
+    assert "Traceback" not in err
+    assert "Exception ignored" not in err
+    return run.returncode, out, err
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+def test_what_an_encoding_has_not_is_escaped(tmp_path: Path, encoding: str) -> None:
+    status, out, err = show(tmp_path, encoding=encoding)
+    tree = "木" if encoding == "utf-8" else r"\u6728"
+    assert status == 0
+    assert out.startswith(rf"{tree} \udcff ---")
+    assert err.count(rf"{tree} \udcff") == 100
+
+
+@pytest.mark.parametrize("end", ["", "sys.exit()"])  # as absl ends the scripts
+def test_a_reader_that_has_gone_ends_nothing(tmp_path: Path, end: str) -> None:
+    status, out, err = show(tmp_path, end, "| head -n 1")
+    assert (status, out[0], err.count("\n")) == (0, "木", 100)
+    assert show(tmp_path, end, ">&- 2>&-")[0] == 0
+    assert show(tmp_path, "raise cli.UserError('mine')", "| true")[0] == 2
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full, as Linux has it")
+@pytest.mark.parametrize("end", ["", "sys.exit()"])
+def test_what_could_not_be_shown_is_told_in_the_end(tmp_path: Path, end: str) -> None:
+    status, _, err = show(tmp_path, end, ">/dev/full")
+    assert status == 2
+    assert err.endswith("Error: not all was written to stdout: No space left on device\n")
 
 
 def test_the_command_itself_imports_nothing_slow() -> None:

@@ -238,3 +238,62 @@ def test_submissions(
     assert clipcap("submit", "coco", *both, "--name", "a/b", "--output", tmp_path / "x.zip") == 2
     assert "--name a/b cannot be part of a file's name" in capsys.readouterr().err
     assert not (tmp_path / "x.zip").exists()
+
+
+def test_names_that_are_no_utf8_or_look_like_markup(
+    clipcap: Clipcap, references: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They are shown and written, and lose no scores."""
+    folder, name = tmp_path / "ph\udcff [bold]" / "[" / "x]", "lr[lr=1e-4].json"
+    folder.mkdir(parents=True)
+    captions = write_results(folder / "captions \udcff.json", CAPTIONS)
+    outputs = [folder / name, folder / "scores.md", folder / "page.html"]
+    options = [option for output in outputs for option in ("--output", output)]
+    assert clipcap("score", captions, references, "--images", folder, *options) == 2
+    assert "30 of 30 pictures are not there" in capsys.readouterr().err
+    Image.new("RGB", (20, 20)).save(folder / f"{next(iter(IMAGES))}.png")
+    assert clipcap("score", captions, references, "--images", folder, *options) == 0
+    printed = capsys.readouterr().out
+    assert rf"written: {tmp_path}/ph\udcff [bold]/[/x]/{name}" in printed
+    details = json.loads(outputs[0].read_text("utf-8"))["details"]
+    assert details["captions of"] == str(captions)
+    assert rf"{tmp_path}/ph\udcff [bold]" in outputs[1].read_text("utf-8")
+    assert f"{tmp_path}/ph? [bold]" in outputs[2].read_text("utf-8")
+
+
+def test_words(clipcap: Clipcap, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = {"1": ["桌子上放着三个苹果"], "2": ["一只猫在窗边睡觉"], "3": ["孩子们在放风筝"]}
+    annotations = [{"image_id": int(image), "caption": text} for image, [text] in texts.items()]
+    references, output = tmp_path / "references.json", tmp_path / "scores.json"
+    references.write_text(json.dumps({"annotations": annotations}))
+    captions = write_results(tmp_path / "captions.json", {image: text[1:] for image, [text] in texts.items()})
+    assert clipcap("score", captions, references) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"CIDEr\s+0.0000", printed)
+    assert "note: The references are mostly in a script without spaces" in printed
+    assert "words: ptb" in printed
+    assert clipcap("score", captions, references, "--words", "characters", "--meteor", "--output", output) == 0
+    printed = capsys.readouterr().out
+    assert "METEOR will not be computed: it knows English alone" in printed
+    assert "script without spaces" not in printed
+    report = json.loads(output.read_text())
+    assert report["scores"]["CIDEr"] > 5
+    assert report["health"]["words per caption"] == pytest.approx(7)
+    assert report["details"]["words"] == "characters"
+
+
+def test_texts_that_are_lists(clipcap: Clipcap, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of another program; they are not taken for captions without a word."""
+    references = tmp_path / "references.json"
+    texts = [f"['a dog runs, {i}', 'a dog is [not] running']" for i in range(12)]
+    references.write_text(
+        json.dumps({"annotations": [{"image_id": i, "caption": text} for i, text in enumerate(texts)]})
+    )
+    captions = write_results(tmp_path / "captions.json", {str(i): f"[a dog] runs, {i}" for i in range(12)})
+    lists = write_results(tmp_path / "lists.json", {str(i): f' ["a dog runs, {i}"]' for i in range(12)})
+    assert clipcap("score", captions, references) == 0
+    printed = capsys.readouterr().out
+    assert "note: 12 references are the text of a list, such as \"['a dog runs, 0'" in printed
+    assert "12 captions are" not in printed
+    assert clipcap("score", lists, references) == 0
+    assert "12 captions are the text of a list" in capsys.readouterr().out

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from by_hand import mean_loss, tokenizer_with_a_word_at_0
 from clip_files import write_clip
-from rich.console import Console
 from tiny import ENCODER, SPLITS, Source
 
 from clipcap_jax import pictures
@@ -27,6 +26,7 @@ from clipcap_jax.inputs import batches
 from clipcap_jax.inputs.batches import CaptionData
 from clipcap_jax.inputs.embed import encoder_name
 from clipcap_jax.metrics import References
+from clipcap_jax.progress import screen
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def data(captioner: Captioner) -> CaptionData:
 
 
 def caption_all(captioner: Captioner, data: CaptionData, batch_size: int = 4) -> list[Caption]:
-    return evaluate.caption_all(captioner, data, batch_size=batch_size, console=Console(file=io.StringIO()))
+    return evaluate.caption_all(captioner, data, batch_size=batch_size, console=screen(file=io.StringIO()))
 
 
 def evaluate_all(captioner: Captioner, data: CaptionData, batch_size: int = 4) -> Evaluation:
@@ -54,7 +54,7 @@ def evaluated(captioner: Captioner, data: CaptionData) -> Evaluation:
 
 
 def write(result: Evaluation, captioner: Captioner, folder: Path) -> str:
-    console = Console(file=io.StringIO(), width=200)
+    console = screen(file=io.StringIO(), width=200)
     evaluate.write_captions(result.data, result.captions, folder)
     evaluate.write(result, captioner, folder, console)
     assert isinstance(console.file, io.StringIO)
@@ -78,8 +78,8 @@ def test_the_batch_size_changes_nothing(
 
 
 def test_files(captioner: Captioner, data: CaptionData, evaluated: Evaluation, tmp_path: Path) -> None:
-    printed = write(evaluated, captioner, tmp_path / "new" / "folder")
-    folder = tmp_path / "new" / "folder"
+    printed = write(evaluated, captioner, tmp_path / "new" / "[" / "x]:smile:")
+    folder = tmp_path / "new" / "[" / "x]:smile:"  # no markup
 
     results = json.loads((folder / "captions.json").read_text())
     assert [result["image_id"] for result in results] == [int(image_id) for image_id in data.image_ids]
@@ -92,6 +92,7 @@ def test_files(captioner: Captioner, data: CaptionData, evaluated: Evaluation, t
     assert report["scores"]["loss"] == evaluated.loss
     assert report["not_computed"] == {"METEOR": "not asked for", "SPICE": "not asked for"}
     assert report["details"]["data set"] == "records/both/test"
+    assert report["details"]["words"] == "ptb"
     assert report["health"]["captions"] == len(data)
     assert report["health"]["unfinished captions"] == 0
     assert f"| CIDEr | {expected['CIDEr']:.4f} |" in (folder / "scores.md").read_text()
@@ -171,7 +172,7 @@ def test_pictures_are_decoded_and_looked_at_once(pixels_run: Path, monkeypatch: 
     monkeypatch.setattr(batches, "_CACHED_BYTES", 0)
     captioner = Captioner.load(pixels_run)
     pixels = evaluate.open_data(captioner, "", "test", "")
-    threads, console = threading.active_count(), Console(file=io.StringIO())
+    threads, console = threading.active_count(), screen(file=io.StringIO())
     with mock.patch.object(pictures, "decode", wraps=pictures.decode) as decode:
         seen = evaluate.embed_all(captioner, pixels, batch_size=4, console=console)
         once = evaluate_all(captioner, seen)
@@ -247,7 +248,7 @@ def test_a_split_without_references(captioner: Captioner, data: CaptionData, mon
     with pytest.raises(UserError, match="1 examples without references"):
         caption_all(captioner, data)
     with pytest.raises(UserError, match="1 examples without references"):
-        evaluate.embed_all(captioner, data, batch_size=4, console=Console(file=io.StringIO()))
+        evaluate.embed_all(captioner, data, batch_size=4, console=screen(file=io.StringIO()))
     monkeypatch.setattr(data, "captions", [()] * len(data))
     assert len(caption_all(captioner, data)) == len(data)
 
@@ -269,3 +270,19 @@ def test_a_folder_that_cannot_be_made(
 def test_no_such_split(captioner: Captioner) -> None:
     with pytest.raises(UserError, match="no split 'dev'"):
         evaluate.open_data(captioner, "", "dev", "")
+
+
+def test_words(captioner: Captioner, data: CaptionData, tmp_path: Path) -> None:
+    """Those of the captions are counted, and told, in a folder of their own."""
+    captions = caption_all(captioner, data)
+    found = evaluate.evaluate(captioner, data, captions, batch_size=4, words=list)
+    texts = dict(zip(data.image_ids, (caption.text for caption in captions), strict=True))
+    references = References(dict(zip(data.image_ids, data.captions, strict=True)), list)
+    assert found.scores.overall == references.score(texts).overall
+    write(found, captioner, tmp_path)
+    report = json.loads((tmp_path / "scores.json").read_text())
+    assert report["details"]["words"] == "list"
+    letters = sum(map(len, "".join(texts.values()).split()))
+    assert report["health"]["words per caption"] == pytest.approx(letters / len(texts))
+    names = [evaluate.name_of(captioner, data, words) for words in ("ptb", "characters", "spaces")]
+    assert len(set(names)) == 3

@@ -18,6 +18,7 @@ from clipcap_jax.evaluation import report
 from clipcap_jax.metrics import Scores
 from clipcap_jax.metrics.measure import mean
 from clipcap_jax.metrics.scorecard import Scorecard
+from clipcap_jax.progress import screen
 
 
 def encoded_picture(width: int, height: int, kind: str, mode: str = "RGB") -> bytes:
@@ -206,7 +207,7 @@ def test_missing_and_broken_pictures_are_named(tmp_path: Path) -> None:
 
 
 def test_terminal_tables() -> None:
-    console = Console(width=100, record=True, file=io.StringIO())
+    console = screen(width=100, record=True, file=io.StringIO())
     rows = [make_row("id1", "a [red] cat", score=1.234), make_row("id2", references=(), score=0.234)]
     report.print_scores(make_scorecard(rows), console)
     console.print(report.captions_table(rows))

@@ -43,7 +43,7 @@ def test_json_holds_full_precision() -> None:
     assert content["not_computed"] == {"METEOR": "no java | here"}
     assert content["domains"] == {"in-domain": {"pictures": 1, "scores": {"CIDEr": 0.75, "SPICE": 0.2}}}
     assert content["health"] == {"captions": 2, "words per caption": 7.5}
-    assert content["details"] == {"checkpoint": "step 7"}
+    assert content["details"] == {"checkpoint": "step 7", "words": "ptb"}
     assert "baseline" not in content
 
 
@@ -81,8 +81,21 @@ def test_a_baseline_has_a_table_of_gains() -> None:
     assert card.facts()["SPICE of the baseline"] == "not computed: too late"
 
 
-def test_a_loss_that_is_not_finite_is_null() -> None:
-    assert json.loads(scorecard(losses={"loss": float("nan")}).to_json())["scores"]["loss"] is None
+def test_what_is_not_finite_is_null_everywhere() -> None:
+    nan = {"X": mean([float("nan"), 1.0])}
+    card = scorecard(
+        scores=SCORES.add(nan),
+        domains={"in-domain": INSIDE.add({"X": mean([float("inf")])})},
+        health={"words per caption": float("nan")},
+        losses={"loss": float("-inf")},
+        baseline=SCORES.add(nan),
+    )
+    content = json.loads(card.to_json(), parse_constant=pytest.fail)
+    assert content["scores"]["X"] is content["scores"]["loss"] is content["domains"]["in-domain"]["scores"]["X"] is None
+    assert content["intervals"]["X"] == [None, None]
+    assert content["health"] == {"words per caption": None}
+    assert content["baseline"]["X"] is content["differences"]["X"]["value"] is None
+    assert content["baseline"]["CIDEr"] == 0.5
 
 
 def test_which_splits_the_paper_has() -> None:

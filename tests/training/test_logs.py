@@ -19,7 +19,7 @@ from clipcap_jax.training.logs import MetricsLog, Monitor
 
 
 def lines(run: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [json.loads(line, parse_constant=pytest.fail) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def events(run: Path) -> list[Any]:
@@ -68,6 +68,13 @@ def test_both_logs_hold_the_numbers(tmp_path: Path) -> None:
     assert text.tag.startswith("val/captions")
     assert text.metadata.plugin_data.plugin_name == "text"
     assert text.tensor.string_val[0].decode() == "1: ein Hündchen 🐕"
+
+
+def test_a_number_that_is_not_finite_is_null(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path, 0)
+    log.write(1, {"val/loss": float("nan"), "val/CIDEr": float("inf")})
+    log.close()
+    assert lines(tmp_path) == [{"step": 1, "val/loss": None, "val/CIDEr": None}]
 
 
 @pytest.mark.parametrize("first_step", [0, 2, 3, 4, 9])

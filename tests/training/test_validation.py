@@ -145,6 +145,20 @@ def test_pictures_are_decoded_and_looked_at_once(
     assert validate(other).metrics["loss"] == pytest.approx(loss(other, data, some, 4), rel=1e-5)
 
 
+def test_words(
+    data_dir: Path, model: ClipCap, params: Any, data: CaptionData, pairs: Pairs, tokenizer: Tokenizer
+) -> None:
+    """The best checkpoint is chosen by the CIDEr of the config's words; what to know of it is told."""
+    settings = make_config(data_dir, {"evaluate.images": 5, "evaluate.words": "spaces"})
+    validator = Validator(model, tokenizer, data, pairs, settings)
+    found = validator(params)
+    expected = References(dict(zip(data.image_ids, data.captions, strict=True)), "spaces").score(found.captions).overall
+    assert {name: found.metrics[name] for name in expected} == expected
+    as_ptb = References(dict(zip(data.image_ids, data.captions, strict=True))).score(found.captions).overall
+    assert as_ptb != expected  # full stops are words where nothing takes them away
+    assert "CIDEr says little of 5 pictures" in validator.notes[0]
+
+
 def test_nothing_to_validate_on(data_dir: Path, model: ClipCap, data: CaptionData, tokenizer: Tokenizer) -> None:
     none = make_pairs([() for _ in data.captions], tokenizer, MAX_TOKENS)
     with pytest.raises(UserError, match="records/both/val holds no captions to validate on"):
@@ -180,7 +194,8 @@ def test_training_warns_of_captions_that_are_all_the_same(
     printed = train_until(tmp_path / "good", settings, 1)
     assert "step 1  validation loss 1.250 (2.500 with other pictures)  CIDEr 0.125  BLEU-4 0.062" in printed
     assert "    2: [b]2[/b]\n" in printed
-    assert "Warning" not in printed
+    assert "Warning: CIDEr says little of 4 pictures" in printed
+    assert "Warning: only" not in printed
     said.update({str(i): "a dog" for i in range(8)})
     printed = train_until(tmp_path / "collapsed", settings, 1)
     assert "Warning: only 1 different captions for 8 pictures." in printed
