@@ -66,7 +66,10 @@ class Tokenizer:
 
     @classmethod
     def _as_stored(cls, tokenizer: "Tokenizer") -> "Tokenizer":
-        """As checkpoints will have it, which fails now rather than then where two pieces have one id."""
+        """As checkpoints will have it, which shall fail now rather than then."""
+        ids = tokenizer._tokenizer.get_vocab().values()
+        if len({*ids}) < len(ids):  # one of two would be lost
+            raise ValueError("two pieces have one id")
         return cls.from_dict(tokenizer.to_dict())
 
     @classmethod
@@ -105,9 +108,9 @@ class Tokenizer:
                     tokenizer = _byte_level(models.BPE.from_file(str(folder / vocabulary), str(folder / merges)))
                     tokenizer.add_special_tokens([END_OF_TEXT])
                     return cls._as_stored(cls(tokenizer))
-        except UserError:
+        except (UserError, KeyboardInterrupt, SystemExit):
             raise
-        except Exception as error:  # tokenizers raises nothing more specific
+        except BaseException as error:  # tokenizers raises nothing more specific, and Rust's panics are no Exception
             raise UserError(f"the tokenizer in {folder} cannot be read: {error}") from error
         found = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
         raise UserError(
