@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from openai_bpe import Gpt2Bpe
+from tokenizers import models
 
 from clipcap_jax.errors import UserError
-from clipcap_jax.text import tokenizer as tokenizer_module
 from clipcap_jax.text.tokenizer import Tokenizer
 
 CAPTIONS = ["A dog runs.", "two dogs run after a ball", " a dog's ball ", "a ball", ""]
@@ -234,7 +234,7 @@ def test_a_panic_of_rust_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         def raise_it(*_: object) -> None:
             raise error("range end index 17 out of range")
 
-        monkeypatch.setattr(tokenizer_module.models.BPE, "from_file", raise_it)
+        monkeypatch.setattr(models.BPE, "from_file", raise_it)
 
     (tmp_path / "vocab.json").write_text("{}")
     (tmp_path / "merges.txt").write_text("")
