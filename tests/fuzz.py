@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
 from typing import Any
+from unittest import mock
 
 # Before anything is imported that reads them. Pictures are small here, so that these bounds are soon reached.
 os.environ |= {"CLIPCAP_MAX_PIXELS": "1000000", "CLIPCAP_MAX_BYTES": "10000000", "JAX_PLATFORMS": "cpu"}
@@ -109,14 +110,14 @@ def _records(folder: Path, output: Path) -> None:
 
     (captions,) = folder.glob("captions.*")
     embeddings = folder / "embeddings.npy"
-    made = []
-    records.prepare.prepare = lambda source, *_, **__: made.append(source)  # type: ignore[assignment, arg-type]
-    records.prepare_records(
-        records.RecordsSource(
-            "mine", str(captions), str(folder / "pictures"), str(embeddings) if embeddings.exists() else None
-        ),
-        str(output),
-    )
+    made: list[Any] = []
+    with mock.patch("clipcap_jax.datasets.prepare.prepare", lambda source, *_, **__: made.append(source)):
+        records.prepare_records(
+            records.RecordsSource(
+                "mine", str(captions), str(folder / "pictures"), str(embeddings) if embeddings.exists() else None
+            ),
+            str(output),
+        )
     _read_parts(made[0])
 
 

@@ -272,7 +272,11 @@ def _pt() -> list[Files]:
 
 
 def _safetensors() -> list[Files]:
-    arrays = {"a.weight": np.ones((2, 3), np.float32), "a.bias": np.zeros(2, np.float16), "n": np.array(7)}
+    arrays: dict[str, np.ndarray] = {
+        "a.weight": np.ones((2, 3), np.float32),
+        "a.bias": np.zeros(2, np.float16),
+        "n": np.array(7),
+    }
     whole = save(arrays)
     shards = {"1.safetensors": save({"a.weight": arrays["a.weight"]}), "2.safetensors": save({"n": arrays["n"]})}
     index = json.dumps({"weight_map": {"a.weight": "1.safetensors", "n": "2.safetensors"}}).encode()

@@ -25,7 +25,16 @@ def run(command: Sequence[str | Path], timeout: float) -> subprocess.CompletedPr
 def fuzz(kinds: Sequence[str], count: int, folder: Path, seconds: float = float("inf")) -> None:
     if "pt" in kinds:
         pytest.importorskip("torch", reason="needs the torch extra")
-    options = ["--seed", str(SEED), "--count", str(count), "--seconds", str(seconds), "--folder", folder]
+    options: list[str | Path] = [
+        "--seed",
+        str(SEED),
+        "--count",
+        str(count),
+        "--seconds",
+        str(seconds),
+        "--folder",
+        folder,
+    ]
     done = run([FUZZ, *kinds, *options], timeout=100 + len(kinds) * count)
     if done.returncode:
         number = (folder / "number").read_text() if (folder / "number").exists() else "the whole files"

@@ -78,7 +78,7 @@ def test_brightness_is_scaled_by_what_the_numbers_are(values: np.ndarray, expect
 def test_brightness_is_that_of_all_rows(dtype: type, place: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Which are looked at some at a time."""
     monkeypatch.setattr(pictures, "_STRIP", 14)  # 2 rows
-    values = np.arange(35, dtype=dtype).reshape(5, 7)
+    values: np.ndarray = np.arange(35, dtype=dtype).reshape(5, 7)
     values[place] = 255 if dtype == np.float32 else 0xFFFF
     expected = values if dtype == np.float32 else values // 256
     assert_decodes_to(encode(Image.fromarray(values), "TIFF"), expected[..., None])

@@ -70,7 +70,9 @@ class ClipTokenizer:
             return cls(_read(source))
         except UserError as error:
             raise UserError(f"no tokenizer of CLIP in {source}: {error}") from error
-        except Exception as error:  # tokenizers raises nothing more specific
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # tokenizers raises nothing more specific, and Rust's panics are no Exception
             raise UserError(f"the tokenizer in {source} cannot be read: {error}") from error
 
 

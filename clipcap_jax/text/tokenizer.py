@@ -123,7 +123,10 @@ class Tokenizer:
 
     @classmethod
     def _as_stored(cls, tokenizer: "Tokenizer") -> "Tokenizer":
-        """As checkpoints will have it, which fails now rather than then where two pieces have one id."""
+        """As checkpoints will have it, which shall fail now rather than then."""
+        ids = tokenizer._tokenizer.get_vocab().values()
+        if len({*ids}) < len(ids):  # one of two would be lost
+            raise ValueError("two pieces have one id")
         return cls.from_dict(tokenizer.to_dict())
 
     @classmethod
@@ -156,6 +159,7 @@ class Tokenizer:
         if not folder.is_dir():
             return cls._from_hub(source)
         try:
+<<<<<<< HEAD
             return cls._as_stored(cls._from_folder(folder))
         except UserError:
             raise
@@ -187,6 +191,24 @@ class Tokenizer:
                 '"tokenizer_class": "PreTrainedTokenizerFast", and the end of text as "eos_token".'
             )
         return tokenizer
+=======
+            if (folder / "tokenizer.json").is_file():
+                return cls._as_stored(cls._from_pretrained(str(folder)))
+            for vocabulary, merges in (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")):
+                if (folder / vocabulary).is_file() and (folder / merges).is_file():
+                    tokenizer = _byte_level(models.BPE.from_file(str(folder / vocabulary), str(folder / merges)))
+                    tokenizer.add_special_tokens([END_OF_TEXT])
+                    return cls._as_stored(cls(tokenizer))
+        except (UserError, KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # tokenizers raises nothing more specific, and Rust's panics are no Exception
+            raise UserError(f"the tokenizer in {folder} cannot be read: {error}") from error
+        found = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
+        raise UserError(
+            f"{folder} holds no tokenizer: it needs tokenizer.json, or vocab.json and merges.txt, "
+            f"or encoder.json and vocab.bpe; it holds {found}"
+        )
+>>>>>>> h-fuzz
 
     @classmethod
     def _from_hub(cls, name: str) -> "Tokenizer":

@@ -11,7 +11,11 @@ import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 from openai_bpe import Gpt2Bpe
+<<<<<<< HEAD
 from tokenizers import decoders, models, pre_tokenizers
+=======
+from tokenizers import models
+>>>>>>> h-fuzz
 
 from clipcap_jax.errors import UserError
 from clipcap_jax.text.tokenizer import Tokenizer
@@ -365,8 +369,14 @@ def without_end(trained: Tokenizer) -> str:
         ({"vocab.json": "{broken", "merges.txt": ""}, "cannot be read"),
         ({"vocab.json": '{"a": 0}', "merges.txt": "a b"}, "cannot be read"),
         ({"encoder.json": "[]", "vocab.bpe": ""}, "cannot be read"),
-        # One of two pieces of one id would be lost in checkpoints.
-        ({"vocab.json": '{"a": 0, "b": 1, "ab": 1, "<|endoftext|>": 2}', "merges.txt": "a b"}, "cannot be read"),
+        (
+            {"vocab.json": '{"a": 0, "b": 1, "<|endoftext|>": 1}', "merges.txt": ""},
+            "cannot be read: two pieces have one",
+        ),
+        (
+            {"vocab.json": '{"a": 0, "b": 1, "ab": 1, "<|endoftext|>": 2}', "merges.txt": "a b"},
+            "two pieces have one id",
+        ),
     ],
 )
 def test_broken_files(files: dict[str, Any], message: str, trained: Tokenizer, tmp_path: Path) -> None:
@@ -416,3 +426,22 @@ def test_the_token_that_stops() -> None:
     assert tokenizer.stop_id("") == tokenizer.end_id
     assert tokenizer.encode(["."]) == [[tokenizer.stop_id(".")]]
     assert tokenizer.stop_id(".") != tokenizer.end_id
+
+
+def test_a_panic_of_rust_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is no `Exception`; but whoever stops the program is not kept from it."""
+
+    def fail(error: type[BaseException]) -> None:
+        def raise_it(*_: object) -> None:
+            raise error("range end index 17 out of range")
+
+        monkeypatch.setattr(models.BPE, "from_file", raise_it)
+
+    (tmp_path / "vocab.json").write_text("{}")
+    (tmp_path / "merges.txt").write_text("")
+    fail(type("PanicException", (BaseException,), {}))
+    with pytest.raises(UserError, match="cannot be read: range end index 17 out of range"):
+        Tokenizer.load(str(tmp_path))
+    fail(KeyboardInterrupt)
+    with pytest.raises(KeyboardInterrupt):
+        Tokenizer.load(str(tmp_path))
