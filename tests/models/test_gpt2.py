@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from pytorch import import_torch
 from random_models import random_params, random_tokens
 
 from clipcap_jax.convert import gpt2
@@ -140,7 +141,7 @@ def test_word_dropout_takes_whole_tokens(variables: Variables) -> None:
 
 def test_equals_transformers() -> None:
     """The same logits from embeddings as `GPT2LMHeadModel`, for a model with random biases and norms."""
-    torch = pytest.importorskip("torch", reason="needs the torch extra")
+    torch = import_torch()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of transformers and torch about each other
         from transformers import GPT2Config, GPT2LMHeadModel
