@@ -22,6 +22,12 @@ class Interval:
     low: float
     high: float
 
+    @classmethod
+    def of(cls, values: np.ndarray, level: float) -> "Interval":
+        """The middle of the values, which holds this share of them."""
+        low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+        return cls(float(low), float(high))
+
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
@@ -52,7 +58,7 @@ def intervals(scores: Scores, *, draws: int = 1000, level: float = 0.95, seed: i
     """
     weights = _bootstrap(len(scores.images), draws, np.random.default_rng(seed))
     drawn = _rescore(weights, list(scores.measures.values()))
-    return {name: _interval(values, level) for name, values in zip(scores.measures, drawn.T, strict=True)}
+    return {name: Interval.of(values, level) for name, values in zip(scores.measures, drawn.T, strict=True)}
 
 
 def differences(
@@ -86,7 +92,7 @@ def differences(
         value = after[i].overall - before[i].overall
         # The same sum in another order differs in the last digits.
         extreme = int((np.abs(swapped[:, i]) >= abs(value) - 1e-12).sum())
-        found[name] = Difference(value, _interval(gains[:, i], level), (extreme + 1) / (draws + 1))
+        found[name] = Difference(value, Interval.of(gains[:, i], level), (extreme + 1) / (draws + 1))
     return found
 
 
@@ -118,8 +124,3 @@ def _swap(before: Sequence[Measure], after: Sequence[Measure], random: np.ndarra
         one_side = new.counts.sum(axis=0) + sides @ (old.counts - new.counts)
         differences.append(new.score(one_side) - new.score(total - one_side))
     return np.stack(differences, axis=-1)
-
-
-def _interval(values: np.ndarray, level: float) -> Interval:
-    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(float(low), float(high))
