@@ -209,3 +209,5 @@ def test_the_token_that_stops() -> None:
     assert tokenizer.stop_id("") == tokenizer.end_id
     assert tokenizer.encode(["."]) == [[tokenizer.stop_id(".")]]
     assert tokenizer.stop_id(".") != tokenizer.end_id
+    first, second = tokenizer.encode(["?."])[0]
+    assert tokenizer.stop_id("?.") == first != second  # the original looks at the first alone
