@@ -25,6 +25,7 @@ from clipcap_jax import parallel
 from clipcap_jax.captioning.decode import beam_search
 from clipcap_jax.config import DecodeConfig
 from clipcap_jax.convert import clip
+from clipcap_jax.convert.original import to_arrays
 from clipcap_jax.models.clipcap import ClipCap
 from clipcap_jax.training.loss import caption_loss
 
@@ -189,11 +190,11 @@ def parity_case(kind: str, dtype: programs.Dtype) -> Case:
             return float(np.abs(np.asarray(actual, np.float64) - expected).max() / np.abs(expected).max())
 
         real = arrays["token_mask"] > 0
-        gradient = jax.tree.map(difference, gradients["mapper"], original.mapper_gradients)
+        ours = to_arrays(original.config, gradients)
         differences = {
             "logits": difference(logits[real], arrays["logits"][:, sizes["prefix_length"] - 1 : -1][real]),
             "loss": difference(loss, arrays["loss"]),
-            "gradients": float(np.max(jax.tree.leaves(gradient))),
+            "gradients": max(difference(ours[name], theirs) for name, theirs in original.part("grad/").items()),
         }
         same = [
             [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)] == expected["beams"]
@@ -319,7 +320,7 @@ def torch_captioner(settings: Settings, kind: Any, use: str) -> Any:
     import torch
 
     model = captioner(settings, kind)
-    arrays = programs.original_arrays(model, random_params(model))
+    arrays = to_arrays(model.config, random_params(model))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return baselines.Captioner(model.config, arrays, programs.EMBEDDING).to(device)
 

@@ -18,8 +18,6 @@ from jax.interpreters import partial_eval
 from clipcap_jax import parallel
 from clipcap_jax.captioning.decode import Hypotheses, beam_search
 from clipcap_jax.config import DecodeConfig, ModelPart
-from clipcap_jax.convert import gpt2 as convert_gpt2
-from clipcap_jax.convert import mapping, original
 from clipcap_jax.models import clip_resnet, clip_vit, gpt2
 from clipcap_jax.models.clipcap import ClipCap, ClipCapConfig, ClipConfig, tower
 from clipcap_jax.models.mapper import MapperConfig
@@ -95,15 +93,6 @@ def random_params(shapes: Any, seed: int = 0) -> Any:
         return 1 + np.float32(0.1) * values if path[-1].key == "scale" else np.float32(0.02) * values
 
     return jax.tree_util.tree_map_with_path(draw, shapes)
-
-
-def original_arrays(model: ClipCap, params: Any) -> dict[str, np.ndarray]:
-    """The parameters under the original's names, which are those of `baselines.Captioner`."""
-    mapper = mapping.store(original.TABLES[model.config.mapper.kind], params["mapper"])
-    language_model = mapping.store(convert_gpt2.TABLE, params["gpt2"])
-    return {f"clip_project.{name}": array for name, array in mapper.items()} | {
-        f"gpt.transformer.{name}": array for name, array in language_model.items()
-    }
 
 
 def random_embeddings(count: int, seed: int = 0) -> np.ndarray:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import fsspec.config
+import needs
 import pytest
 
 # They have no types.
@@ -47,8 +48,10 @@ def emulator() -> Iterator[Any]:
         patch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
         patch.setenv("FSSPEC_GCS_TOKEN", "anon")
         patch.setitem(fsspec.config.conf.setdefault("gcs", {}), "token", "anon")
-        pytest.importorskip("gcsfs", reason="needs gcsfs and gcp-storage-emulator")
-        emulator = pytest.importorskip("gcp_storage_emulator.server", reason="needs gcsfs and gcp-storage-emulator")
+        needs.skip_without("gcsfs", "gcp_storage_emulator")
+        import gcsfs  # noqa: F401
+        from gcp_storage_emulator import server as emulator
+
         patch.setattr(emulator.objects, "download", with_generation(emulator.objects.download))
         with socket.create_server(("localhost", 0)) as free:
             address = f"http://localhost:{free.getsockname()[1]}"

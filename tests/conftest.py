@@ -3,6 +3,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
+import needs
 import pytest
 
 # JAX reads these when it is first imported, which the imports of the tests do after this file. As environment variables
@@ -23,6 +24,10 @@ pytest_plugins = ["tiny", "buckets"]
 # No time limit, as an example may compile something; the same examples in every run, so that green stays green.
 hypothesis.settings.register_profile("clipcap", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("clipcap")
+
+
+def pytest_configure() -> None:
+    needs.check_expected()
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -33,38 +33,28 @@ class Original:
     @property
     def state(self) -> Arrays:
         """The state dict of the original's `ClipCaptionModel`."""
-        return self.part("state/") | self.part("recovered/")
+        return self.part("state/")
 
     def part(self, prefix: str) -> Arrays:
         """The arrays whose names start so, without it."""
         return {name.removeprefix(prefix): value for name, value in self.arrays.items() if name.startswith(prefix)}
 
-    def _mapper(self, state: Arrays) -> Any:
-        mapper = {
-            name.removeprefix("clip_project."): value
-            for name, value in state.items()
-            if name.startswith("clip_project.")
-        }
+    def _mapper(self) -> Any:
+        mapper = self.part("state/clip_project.")
         return original.mapper_from_arrays(mapper, self.sizes["n_embd"], self.sizes.get("num_heads", 0), "a test")
 
     @property
     def config(self) -> ClipCapConfig:
-        mapper, _, _ = self._mapper(self.part("state/"))
+        mapper, _, _ = self._mapper()
         language_model, _ = self._gpt2()
         return ClipCapConfig(None, mapper, language_model, False, dtype="float32", matmul_precision="highest")
 
     @property
     def params(self) -> Params:
-        return {"mapper": self._mapper(self.part("state/"))[2], "gpt2": self._gpt2()[1]}
+        return {"mapper": self._mapper()[2], "gpt2": self._gpt2()[1]}
 
     def _gpt2(self) -> Any:
-        state = {name.removeprefix("gpt."): array for name, array in self.state.items() if name.startswith("gpt.")}
-        return gpt2.from_arrays(state, "a test", self.sizes["n_head"])
-
-    @property
-    def mapper_gradients(self) -> Params:
-        """The loss's gradients by the mapper's parameters, under our names."""
-        return self._mapper(self.part("grad/"))[2]
+        return gpt2.from_arrays(self.part("state/gpt."), "a test", self.sizes["n_head"])
 
 
 def load_clip(kind: str) -> tuple[ClipConfig, Params, Arrays]:

@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import needs
 import numpy as np
 import pytest
 
@@ -15,7 +16,9 @@ import pytest
 def import_torch() -> Any:
     """torch, or the test is skipped; with one thread: several wait for each other by spinning, which takes longer than
     the work on cores that they share with JAX or another worker's tests."""
-    torch = pytest.importorskip("torch", reason="needs the torch extra")
+    needs.skip_without("torch")
+    import torch
+
     torch.set_num_threads(1)
     return torch
 
@@ -85,9 +88,9 @@ def text_transformer(seed: int = 0, scale: float = 0.05, **sizes: Any) -> Any:
 
 def _open_clip(module: str) -> Any:
     """A module of open_clip, without the rest of that package, which wants torchvision."""
+    needs.skip_without("open_clip")
     spec = importlib.util.find_spec("open_clip")
-    if spec is None:
-        pytest.skip("needs open_clip: pip install --no-deps open_clip_torch==3.3.0")
+    assert spec is not None
     package = types.ModuleType("open_clip")
     package.__path__ = list(spec.submodule_search_locations or [])
     names = {"torchvision": {}, "torchvision.ops": {}, "torchvision.ops.misc": {"FrozenBatchNorm2d": object}}

@@ -44,6 +44,12 @@ def random_params(module: nn.Module, seed: int, *inputs: jax.Array | np.ndarray)
     return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
+def zero_params(module: nn.Module, *inputs: jax.Array | np.ndarray) -> Any:
+    """For tests that make something else of a few of them."""
+    shapes = jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), shapes)
+
+
 def random_embeddings(seed: int, batch: int) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=(batch, EMBEDDING_WIDTH)).astype(np.float32)
 

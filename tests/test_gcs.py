@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import needs
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
@@ -89,7 +90,7 @@ def test_prepared_on_gs(bucket: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("apache_beam") is None, reason="needs Apache Beam: the extra beam")
+@pytest.mark.skipif(needs.lacks("apache_beam"), reason="needs Apache Beam: the extra beam")
 @pytest.mark.parametrize("gs", ["emulated_gs"], indirect=True)  # which Beam's workers, processes of their own, see too
 def test_prepared_on_gs_by_beam(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a failed job has written is not written again, even from another machine."""

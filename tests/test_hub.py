@@ -2,7 +2,9 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import huggingface_hub
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
@@ -77,3 +79,30 @@ def test_what_the_hubs_cache_does_not_hold(tmp_path: Path) -> None:
     assert said.count("Offline, name a file or a folder.") == 3
     assert "there is no file or folder 'gpt2', and the Hugging Face hub did not give it: " in said
     assert "there is no file or folder 'runs/no such folder', and it is no name on the Hugging Face hub" in said
+
+
+@pytest.mark.parametrize("asked", ["", "v1"])
+def test_what_belongs_to_weights_is_of_their_commit(
+    asked: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A branch may move between one file and the next."""
+    commit = "0" * 40
+    snapshot = tmp_path / "snapshots" / commit
+    fetched: dict[str, Any] = {}
+
+    def fetch(name: str, file: str, *, revision: str | None) -> str:
+        fetched[file] = revision
+        return str(snapshot / file)
+
+    def fetch_all(name: str, *, revision: str, allow_patterns: list[str]) -> None:
+        fetched[allow_patterns[0]] = revision
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetch)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch_all)
+    index = "model.safetensors.index.json"
+    assert hub.locate(f"owner/name@{asked}" if asked else "owner/name", (index,)) == snapshot / index
+    assert fetched == {
+        index: asked or None,
+        **dict.fromkeys(hub.CONFIG_FILES, commit),
+        "model-*.safetensors": commit,
+    }

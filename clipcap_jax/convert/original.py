@@ -127,6 +127,14 @@ def mapper_from_arrays(arrays: Arrays, width: int, heads: int, source: str) -> t
     return config, embedding_width, load(TABLES[config.kind], shapes, arrays, {}, source)
 
 
+def to_arrays(config: ClipCapConfig, params: Any) -> Arrays:
+    """Parameters, or their gradients, under the original's names; GPT-2's output layer, which is tied, is left out."""
+    mapper, language_model = store(TABLES[config.mapper.kind], params["mapper"]), store(gpt2.TABLE, params["gpt2"])
+    return {f"clip_project.{name}": array for name, array in mapper.items()} | {
+        f"gpt.transformer.{name}": array for name, array in language_model.items()
+    }
+
+
 def save_original(config: ClipCapConfig, params: Any, path: Path) -> None:
     """Write a checkpoint in the layout of the original's own.
 
@@ -145,11 +153,7 @@ def save_original(config: ClipCapConfig, params: Any, path: Path) -> None:
     except ImportError as error:
         raise UserError(f'{path} is a file of PyTorch: pip install "clipcap_jax[torch]" to write it') from error
 
-    arrays = {
-        f"clip_project.{name}": array for name, array in store(TABLES[config.mapper.kind], params["mapper"]).items()
-    }
-    language_model = store(gpt2.TABLE, params["gpt2"])
-    arrays |= {f"gpt.transformer.{name}": array for name, array in language_model.items()}
+    arrays = to_arrays(config, params)
     for layer in range(config.gpt2.layers):
         mask = np.tril(np.ones((config.gpt2.positions, config.gpt2.positions), np.uint8))[None, None]
         arrays[f"gpt.transformer.h.{layer}.attn.bias"] = mask

@@ -24,6 +24,22 @@ class Interval:
     low: float
     high: float
 
+    @classmethod
+    def of(cls, values: np.ndarray, level: float, images: int) -> "Interval":
+        """The middle of what was drawn, which holds this share of it, and more where images are few.
+
+        Draws of n images differ less than n other images would, as a variance divided by n is less than one divided by
+        n - 1, and how much less certain it is what few images say, a normal distribution does not know. The expanded
+        percentiles of Hesterberg ("What Teachers Should Know About the Bootstrap", The American Statistician 2015) do
+        both.
+        """
+        normal, freedom = NormalDist(), max(1, images - 1)
+        z = normal.inv_cdf((1 + level) / 2)
+        t = z + (z**3 + z) / (4 * freedom)  # Student's, but for terms of 1 / freedom ** 2
+        tail = normal.cdf(-t * math.sqrt(images / freedom))
+        low, high = np.quantile(values, [tail, 1 - tail])
+        return cls(float(low), float(high))
+
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
@@ -59,7 +75,7 @@ def intervals(scores: Scores, *, draws: int = 1000, level: float = 0.95, seed: i
     weights = _bootstrap(len(scores.images), draws, np.random.default_rng(seed))
     drawn = _rescore(weights, list(scores.measures.values()))
     return {
-        name: _interval(values, level, len(scores.images))
+        name: Interval.of(values, level, len(scores.images))
         for name, values in zip(scores.measures, drawn.T, strict=True)
     }
 
@@ -95,7 +111,7 @@ def differences(
         value = after[i].overall - before[i].overall
         # The same sum in another order differs in the last digits.
         extreme = int((np.abs(swapped[:, i]) >= abs(value) - 1e-12).sum())
-        found[name] = Difference(value, _interval(gains[:, i], level, images), (extreme + 1) / (draws + 1))
+        found[name] = Difference(value, Interval.of(gains[:, i], level, images), (extreme + 1) / (draws + 1))
     return found
 
 
@@ -127,18 +143,3 @@ def _swap(before: Sequence[Measure], after: Sequence[Measure], random: np.ndarra
         one_side = new.counts.sum(axis=0) + sides @ (old.counts - new.counts)
         differences.append(new.score(one_side) - new.score(total - one_side))
     return np.stack(differences, axis=-1)
-
-
-def _interval(values: np.ndarray, level: float, images: int) -> Interval:
-    """What holds this share of the draws, and more where images are few.
-
-    Draws of n images differ less than n other images would, as a variance divided by n is less than one divided by
-    n - 1, and how much less certain it is what few images say, a normal distribution does not know. The expanded
-    percentiles of Hesterberg ("What Teachers Should Know About the Bootstrap", The American Statistician 2015) do both.
-    """
-    normal, freedom = NormalDist(), max(1, images - 1)
-    z = normal.inv_cdf((1 + level) / 2)
-    t = z + (z**3 + z) / (4 * freedom)  # Student's, but for terms of 1 / freedom ** 2
-    tail = normal.cdf(-t * math.sqrt(images / freedom))
-    low, high = np.quantile(values, [tail, 1 - tail])
-    return Interval(float(low), float(high))

@@ -159,11 +159,10 @@ class Tokenizer:
         if not folder.is_dir():
             return cls._from_hub(source)
         try:
-<<<<<<< HEAD
             return cls._as_stored(cls._from_folder(folder))
-        except UserError:
+        except (UserError, KeyboardInterrupt, SystemExit):
             raise
-        except Exception as error:  # tokenizers and transformers raise nothing more specific
+        except BaseException as error:  # nothing more specific is raised, and Rust's panics are no Exception
             names = sorted(path.name for path in folder.iterdir())
             raise UserError(
                 f"the tokenizer in {folder} cannot be read: {_reason(error)} There has to be a tokenizer.json; or "
@@ -191,24 +190,6 @@ class Tokenizer:
                 '"tokenizer_class": "PreTrainedTokenizerFast", and the end of text as "eos_token".'
             )
         return tokenizer
-=======
-            if (folder / "tokenizer.json").is_file():
-                return cls._as_stored(cls._from_pretrained(str(folder)))
-            for vocabulary, merges in (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")):
-                if (folder / vocabulary).is_file() and (folder / merges).is_file():
-                    tokenizer = _byte_level(models.BPE.from_file(str(folder / vocabulary), str(folder / merges)))
-                    tokenizer.add_special_tokens([END_OF_TEXT])
-                    return cls._as_stored(cls(tokenizer))
-        except (UserError, KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as error:  # tokenizers raises nothing more specific, and Rust's panics are no Exception
-            raise UserError(f"the tokenizer in {folder} cannot be read: {error}") from error
-        found = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
-        raise UserError(
-            f"{folder} holds no tokenizer: it needs tokenizer.json, or vocab.json and merges.txt, "
-            f"or encoder.json and vocab.bpe; it holds {found}"
-        )
->>>>>>> h-fuzz
 
     @classmethod
     def _from_hub(cls, name: str) -> "Tokenizer":
@@ -258,7 +239,7 @@ def _probe(tokenizer: tokenizers.Tokenizer) -> list[int]:
     return tokenizer.encode("A dog's 2 BALLS, Straße. 一个男孩", add_special_tokens=False).ids
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     # transformers takes what it cannot read as sentencepiece's, even for want of that package, for tiktoken's.
     if "`tiktoken` is required" in str(error):
         return "a file such as spiece.model has to be whole, and needs sentencepiece: pip install sentencepiece."

@@ -8,6 +8,7 @@ from original import Original
 from pytorch import import_torch
 
 from clipcap_jax.convert import clip
+from clipcap_jax.convert.original import to_arrays
 
 torch = import_torch()
 import baselines  # noqa: E402
@@ -32,7 +33,7 @@ def test_the_originals_loss_and_gradients(kind: str) -> None:
 @pytest.mark.parametrize(("trains_gpt2", "learns"), [(True, {"clip_project", "gpt"}), (False, {"clip_project"})])
 def test_a_step_learns_what_the_variant_learns(trains_gpt2: bool, learns: set[str]) -> None:
     model = programs.captioner("mlp", "tiny", dtype="float32")
-    arrays = programs.original_arrays(model, programs.random_params(programs.param_shapes(model)))
+    arrays = to_arrays(model.config, programs.random_params(programs.param_shapes(model)))
     theirs = baselines.Captioner(model.config, arrays, programs.EMBEDDING)
     before = {name: parameter.detach().clone() for name, parameter in theirs.named_parameters()}
     batch = programs.random_batch(model, 4, 14)
@@ -45,7 +46,7 @@ def test_a_step_learns_what_the_variant_learns(trains_gpt2: bool, learns: set[st
 def test_searches_find_the_same_captions() -> None:
     model = programs.captioner("mlp", "tiny", dtype="float32")
     params = programs.random_params(programs.param_shapes(model))
-    theirs = baselines.Captioner(model.config, programs.original_arrays(model, params), programs.EMBEDDING).eval()
+    theirs = baselines.Captioner(model.config, to_arrays(model.config, params), programs.EMBEDDING).eval()
     embeddings = programs.random_embeddings(3)
     ours = np.asarray(jax.jit(programs.best_captions(model, 5, 8))(params, embeddings).tokens)
     rows = torch.from_numpy(embeddings)

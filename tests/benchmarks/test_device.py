@@ -9,6 +9,7 @@ from typing import Any
 
 import cases
 import device
+import needs
 import pytest
 from cases import Case, Settings, measure
 
@@ -48,7 +49,7 @@ def test_what_is_missing_or_dies_costs_itself_alone(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_all_of_it() -> None:
-    pytest.importorskip("torch", reason="needs the torch extra")
+    needs.skip_without("torch")
     lines = run()
     settings = Settings(seconds=0.01, dtype="", tiny=True, commit="")
     assert list(lines) == [case.name for case in cases.cases(settings)]
@@ -60,7 +61,7 @@ def test_all_of_it() -> None:
 
 
 def test_what_a_run_begins_with() -> None:
-    pytest.importorskip("torch", reason="needs the torch extra")
+    needs.skip_without("torch")
     lines = run("--only", "training/mlp/8/ours", "training/mlp/8/original", "captioning", "towers")
     assert len(lines) == 10
     assert not [line for line in lines.values() if "error" in line]

@@ -5,7 +5,6 @@ import programs
 import pytest
 from jax import lax
 
-from clipcap_jax.convert import gpt2, original
 from clipcap_jax.inputs.batches import LENGTHS, training_order
 
 
@@ -69,23 +68,6 @@ def test_padded_lengths_are_those_of_training() -> None:
 def test_a_batch_holds_the_captions_that_are_padded_to_its_length() -> None:
     lengths = programs.random_batch(programs.captioner("mlp", "tiny"), 500, 14)["lengths"]
     assert set(lengths.tolist()) == {13, 14}
-
-
-@pytest.mark.parametrize("kind", ["mlp", "transformer"])
-def test_the_originals_names(kind: programs.Kind) -> None:
-    model = programs.captioner(kind, "tiny")
-    params = programs.random_params(programs.param_shapes(model))
-    arrays = programs.original_arrays(model, params)
-    mapper = {name.removeprefix("clip_project."): array for name, array in arrays.items() if "clip_project" in name}
-    language_model = {name.removeprefix("gpt."): array for name, array in arrays.items() if name.startswith("gpt.")}
-    jax.tree.map(
-        np.testing.assert_array_equal,
-        {
-            "mapper": original.mapper_from_arrays(mapper, 64, 8, "a test")[2],
-            "gpt2": gpt2.from_arrays(language_model, "a test", 2)[1],
-        },
-        params,
-    )
 
 
 def test_floors() -> None:

@@ -1,10 +1,10 @@
-import importlib.util
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import needs
 import pytest
 import tpu_compile
 
@@ -12,7 +12,7 @@ SCRIPT = Path(tpu_compile.__file__)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs libtpu, of the extra `tpu`")
+@pytest.mark.skipif(needs.lacks("libtpu"), reason="needs libtpu, of the extra `tpu`")
 def test_programs_are_compiled_for_tpus_that_are_not_there(tmp_path: Path) -> None:
     options = ["--tiny", "--topology", "v5e:2x2x1", "v5e:4x4x1", "--only", "training/mlp", "ViT/bfloat16"]
     options += ["--keep", str(tmp_path)]

@@ -89,7 +89,7 @@ def test_gpt2s_masks_are_those_of_transformers_4(original: Original, tmp_path: P
 def test_transformers_of_today_takes_what_comes_out(original: Original, tmp_path: Path) -> None:
     import_torch()
     sizes = original.sizes
-    theirs = gpt2(vocab_size=97, n_positions=64, n_embd=32, n_layer=sizes["n_layer"], n_head=sizes["n_head"])
+    theirs = gpt2(**{name: sizes[name] for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")})
     save_original(original.config, original.params, tmp_path / "ours.pt")
     import torch
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hostile import Evil
+from pytorch import import_torch
 
 from clipcap_jax.convert import embeddings
 from clipcap_jax.datasets import RecordsSource, open_split, prepare_records
@@ -127,7 +128,7 @@ def test_pictures_with_their_captions(write: Any) -> None:
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
 @pytest.mark.parametrize("protocol", [2, 4, 5])
 def test_as_torch_itself_writes_it(tmp_path: Path, dtype: str, protocol: int) -> None:
-    torch = pytest.importorskip("torch", reason="needs the torch extra")
+    torch = import_torch()
     matrix = torch.from_numpy(MATRIX).to(getattr(torch, dtype))
     path = tmp_path / "oscar.pkl"
     path.write_bytes(pickle.dumps({"clip_embedding": torch.cat([matrix]), "captions": ENTRIES}, protocol=protocol))

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from hostile import Evil
+from pytorch import import_torch
 from safetensors.numpy import save_file
 
 from clipcap_jax.convert import weights
@@ -21,7 +22,7 @@ ARRAYS: Arrays = {"a.weight": np.arange(6, dtype=np.float32).reshape(2, 3), "a.b
 
 @pytest.fixture
 def torch() -> Any:
-    return pytest.importorskip("torch", reason="needs the torch extra")
+    return import_torch()
 
 
 class Touch:

@@ -1,7 +1,6 @@
 """Beam's local runner, with workers that are processes of their own, beside the pool of one machine."""
 
 import functools
-import importlib.util
 import json
 import os
 import pickle
@@ -12,6 +11,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import needs
 import pytest
 from PIL import Image
 from shards import keyed, sample, write_stats, write_tar
@@ -25,10 +25,7 @@ from clipcap_jax.datasets.source import Part, Source
 from clipcap_jax.errors import UserError
 
 LOCAL = ("--runner=DirectRunner", "--direct_num_workers=2", "--direct_running_mode=multi_processing")
-# Not `importorskip`: Beam is imported by the processes that prepare starts, and not by this one.
-needs_beam = pytest.mark.skipif(
-    importlib.util.find_spec("apache_beam") is None, reason="needs Apache Beam: the extra beam"
-)
+needs_beam = pytest.mark.skipif(needs.lacks("apache_beam"), reason="needs Apache Beam: the extra beam")
 
 
 def contents(data_dir: Path) -> dict[str, bytes]:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import needs
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
@@ -85,7 +86,7 @@ def prepare(data_dir: Path, builder: type[CocoCaptions] = CocoCaptions, file_for
 @pytest.mark.parametrize("file_format", [schema.FILE_FORMAT, "tfrecord"])
 def test_all_splits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file_format: str) -> None:
     if file_format != schema.FILE_FORMAT:
-        pytest.importorskip("tensorflow", reason="pip install tensorflow to run this")
+        needs.skip_without("tensorflow")
     monkeypatch.setattr(tfds_coco, "PICTURES_PER_SHARD", 2)
     prepare(tmp_path, file_format=file_format)
     source = tfds_coco_source(tmp_path)

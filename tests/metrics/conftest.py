@@ -1,29 +1,29 @@
 import importlib.util
-import os
 import shutil
 import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
 
+import needs
 import pytest
 
 
 @pytest.fixture(scope="session")
 def pycocoevalcap() -> Path:
     """The folder of the reference implementation."""
+    needs.skip_without("pycocoevalcap")
     spec = importlib.util.find_spec("pycocoevalcap")
-    if spec is None or not spec.submodule_search_locations:
-        _skip("pycocoevalcap is not installed (pip install -e '.[java]')")
+    assert spec is not None
+    assert spec.submodule_search_locations
     return Path(spec.submodule_search_locations[0])
 
 
 @pytest.fixture(scope="session")
 def java(pycocoevalcap: Path) -> str:
     """The Java program, where pycocoevalcap is there for it to run."""
+    needs.skip_without("java")
     program = shutil.which("java")
-    if program is None:
-        _skip("there is no java on the PATH")
+    assert program is not None
     return program
 
 
@@ -47,13 +47,6 @@ def java_tokenize(java: str, pycocoevalcap: Path, tmp_path: Path) -> Callable[[S
         ]
 
     return tokenize
-
-
-def _skip(reason: str) -> NoReturn:
-    """Skips, but fails where the machine is meant to have everything."""
-    if os.environ.get("CLIPCAP_SHARED"):
-        pytest.fail(f"{reason}, but with CLIPCAP_SHARED set it must be there")
-    pytest.skip(reason)
 
 
 @pytest.fixture

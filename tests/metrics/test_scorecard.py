@@ -4,7 +4,6 @@ import pytest
 
 from clipcap_jax.metrics import Scores
 from clipcap_jax.metrics.measure import mean
-from clipcap_jax.metrics.paper import ROWS, rows_for
 from clipcap_jax.metrics.scorecard import Line, Scorecard
 
 SCORES = Scores(("1", "2"), {"CIDEr": mean([0.25, 0.75]), "SPICE": mean([0.2, 0.2])}, {"METEOR": "no java | here"})
@@ -96,8 +95,3 @@ def test_what_is_not_finite_is_null_everywhere() -> None:
     assert content["health"] == {"words per caption": None}
     assert content["baseline"]["X"] is content["differences"]["X"]["value"] is None
     assert content["baseline"]["CIDEr"] == 0.5
-
-
-def test_which_splits_the_paper_has() -> None:
-    assert {rows_for(split) for split in ("coco/test", "embeddings/coco/test", "cc3m/val", "nocaps/val")} == set(ROWS)
-    assert rows_for("coco/test[:10]") == rows_for("coco/val") == rows_for("shapes/test") == ""

@@ -140,27 +140,30 @@ def test_images_need_a_tower(model: ClipCap, params: Any) -> None:
         model.apply({"params": params}, IMAGES, CAPTIONS)
 
 
-@pytest.mark.parametrize("dropout", [("mapper",), ("gpt2",), ("mapper", "gpt2")])
-def test_dropout_is_where_it_is_asked_for(model: ClipCap, params: Any, dropout: tuple[str, ...]) -> None:
-    def with_rate(rate: float) -> ClipCap:
-        parts = {}
-        for part in dropout:
-            sizes = getattr(model.config, part)
-            rates = [field.name for field in dataclasses.fields(sizes) if field.name.endswith("dropout")]
-            parts[part] = dataclasses.replace(sizes, **dict.fromkeys(rates, rate))
+@pytest.mark.parametrize(
+    ("part", "rate", "first"),
+    [("mapper", "dropout", 0), ("gpt2", "dropout", 0), ("gpt2", "word_dropout", 1)],
+)
+def test_dropout_is_where_it_is_asked_for(model: ClipCap, params: Any, part: str, rate: str, first: int) -> None:
+    """Each rate alone, and the first position whose logits it changes: no word stands before the first."""
+    none = {"mapper": {"dropout": 0.0}, "gpt2": {"dropout": 0.0, "word_dropout": 0.0}}
+
+    def with_rates(rates: dict[str, dict[str, float]]) -> ClipCap:
+        parts = {name: dataclasses.replace(getattr(model.config, name), **rates[name]) for name in rates}
         return ClipCap(dataclasses.replace(model.config, **parts))
 
-    def logits(rate: float, seed: int) -> jax.Array:
-        rngs = {"dropout": jax.random.key(seed)}
-        return with_rate(rate).apply({"params": params}, EMBEDDINGS, CAPTIONS, dropout=dropout, rngs=rngs)
+    def logits(rates: dict[str, dict[str, float]], *dropout: str) -> jax.Array:
+        apply = jax.jit(functools.partial(with_rates(rates).apply, dropout=dropout))
+        return apply({"params": params}, EMBEDDINGS, CAPTIONS, rngs={"dropout": jax.random.key(1)})
 
-    np.testing.assert_array_equal(logits(0.5, 1), logits(0.5, 1))
-    assert np.abs(logits(0.5, 1) - logits(0.5, 2)).max() > 0.1
-    with pytest.raises(InvalidRngError):
-        with_rate(0.5).apply({"params": params}, EMBEDDINGS, CAPTIONS, dropout=dropout)
-    # The other parts have a rate too, and none is left where those that are named have one of 0.
+    alone = none | {part: none[part] | {rate: 0.5}}
     without = model.apply({"params": params}, EMBEDDINGS, CAPTIONS)
-    np.testing.assert_allclose(logits(0.0, 1), without, atol=1e-5)
+    changed = np.abs(logits(alone, part) - without).max(axis=(0, 2)) > 0.1  # T
+    np.testing.assert_array_equal(changed, np.arange(TOKENS) >= first)
+    others = {"mapper", "gpt2"} - {part}
+    np.testing.assert_allclose(logits(alone, *others), without, atol=1e-5)
+    with pytest.raises(InvalidRngError):
+        with_rates(alone).apply({"params": params}, EMBEDDINGS, CAPTIONS, dropout=(part,))
 
 
 def test_bfloat16_stays_close_and_keeps_float32_where_it_matters(model: ClipCap, params: Any) -> None:

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import re
 import warnings
@@ -7,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from random_models import random_params, random_tokens
+from pytorch import import_torch
+from random_models import random_params, random_tokens, zero_params
 
 from clipcap_jax.convert import gpt2
 from clipcap_jax.models.gpt2 import PRESETS, Gpt2, Gpt2Config
@@ -115,18 +117,43 @@ def test_gradients_of_the_logits(variables: Variables) -> None:
     assert {types[name] for pair in operands for name in pair} == {"bf16"}
 
 
-def test_dropout(variables: Variables) -> None:
-    embeddings = np.random.default_rng(0).normal(size=(2, 6, 16)).astype(np.float32)
+@pytest.mark.parametrize("ones", ["embeddings", "positions", "attention_out", "mlp_out"])
+def test_dropout(ones: str) -> None:
+    """Where one of them alone is 1 and all else 0, what was dropped is below the mean that the last norm takes away."""
+    model = Gpt2(dataclasses.replace(CONFIG, dropout=0.25), jnp.dtype("float32"))
+    embeddings = jnp.full((50, 16, 16), float(ones == "embeddings"))
+    params = zero_params(model, embeddings)
+    params["final_norm"]["scale"] = jnp.ones(16)
+    if ones == "positions":
+        params["position_embeddings"] = jnp.ones((16, 16))
+    elif ones != "embeddings":
+        bias = params["transformer"]["layers"][ones]["bias"]
+        params["transformer"]["layers"][ones]["bias"] = bias.at[0].set(1)
+    apply = jax.jit(model.apply, static_argnames="deterministic")
+    assert not apply({"params": params}, embeddings).any()
+    rngs = {"dropout": jax.random.key(1)}
+    hidden = apply({"params": params}, embeddings, deterministic=False, rngs=rngs)
+    assert abs((hidden < 0).mean() - 0.25) < 0.02  # 5 standard deviations
 
-    @jax.jit
-    def drop(seed: int) -> jax.Array:
-        rngs = {"dropout": jax.random.key(seed)}
-        return MODEL.apply(variables, embeddings, deterministic=False, rngs=rngs)
 
-    without = MODEL.apply(variables, embeddings)
-    np.testing.assert_array_equal(drop(1), drop(1))
-    assert np.abs(drop(1) - drop(2)).max() > 0.1
-    assert np.abs(drop(1) - without).max() > 0.1
+def test_fresh_parameters() -> None:
+    """Each as wide as its comment in `Gpt2.setup` says; those that add to the residual stream, of which there are two a
+    layer, so much narrower that together they add as much as one."""
+    config = dataclasses.replace(CONFIG, vocab_size=300, positions=200, width=64, layers=3)
+    model = Gpt2(config, jnp.dtype("float32"))
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1, 64)))["params"]
+    layers = params["transformer"]["layers"]
+    drawn = {
+        name: (layer, width)
+        for part, width in {"qkv": 64, "mlp_in": 64, "attention_out": 2 * 3 * 64, "mlp_out": 2 * 3 * 64}.items()
+        for name, layer in ((f"{part} {i}", layer) for i, layer in enumerate(layers[part]["kernel"]))
+    }
+    drawn |= {name: (params[name], 64) for name in ("token_embeddings", "position_embeddings")}
+    for name, (leaf, width) in drawn.items():
+        assert np.std(leaf) == pytest.approx(width**-0.5, rel=0.04), name  # 4 standard deviations of the smallest
+    assert len({float(leaf.ravel()[0]) for leaf, _ in drawn.values()}) == len(drawn)  # none is a copy
+    constant = [layers[part][name] for part in layers for name in ("bias", "scale") if name in layers[part]]
+    assert {float(value) for leaf in constant for value in np.unique(leaf)} == {0, 1}
 
 
 def test_word_dropout_takes_whole_tokens(variables: Variables) -> None:
@@ -140,7 +167,7 @@ def test_word_dropout_takes_whole_tokens(variables: Variables) -> None:
 
 def test_equals_transformers() -> None:
     """The same logits from embeddings as `GPT2LMHeadModel`, for a model with random biases and norms."""
-    torch = pytest.importorskip("torch", reason="needs the torch extra")
+    torch = import_torch()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of transformers and torch about each other
         from transformers import GPT2Config, GPT2LMHeadModel

@@ -1,10 +1,12 @@
 import dataclasses
+import itertools
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from random_models import random_params
 
 from clipcap_jax.models.mapper import MapperConfig, MlpMapper, TransformerMapper
 
@@ -37,6 +39,24 @@ def test_a_prefix_depends_on_the_whole_of_its_own_embedding(mapper: type[MlpMapp
     variables = model.init(jax.random.key(0), embedding)
     jacobian = jax.jit(jax.jacrev(lambda x: model.apply(variables, x).sum(axis=2)))(embedding)  # 2 4 2 5
     np.testing.assert_array_equal(jacobian != 0, np.broadcast_to(np.eye(2)[:, None, :, None], jacobian.shape))
+
+
+@pytest.mark.parametrize("mapper", [MlpMapper, TransformerMapper])
+def test_dropout_takes_entries_of_the_embedding(mapper: type[MlpMapper | TransformerMapper]) -> None:
+    """Each prefix is that of the embedding with some of its entries dropped and the others made up for."""
+    config = dataclasses.replace(PAPER, prefix_length=2, clip_length=2, layers=1, heads=2, dropout=0.25)
+    model = mapper(config, 8, FLOAT32)
+    kept = np.array(list(itertools.product((0, 1), repeat=3)))
+    embedding = np.array([0.5, -1.5, 2.5], np.float32)
+    apply = jax.jit(model.apply, static_argnames="deterministic")
+    variables = {"params": random_params(model, 0, embedding[None])}
+    possible = apply(variables, (embedding * kept / 0.75).astype(np.float32))
+    rows = np.broadcast_to(embedding, (4000, 3))
+    dropped = apply(variables, rows, deterministic=False, rngs={"dropout": jax.random.key(1)})
+    distance = np.abs(dropped[:, None] - possible[None]).max(axis=(2, 3))
+    assert distance.min(axis=1).max() < 1e-5
+    found = kept[distance.argmin(axis=1)]
+    np.testing.assert_allclose(found.mean(axis=0), 0.75, atol=0.03)  # 4 standard deviations
 
 
 def test_fresh_parameters() -> None:

@@ -1,8 +1,11 @@
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from random_models import random_params
+from random_models import random_params, zero_params
 
 from clipcap_jax.models.transformer import Transformer
 
@@ -21,6 +24,11 @@ def transformer(dropout: float = 0.0) -> Transformer:
         dropout=dropout,
         dtype=jnp.dtype("float32"),
     )
+
+
+def drop(model: Transformer, params: Any, x: jax.Array) -> jax.Array:
+    apply = jax.jit(functools.partial(model.apply, deterministic=False))
+    return apply({"params": params}, x, rngs={"dropout": jax.random.key(1)})
 
 
 def test_layers_equal_their_formula() -> None:
@@ -55,14 +63,27 @@ def test_without_a_mask_every_position_sees_every_other() -> None:
     np.testing.assert_array_equal(seen, np.broadcast_to(np.eye(2)[:, None, :, None], seen.shape))
 
 
+def test_attention_weights_drop_out_before_what_they_add_does() -> None:
+    """Of 4 positions that are all 1, each takes a quarter, dropped or doubled; the sum is dropped or doubled again."""
+    x = jnp.zeros((2000, 4, 8))
+    model = transformer(dropout=0.5)
+    params = zero_params(model, x)
+    params["layers"]["qkv"]["bias"] = params["layers"]["qkv"]["bias"].at[0, 16:].set(1)  # the first layer's values
+    params["layers"]["attention_out"]["kernel"] = params["layers"]["attention_out"]["kernel"].at[0].set(jnp.eye(8))
+    y = drop(model, params, x)
+    values, counts = np.unique(y, return_counts=True)
+    np.testing.assert_array_equal(values, [0, 1, 2, 3, 4])
+    np.testing.assert_allclose(counts / y.size, np.array([16 + 1, 4, 6, 4, 1]) / 32, atol=0.02)  # 5 standard deviations
+
+
 def test_every_branch_of_every_layer_has_its_own_dropout_mask() -> None:
     """2 branches of 2 layers each add 1, dropped or doubled: the sum is binomial only if the masks are independent."""
     x = jnp.zeros((50, 40, 8))
     model = transformer(dropout=0.5)
-    params = jax.tree.map(jnp.zeros_like, model.init(jax.random.key(0), x)["params"])
+    params = zero_params(model, x)
     for branch in ("attention_out", "mlp_out"):
         params["layers"][branch]["bias"] = jnp.ones((2, 8))
-    y = model.apply({"params": params}, x, deterministic=False, rngs={"dropout": jax.random.key(1)})
+    y = drop(model, params, x)
     values, counts = np.unique(y, return_counts=True)
     np.testing.assert_array_equal(values, [0, 2, 4, 6, 8])
     np.testing.assert_allclose(counts / y.size, np.array([1, 4, 6, 4, 1]) / 16, atol=0.02)  # 5 standard deviations

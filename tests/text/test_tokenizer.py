@@ -11,11 +11,7 @@ import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 from openai_bpe import Gpt2Bpe
-<<<<<<< HEAD
 from tokenizers import decoders, models, pre_tokenizers
-=======
-from tokenizers import models
->>>>>>> h-fuzz
 
 from clipcap_jax.errors import UserError
 from clipcap_jax.text.tokenizer import Tokenizer
@@ -426,6 +422,8 @@ def test_the_token_that_stops() -> None:
     assert tokenizer.stop_id("") == tokenizer.end_id
     assert tokenizer.encode(["."]) == [[tokenizer.stop_id(".")]]
     assert tokenizer.stop_id(".") != tokenizer.end_id
+    first, second = tokenizer.encode(["?."])[0]
+    assert tokenizer.stop_id("?.") == first != second  # the original looks at the first alone
 
 
 def test_a_panic_of_rust_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -201,8 +201,7 @@ def test_a_terminal_shows_loss_rate_and_time_left(log: MetricsLog, tmp_path: Pat
     shown = monitor(log, console, total=8)
     for step in range(1, 5):
         shown.push(step, metrics(4.25))
-    with shown.paused():
-        shown._progress.refresh()
+    shown.flush()
     shown.close()
     rate = lines(tmp_path)[-1]["train/pairs_per_second"]
     drawn = console.file.getvalue().replace("\r", "\n").splitlines()  # type: ignore[attr-defined]
