@@ -12,6 +12,7 @@ be lists of each other that no memory holds as a text: messages say what type a 
 import collections
 import io
 import math
+import mmap
 import pickle
 import struct
 from collections.abc import Mapping
@@ -49,10 +50,14 @@ _Python: Any = vars(pickle)["_Unpickler"]  # C's takes memory for every number t
 class _Unpickler(_Python):
     """Knows the names given, and no others."""
 
-    # An array is made with the length that a pickle claims, before it is read; embeddings need none.
-    dispatch: ClassVar[Any] = {code: load for code, load in _Python.dispatch.items() if code != pickle.BYTEARRAY8[0]}
+    def load_bytearray(self) -> None:
+        """Python's makes it with the length that a pickle claims, before it reads it."""
+        (length,) = struct.unpack("<Q", self.read(8))
+        self.append(bytearray(self.read(length)))
 
-    def __init__(self, file: io.BufferedIOBase, names: Mapping[tuple[str, str], Any]):
+    dispatch: ClassVar[Any] = {**_Python.dispatch, pickle.BYTEARRAY8[0]: load_bytearray}
+
+    def __init__(self, file: io.BytesIO | mmap.mmap, names: Mapping[tuple[str, str], Any]):
         super().__init__(file)
         self._names = {
             ("collections", "OrderedDict"): collections.OrderedDict,
@@ -182,8 +187,9 @@ def read_pickle(path: Path) -> tuple[np.ndarray, list[dict[str, Any]]]:
       UserError: the file is not there, is not whole, or holds anything but embeddings and captions.
     """
     try:
-        with path.open("rb") as file:
-            stored = _Unpickler(file, _NAMES).load()
+        # A file would make room for whatever a pickle asks to be read of it; this, for what there is.
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            stored = _Unpickler(content, _NAMES).load()
     except FileNotFoundError as error:
         raise UserError(f"there is no file {path}") from error
     except _Refused as error:

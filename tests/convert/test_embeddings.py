@@ -256,9 +256,11 @@ def test_code_does_not_run_wherever_it_stands(write: Any, tmp_path: Path) -> Non
     assert not mark.exists()
 
 
-@pytest.mark.parametrize("claim", [b"Nr\xff\xff\xff\x03", b"\x96" + (1 << 30).to_bytes(8, "little")])
+@pytest.mark.parametrize(
+    "claim", [b"Nr\xff\xff\xff\x03", *(code + (1 << 30).to_bytes(8, "little") for code in (b"\x8d", b"\x8e", b"\x96"))]
+)
 def test_a_few_bytes_do_not_take_all_memory(tmp_path: Path, claim: bytes) -> None:
-    """The number of a value, for which C's pickle makes room, and the length of an array."""
+    """The number of a value, for which C's pickle makes room, and the lengths of a text, of bytes and of an array."""
     (tmp_path / "oscar.pkl").write_bytes(b"\x80\x05" + claim + b".")
     tracemalloc.start()
     with pytest.raises(UserError):

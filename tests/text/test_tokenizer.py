@@ -386,7 +386,7 @@ def test_broken_files(files: dict[str, Any], message: str, trained: Tokenizer, t
 def test_a_stop_that_is_unknown(tmp_path: Path) -> None:
     (tmp_path / "vocab.json").write_text('{"a": 0, "<|endoftext|>": 1}')
     (tmp_path / "merges.txt").write_text("")
-    with pytest.raises(UserError, match=r"captions are to stop at '\.', of which the tokenizer knows nothing"):
+    with pytest.raises(UserError, match=r"no caption can end with '\.', which the tokenizer has no piece for"):
         Tokenizer.load(str(tmp_path)).stop_id(".")
 
 
