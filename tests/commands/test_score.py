@@ -115,8 +115,8 @@ def test_references_without_captions_can_be_left_out(
     assert clipcap("score", tmp_path / "part.json", references, "--only-captioned", "--output", output) == 0
     expected = References({image: REFERENCES[image] for image in part}).score(part).overall
     assert json.loads(output.read_text())["scores"] == expected
-    compare = ("--compare", write_results(tmp_path / "all.json", CAPTIONS))  # of more images
-    assert clipcap("score", tmp_path / "part.json", references, "--only-captioned", *compare, "--output", output) == 0
+    options = ("--compare", write_results(tmp_path / "all.json", CAPTIONS), "--overwrite")  # of more images
+    assert clipcap("score", tmp_path / "part.json", references, "--only-captioned", *options, "--output", output) == 0
     assert json.loads(output.read_text())["differences"]["CIDEr"]["value"] == 0
 
 
@@ -196,7 +196,8 @@ def test_mistakes(
         ((captions, references, "--output", tmp_path / "gone" / "scores.json"), "cannot be written"),
         ((captions, references, "--images", tmp_path / "gone"), "30 of 30 pictures are not there"),
         ((captions, references, "--output", captions), "is one of the files to read"),
-        ((captions, references, "--output", tmp_path / "folder.json"), "cannot be written"),
+        ((captions, references, "--output", tmp_path / "folder.json"), "is a folder: name another file"),
+        ((captions, references, "--output", tmp_path / "empty.json"), "empty.json is there already: name another file"),
         ((captions, references, "--spice-jars", tmp_path), "--spice-jars is --spice's"),
         ((captions, tmp_path / "empty.json"), "empty.json: there is nothing to score against"),
         ((captions, references, "--paper", "mscoco"), "invalid choice"),

@@ -125,10 +125,11 @@ def test_one_command_captions_pictures(
 
     folder = tmp_path / "run"
     assert run(monkeypatch, "convert", "from-original", model, folder, *options) == 0
-    assert run(monkeypatch, "caption", folder, *pictures, "--output", output) == 0
+    assert run(monkeypatch, "caption", folder, *pictures, "--output", output, "--overwrite") == 0
     assert [json.loads(line) for line in output.read_text().splitlines()] == direct
 
     assert run(monkeypatch, "convert", "to-original", folder, tmp_path / "again.pt") == 0
+    options.append("--overwrite")
     assert run(monkeypatch, "caption", tmp_path / "again.pt", *pictures, "--output", output, *options) == 0
     assert [json.loads(line) for line in output.read_text().splitlines()] == direct
     assert run(monkeypatch, "convert", "to-gpt2", folder, tmp_path / "gpt2") == 0
