@@ -77,7 +77,7 @@ def _end(number: int, _: Any) -> NoReturn:
 
 def _end_soon(number: int) -> None:
     if not _back.wait(PATIENCE):
-        print("Stopped.", file=sys.stderr)
+        sys.stderr.write("Stopped.\n")
         leave(128 + number)
     _back.clear()
 
