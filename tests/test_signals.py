@@ -14,14 +14,17 @@ from clipcap_jax import signals
 
 # Hours of work in C, which no signal interrupts, as XLA's compiler has.
 PROGRAM = """
-import hashlib, signal, sys, time
+import hashlib, os, signal, sys, time
 for number in (signal.SIGINT, signal.SIGHUP):  # the test may run under nohup
     signal.signal(number, signal.SIG_DFL if number == signal.SIGHUP else signal.default_int_handler)
 from clipcap_jax import signals
 from clipcap_jax.commands.cli import run_script
 
+def ready():
+    os.write(1, b"ready\\n")  # which a signal cannot come into the midst of
+
 def compile():
-    print("ready", flush=True)
+    ready()
     signals.PATIENCE = 0.5
     hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)
 
@@ -50,7 +53,7 @@ def test_a_signal_ends_what_does_not_come_back(number: signal.Signals) -> None:
 
 
 def test_what_comes_back_cleans_up() -> None:
-    with running("try: print('ready', flush=True); time.sleep(600)\nfinally: print('clean')") as process:
+    with running("try: ready(); time.sleep(600)\nfinally: print('clean')") as process:
         process.send_signal(signal.SIGINT)
         printed, errors = process.communicate(timeout=60)
     assert (process.returncode, printed, errors) == (130, "clean\n", "Stopped.\n")
@@ -58,7 +61,7 @@ def test_what_comes_back_cleans_up() -> None:
 
 def test_a_signal_that_python_drops_comes_again() -> None:
     main = "class Garbage:\n  def __del__(self): signal.raise_signal(signal.SIGINT)\n"
-    with running(main + "print('ready', flush=True); Garbage(); time.sleep(600)") as process:
+    with running(main + "ready(); Garbage(); time.sleep(600)") as process:
         _, errors = process.communicate(timeout=60)
     assert (process.returncode, errors) == (130, "Stopped.\n")
 

@@ -119,13 +119,12 @@ def run_script(main: Callable[[], Any]) -> None:
         if any(type(thread).__module__.startswith("orbax.") for thread in threading.enumerate()):
             os._exit(2)  # after a save that failed, they wait ten minutes for what it was to make
         sys.exit(2)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as ended:
+        status = ended.code if isinstance(ended, SystemExit) else 130
+        if not isinstance(status, int) or status <= 128:
+            raise
         screen(stderr=True).print("Stopped.")
-        signals.leave(130)
-    except SystemExit as ended:
-        if isinstance(ended.code, int) and ended.code > 128:
-            signals.leave(ended.code)
-        raise
+        signals.leave(status)
 
 
 @contextlib.contextmanager

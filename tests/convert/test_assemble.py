@@ -123,14 +123,13 @@ def test_one_command_captions_pictures(
     assert [Path(row["image"]) for row in direct] == pictures
     assert all(row["caption"] for row in direct)
 
-    folder = tmp_path / "run"
+    folder, anew = tmp_path / "run", ("--output", output, "--overwrite")
     assert run(monkeypatch, "convert", "from-original", model, folder, *options) == 0
-    assert run(monkeypatch, "caption", folder, *pictures, "--output", output, "--overwrite") == 0
+    assert run(monkeypatch, "caption", folder, *pictures, *anew) == 0
     assert [json.loads(line) for line in output.read_text().splitlines()] == direct
 
     assert run(monkeypatch, "convert", "to-original", folder, tmp_path / "again.pt") == 0
-    options.append("--overwrite")
-    assert run(monkeypatch, "caption", tmp_path / "again.pt", *pictures, "--output", output, *options) == 0
+    assert run(monkeypatch, "caption", tmp_path / "again.pt", *pictures, *anew, *options) == 0
     assert [json.loads(line) for line in output.read_text().splitlines()] == direct
     assert run(monkeypatch, "convert", "to-gpt2", folder, tmp_path / "gpt2") == 0
     names = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
