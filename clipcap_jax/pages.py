@@ -36,7 +36,7 @@ def write(path: str | Path, template: str, **content: Any) -> None:
     page = environment.get_template(template).render(content)
     path = files.place(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8", errors="replace")  # a file's name may be any bytes
+    path.write_bytes(page.encode(errors="replace"))  # a file's name may be any bytes
 
 
 def picture(image: bytes | None, path: str, name: str, digest: str = "") -> Picture:

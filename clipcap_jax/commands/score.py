@@ -136,7 +136,7 @@ def _score(arguments: argparse.Namespace) -> None:
                 report.write_page(partial, title=title, rows=rows, scorecard=scorecard)
             else:
                 text = scorecard.to_json() if output.suffix == ".json" else scorecard.to_markdown(title)
-                partial.write_text(text, encoding="utf-8", errors="backslashreplace")
+                partial.write_bytes(text.encode(errors="backslashreplace"))
         console.print(f"written: {output}", soft_wrap=True)
 
 

@@ -243,7 +243,7 @@ def write(evaluation: Evaluation, captioner: Captioner, folder: Path, console: C
     with _written_to(folder):
         for name, text in (("scores.json", scorecard.to_json()), ("scores.md", scorecard.to_markdown(title))):
             with files.whole(folder / name) as path:
-                path.write_text(text, encoding="utf-8", errors="backslashreplace")
+                path.write_bytes(text.encode(errors="backslashreplace"))
         with files.whole(folder / "page.html") as path:
             write_page(path, title=title, rows=rows, scorecard=scorecard)
     console.print(f"Captions, scores and a page with the pictures: {folder}", soft_wrap=True)
