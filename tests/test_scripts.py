@@ -32,7 +32,7 @@ ENVIRONMENT = {**os.environ, "COLUMNS": "200"}
 def start(
     script: str, *arguments: str, environment: dict[str, str] = ENVIRONMENT, cwd: Path = ROOT
 ) -> subprocess.Popen[str]:
-    command = [sys.executable, str(ROOT / script), *arguments]
+    command = [sys.executable, script if script == "-m" else str(ROOT / script), *arguments]
     return subprocess.Popen(
         command, cwd=cwd, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
