@@ -225,14 +225,18 @@ def check_new(*paths: Path, overwrite: bool) -> None:
     """Before anything is computed: that files to be written replace none, unless asked to.
 
     Raises:
-      UserError: one is there already, or is a folder.
+      UserError: one is there already, is a folder, or cannot be looked for.
     """
     for path in paths:
-        with reached(path):
-            if path.is_dir():
-                raise UserError(f"{path} is a folder: name another file")
-            if path.exists() and not overwrite:
-                raise UserError(f"{path} is there already: name another file, or replace it with --overwrite")
+        try:
+            with reached(path):
+                is_folder, is_there = path.is_dir(), path.exists()
+        except OSError as error:
+            raise UserError(f"{path} cannot be written: {error.strerror}") from error
+        if is_folder:
+            raise UserError(f"{path} is a folder: name another file")
+        if is_there and not overwrite:
+            raise UserError(f"{path} is there already: name another file, or replace it with --overwrite")
 
 
 @contextlib.contextmanager

@@ -99,3 +99,17 @@ def test_names_that_are_no_utf8() -> None:
     files.check_utf8(Path("photos/é 木"))
     with pytest.raises(UserError, match=r"ph\udcff: this name is no UTF-8"):
         files.check_utf8("ph\udcff")
+
+
+def test_what_is_there_is_replaced_when_asked_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    there, new = tmp_path / "there", tmp_path / "new"
+    there.write_text("")
+    files.check_new(new, overwrite=False)
+    files.check_new(there, new, overwrite=True)
+    for paths, message in (
+        ([new, there], "there is there already: name another file, or replace it with --overwrite"),
+        ([tmp_path], "is a folder: name another file"),
+        ([tmp_path / ("n" * 300)], "cannot be written: File name too long"),
+    ):
+        with pytest.raises(UserError, match=message):
+            files.check_new(*paths, overwrite=False)

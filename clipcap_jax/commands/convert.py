@@ -8,6 +8,7 @@ from typing import Any
 
 from clipcap_jax.commands.cli import add_overwrite_option, positive
 from clipcap_jax.errors import UserError
+from clipcap_jax.files import check_new
 from clipcap_jax.progress import screen
 
 
@@ -89,12 +90,16 @@ def load_original(file: Path, arguments: argparse.Namespace) -> tuple[Any, Any]:
     )
 
 
+def _check_new_folder(folder: Path) -> None:
+    if folder.exists():
+        raise UserError(f"{folder} is there already: name another folder")
+
+
 def _convert_from_original(arguments: argparse.Namespace) -> None:
     from clipcap_jax.checkpoints import store
 
     folder = store.run_folder(arguments.run_folder)
-    if folder.exists():
-        raise UserError(f"{folder} is there already: name another folder")
+    _check_new_folder(folder)
     metadata, params = load_original(arguments.file, arguments)
     with contextlib.closing(store.Checkpoints(folder, keep=1)) as checkpoints:
         checkpoints.save_weights(params, metadata)
@@ -111,10 +116,9 @@ def _load_run(arguments: argparse.Namespace) -> tuple[Any, Any]:
 
 
 def _convert_to_original(arguments: argparse.Namespace) -> None:
-    from clipcap_jax import files
     from clipcap_jax.convert.original import save_original
 
-    files.check_new(arguments.file, overwrite=arguments.overwrite)
+    check_new(arguments.file, overwrite=arguments.overwrite)
     metadata, params = _load_run(arguments)
     save_original(metadata.config.model, params, arguments.file)
     screen().print(f"{arguments.run_folder} is now in {arguments.file}", soft_wrap=True)
@@ -123,18 +127,16 @@ def _convert_to_original(arguments: argparse.Namespace) -> None:
 def _convert_to_gpt2(arguments: argparse.Namespace) -> None:
     from clipcap_jax.convert.gpt2 import save_gpt2
 
-    if arguments.folder.exists():
-        raise UserError(f"{arguments.folder} is there already: name another folder")
+    _check_new_folder(arguments.folder)
     metadata, params = _load_run(arguments)
     save_gpt2(metadata.config.model.gpt2, params["gpt2"], metadata.tokenizer, arguments.folder)
     screen().print(f"GPT-2 and its tokenizer are now in {arguments.folder}", soft_wrap=True)
 
 
 def _convert_embeddings(arguments: argparse.Namespace) -> None:
-    from clipcap_jax import files
     from clipcap_jax.convert.embeddings import convert_pickle
 
-    files.check_new(arguments.embeddings, arguments.captions, overwrite=arguments.overwrite)
+    check_new(arguments.embeddings, arguments.captions, overwrite=arguments.overwrite)
     pictures, captions = convert_pickle(arguments.file, arguments.embeddings, arguments.captions)
     screen().print(
         f"{pictures} pictures with {captions} captions. Next: clipcap prepare records --name NAME "

@@ -11,6 +11,7 @@ from clipcap_jax.commands.cli import add_overwrite_option, positive
 from clipcap_jax.errors import UserError, first
 from clipcap_jax.evaluation import report
 from clipcap_jax.evaluation.report import Row
+from clipcap_jax.files import check_new, whole
 from clipcap_jax.metrics import References, Scores, SpiceConfig, coco_files, score_domains, unavailable, words
 from clipcap_jax.metrics.coco_files import CaptionsFile
 from clipcap_jax.metrics.health import health
@@ -81,7 +82,6 @@ def add(commands: Any) -> None:
 
 
 def _score(arguments: argparse.Namespace) -> None:
-    from clipcap_jax.files import whole  # importing it takes a second, which `clipcap --help` should not
 
     _check_options(arguments)
     captions, file = coco_files.read_results(arguments.captions), coco_files.read_captions(arguments.references)
@@ -144,8 +144,6 @@ def _score(arguments: argparse.Namespace) -> None:
 
 
 def _check_options(arguments: argparse.Namespace) -> None:
-    from clipcap_jax.files import check_new
-
     read = {path.resolve() for path in (arguments.captions, arguments.references, arguments.compare) if path}
     for output in arguments.output:
         if output.suffix not in _SUFFIXES:
@@ -225,7 +223,6 @@ def _picture(folder: Path, file: CaptionsFile, image: str) -> Path:
 
 
 def _submit(arguments: argparse.Namespace) -> None:
-    from clipcap_jax.files import check_new
     from clipcap_jax.metrics import submission
 
     if not re.fullmatch(r"[\w.-]+", arguments.name):

@@ -80,8 +80,10 @@ class TextFile:
         try:
             with zipfile.ZipFile(self.path) as archive, archive.open(self.member) as file:
                 if archive.getinfo(self.member).file_size > _LARGEST:
-                    raise ValueError(f"it has more than {_LARGEST:,} bytes when unpacked")
+                    raise UserError(f"{self} has more than {_LARGEST:,} bytes when unpacked: if it should, unpack it")
                 return b"".join(iter(lambda: file.read(_PIECE), b""))
+        except UserError:
+            raise
         except Exception as error:  # on a damaged zip zipfile raises nearly anything
             raise UserError(f"{self} cannot be read: {error}. Copy or download {self.path.name} again.") from None
 

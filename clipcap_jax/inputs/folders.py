@@ -73,11 +73,11 @@ def _files_below(folder: Path, others: Counter[str]) -> Iterator[Path]:
 
 def _other(path: Path) -> str:
     """What kind of file it is, if no picture."""
-    if not path.is_file():
-        return "broken links" if path.is_symlink() and not path.exists() else "pipes and devices"
-    if path.suffix.lower() in pictures.SUFFIXES:
-        return ""
     try:
+        if not path.is_file():
+            return "broken links" if path.is_symlink() and not path.exists() else "pipes and devices"
+        if path.suffix.lower() in pictures.SUFFIXES:
+            return ""
         with path.open("rb") as file:
             start = file.read(pictures.START)
     except OSError:

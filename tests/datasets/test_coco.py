@@ -125,7 +125,7 @@ def test_a_zip_that_stands_for_more_than_memory_holds(folder: Path, monkeypatch:
     with zipfile.ZipFile(folder / "caption_datasets.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("dataset_coco.json", " " * 100_001)
     with pytest.raises(
-        UserError, match=r"dataset_coco.json cannot be read: it has more than 100,000 bytes when unpack"
+        UserError, match=r"dataset_coco.json has more than 100,000 bytes when unpacked: if it should, unpack it"
     ):
         coco_source(folder)
 
