@@ -82,7 +82,6 @@ def add(commands: Any) -> None:
 
 
 def _score(arguments: argparse.Namespace) -> None:
-
     _check_options(arguments)
     captions, file = coco_files.read_results(arguments.captions), coco_files.read_captions(arguments.references)
     compared = coco_files.read_results(arguments.compare) if arguments.compare else None
