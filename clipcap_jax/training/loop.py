@@ -31,7 +31,7 @@ def train(config: Config, folder: Path, console: Console) -> None:
     Args:
       config: everything about the run.
       folder: the run's, on a disk or on gs:// (see `store.run_folder`).
-      console: where progress is shown.
+      console: where progress is shown, as `progress.screen` makes one: another may take captions for markup.
 
     Raises:
       UserError: for anything the user can mend, such as a missing data set or a loss that is not finite.

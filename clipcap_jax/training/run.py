@@ -214,7 +214,7 @@ def _tell_unknown(rows: np.ndarray, pairs: Pairs, data: CaptionData, tokenizer: 
         f"{len(np.unique(rows))} of the {len(pairs)} captions of {data.name} hold {len(rows)} pieces that the "
         f"tokenizer does not know, most often {' '.join(part for part, _ in frequent)}",
         style="yellow",
-        markup=False,
+        soft_wrap=True,
     )
 
 
