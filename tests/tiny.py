@@ -9,6 +9,7 @@ import io
 import itertools
 import json
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Mapping
@@ -208,6 +209,17 @@ def data_dir(source: Source, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ):
         prepare_records(prepared, str(data_dir))
     return data_dir
+
+
+@pytest.fixture
+def photos(source: Source, tmp_path: Path) -> Path:
+    """A folder with 28 pictures, one of them below another folder, and a text."""
+    photos = tmp_path / "photos"
+    shutil.copytree(source.pictures, photos)
+    (photos / "more [new]").mkdir()
+    (photos / "00.png").rename(photos / "more [new]" / "00.PNG")
+    (photos / "notes.txt").write_text("not a picture")
+    return photos
 
 
 @pytest.fixture

@@ -4,23 +4,11 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from tiny import Source
 
 from clipcap_jax.errors import UserError
 from clipcap_jax.inputs.folders import find_pictures
 
 PICTURES = 28
-
-
-@pytest.fixture
-def photos(source: Source, tmp_path: Path) -> Path:
-    """A folder with 28 pictures, one of them below another folder, and a text."""
-    photos = tmp_path / "photos"
-    shutil.copytree(source.pictures, photos)
-    (photos / "more [new]").mkdir()
-    (photos / "00.png").rename(photos / "more [new]" / "00.PNG")
-    (photos / "notes.txt").write_text("not a picture")
-    return photos
 
 
 def test_files_folders_and_globs(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
