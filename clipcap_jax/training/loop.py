@@ -176,6 +176,7 @@ def _validate(run: Run, step: int, state: TrainState, log: NoLog, console: Conso
     console.print(
         f"step {step}  validation loss {metrics['loss']:.3f} ({metrics['loss_permuted']:.3f} with other pictures)  "
         f"CIDEr {metrics['CIDEr']:.3f}  BLEU-4 {metrics['Bleu_4']:.3f}",
+        soft_wrap=True,
     )
     for sample in samples:
         console.print(f"    {sample}", style="dim", soft_wrap=True)
