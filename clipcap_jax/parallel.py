@@ -49,9 +49,13 @@ def connect() -> None:
 
 
 def for_saving(tree: Any) -> Any:
-    """Arrays as checkpoints take them, not copied: one that each process has on its own devices as one of all."""
+    """Arrays as checkpoints take them, not copied: one that each process has on its own devices as one of all.
+
+    Of what every device of one process holds, one device's: Orbax would have each write a part, and compile a program
+    for every shape and device to cut that out.
+    """
     if cluster.count() == 1:
-        return tree
+        return jax.tree.map(lambda leaf: leaf.addressable_data(0) if leaf.is_fully_replicated else leaf, tree)
     everywhere = jax.NamedSharding(jax.sharding.Mesh(np.array(jax.devices()), (AXIS,)), jax.P())
 
     def of_all(leaf: jax.Array) -> jax.Array:

@@ -157,6 +157,16 @@ def test_a_step_is_compiled_once(caplog: pytest.LogCaptureFixture) -> None:
     assert sum("Finished XLA compilation" in record.getMessage() for record in caplog.records) == 1
 
 
+def test_of_what_all_devices_hold_one_copy_is_saved() -> None:
+    copies = parallel.replicate(WEIGHTS)
+    (divided,) = jax.tree.leaves(parallel.FullySharded().place({"kernel": np.zeros((1024, 1024), np.float32)}))
+    assert not divided.is_fully_replicated
+    saved, whole = parallel.for_saving((copies, divided))
+    assert len(saved.devices()) == 1
+    assert saved.unsafe_buffer_pointer() == copies.addressable_data(0).unsafe_buffer_pointer()
+    assert whole is divided
+
+
 def double(constants: Any, batch: Any) -> Any:
     return {"x": 2 * batch["x"], "device": jnp.full(batch["x"].shape[0], parallel.device_index())}
 
