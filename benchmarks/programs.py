@@ -215,10 +215,11 @@ def tower_shapes(config: ClipConfig) -> Any:
 
 class Product(NamedTuple):
     """A matrix product or convolution of a program: `flops` of all times that it runs, not counting a `while`, inside
-    which it is if `looped`."""
+    which it is if `looped`; `float32`, whether it reads float32."""
 
     flops: int
     looped: bool
+    float32: bool
 
 
 def products(function: Callable[..., Any], *arguments: Any) -> list[Product]:
@@ -239,7 +240,8 @@ def _products(jaxpr: Any, times: int, looped: bool) -> Iterator[Product]:
                 inner = np.prod([left.shape[axis] for axis in equation.params["dimension_numbers"][0][0]], dtype=int)
             else:
                 inner = right.size // right.shape[equation.params["dimension_numbers"].rhs_spec[0]]
-            yield Product(2 * times * size * int(inner), looped)
+            float32 = any(operand.dtype == jnp.float32 for operand in (left, right))
+            yield Product(2 * times * size * int(inner), looped, float32)
         repeated = times * equation.params["length"] if name == "scan" else times
         for part in jaxprs_in_params(equation.params):
             yield from _products(part, repeated, looped or name == "while")

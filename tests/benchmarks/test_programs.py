@@ -38,15 +38,15 @@ def test_flops_of_a_training_step(kind: programs.Kind, tokens: int) -> None:
 def test_products_of_every_kind() -> None:
     def function(x: jax.Array, kernel: jax.Array) -> jax.Array:
         y, _ = lax.scan(lambda carry, _: (carry @ carry, None), x, length=3)
-        z = lax.while_loop(lambda z: z.sum() < 0, lambda z: z @ z.astype(jnp.bfloat16), y)
+        z = lax.while_loop(lambda z: z.sum() < 0, lambda z: z @ z, y.astype(jnp.bfloat16))
         images = lax.conv_general_dilated(jnp.ones((2, 8, 8, 5)), kernel, (2, 2), "SAME", dimension_numbers=NHWC)
-        return z.sum() + images.sum()
+        return z.sum().astype(jnp.float32) + images.sum()
 
     found = programs.products(function, jnp.ones((4, 4)), jnp.ones((3, 3, 5, 7)))
     assert sorted(found) == [
-        programs.Product(2 * 4**3, looped=True),
-        programs.Product(3 * 2 * 4**3, looped=False),
-        programs.Product(2 * (2 * 4 * 4 * 7) * (3 * 3 * 5), looped=False),
+        programs.Product(2 * 4**3, looped=True, float32=False),
+        programs.Product(3 * 2 * 4**3, looped=False, float32=True),
+        programs.Product(2 * (2 * 4 * 4 * 7) * (3 * 3 * 5), looped=False, float32=True),
     ]
     assert programs.flops(found, looped=True) == 128
 
@@ -77,8 +77,8 @@ def test_floors() -> None:
     params = programs.size(programs.param_shapes(model))
     read = programs.size(programs.param_shapes(model)["gpt2"]) - 64 * 64  # but for the positions
     kept = [2 * 3 * (10 + generated * 5) * 2 * 64 for generated in (1, 2)]  # 3 pictures, 5 beams, 2 layers, width 64
-    products = [programs.Product(7, looped=False)]
-    products.append(programs.Product(10**9, looped=True))
+    products = [programs.Product(7, looped=False, float32=True)]
+    products.append(programs.Product(10**9, looped=True, float32=True))
     slow_memory = programs.captioning_floor(programs.Machine(1e30, 1.0), model, products, 3, beams=5, tokens=3)
     assert slow_memory == 2 * (params + 2 * read + sum(kept))  # bytes, 2 each
     slow_products = programs.captioning_floor(programs.Machine(1.0, 1e30), model, products, 3, beams=5, tokens=3)
