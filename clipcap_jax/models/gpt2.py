@@ -16,8 +16,9 @@ Cache = tuple[LayerCache, ...]
 class Gpt2Config:
     """Sizes of the language model: `vocab_size` V, `width` D, `layers` N; `positions` is the longest L.
 
-    Rates while training: `dropout` on embeddings, attention weights and residual branches; `word_dropout` on the whole
-    embedding of a caption's token, so that more has to be read from the prefix (Bowman et al. 2016, arXiv 1511.06349).
+    Rates while training: `dropout` on embeddings, attention weights and residual branches; `word_dropout` of a
+    caption's tokens that are hidden, so that more has to be read from the prefix (Bowman et al. 2016, arXiv 1511.06349,
+    section 3.3.1). These put an unknown word there, of which GPT-2 has none: here it is an embedding of zeros.
     """
 
     vocab_size: int
@@ -83,8 +84,11 @@ class Gpt2(nn.Module):
 
     def embed(self, tokens: jax.Array, *, deterministic: bool = True) -> jax.Array:
         """int ids `B T` to embeddings `B T D`, without positions; unless `deterministic`, with word dropout."""
-        words = self.hooks.rows(self.hooks.whole(self.token_embeddings)[tokens]).astype(self.dtype)
-        return self.drop_words(words, deterministic=deterministic)
+        words = self.hooks.rows(self.hooks.whole(self.token_embeddings)[tokens])
+        if not deterministic:
+            # Words that are not hidden stay as they are; Dropout has divided them by this.
+            words = self.drop_words(words, deterministic=False) * (1 - self.config.word_dropout)
+        return words.astype(self.dtype)
 
     def __call__(self, embeddings: jax.Array, *, deterministic: bool = True) -> jax.Array:
         """Input embeddings `B L D` to final hidden states `B L D`, causally.
