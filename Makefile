@@ -1,5 +1,6 @@
 # make demo        train a captioner on drawings of coloured shapes, score it, write a page with its captions
 # make test        lint, type checks and tests
+# make bench       how fast steps, searches and whole jobs are here, beside PyTorch; some twenty minutes on two cores
 # make tpu-check   what the TPU's compiler makes of the programs, without a TPU; over an hour on two cores
 #
 # Each installs into $(VENV) first. Needs Python 3.11 or later: make demo PYTHON=python3.12
@@ -15,7 +16,7 @@ PYTEST_FLAGS ?= --numprocesses=auto --dist=loadfile --max-worker-restart=0 \
 
 BIN = $(VENV)/bin
 
-.PHONY: demo test tpu-check
+.PHONY: demo test bench tpu-check
 .DELETE_ON_ERROR:  # a virtual environment that was only half made is made again
 
 # On CPUs, XLA takes the memory of every step anew: huge pages save the kernel most of that work.
@@ -31,6 +32,10 @@ test: $(VENV)/installed-$(EXTRAS)
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/pytest $(PYTEST_FLAGS)
+
+bench: $(VENV)/installed-test,torch
+	$(BIN)/python benchmarks/device.py
+	$(BIN)/python benchmarks/jobs.py
 
 # With TPU_FLAGS (see --help of the program) it only prints; without, what it prints becomes a table in docs/performance.md.
 tpu-check: SHELL = /bin/bash

@@ -1,0 +1,20 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jobs
+import pytest
+
+
+@pytest.mark.slow
+def test_jobs_are_measured_beside_their_parts() -> None:
+    command = [sys.executable, Path(jobs.__file__), "--sizes", "tiny", "--rounds", "1"]
+    printed = subprocess.check_output(command, env=jobs.Bench("", "tiny", 1).environment(), text=True)
+
+    lines = {line["case"]: line for line in map(json.loads, printed.splitlines())}
+    assert list(lines) == ["device", "start/first", "start/second", "caption", "embed", "train"]
+    assert 0 < lines["start/second"]["seconds"] < lines["start/first"]["seconds"]
+    for job, parts in {"caption": ["decoding", "search"], "embed": ["decoding", "tower"], "train": ["step"]}.items():
+        assert list(lines[job]["parts"]) == parts
+        assert lines[job]["share"] == lines[job]["rate"] / min(lines[job]["parts"].values())
