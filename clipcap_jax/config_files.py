@@ -1,16 +1,20 @@
 """Config files: those of the project by name, any other by path; and the settings that a command line changes."""
 
+import dataclasses
 import difflib
 import importlib.util
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from clipcap_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from clipcap_jax.config import Config
 
 _SETTING = re.compile(r"--?(?:no)?config\.([^=]+)")
 
@@ -47,6 +51,18 @@ def read(source: str) -> ConfigDict:
     if not callable(get_config := getattr(module, "get_config", None)):
         raise UserError(f"{path} has no function get_config, which gives the settings")
     return ConfigDict(get_config(variant) if variant else get_config())
+
+
+def as_read(config: "Config") -> ConfigDict:
+    """The values that a config was built from, as `read` gives them."""
+    return ConfigDict(_with_text(dataclasses.asdict(config)))
+
+
+def _with_text(values: Any) -> Any:
+    """ "none" for None, which no flag can say."""
+    if isinstance(values, dict):
+        return {name: _with_text(value) for name, value in values.items()}
+    return "none" if values is None else values
 
 
 def name_of(source: str) -> str:

@@ -1,8 +1,10 @@
+import dataclasses
 from pathlib import Path
 
 import pytest
 
 from clipcap_jax import config_files
+from clipcap_jax.config import from_dict
 from clipcap_jax.errors import UserError
 
 CONFIG = """
@@ -42,6 +44,16 @@ def test_what_is_no_config_file(tmp_path: Path) -> None:
         config_files.read(str(tmp_path / "empty.py"))
 
 
+def test_a_config_as_it_was_read() -> None:
+    for name in config_files.names():
+        values = config_files.read(name)
+        config = from_dict(values.to_dict())
+        again = config_files.as_read(config)
+        config_files.change(again, ["--config.train.trainable=('mapper',)"])
+        changed = dataclasses.replace(config, train=dataclasses.replace(config.train, trainable=("mapper",)))
+        assert from_dict(again.to_dict()) == changed
+
+
 def test_changes(path: Path) -> None:
     values = config_files.read(str(path))
     arguments = ["--config.train.epochs=3", "--config.train.steps", "7", "--config.train.parts=('b',)"]
@@ -59,9 +71,10 @@ def test_changes(path: Path) -> None:
         ("--noconfig.train.remet", r"^config\.train\.remet is not a setting: did you mean config\.train\.remat\?$"),
         (
             "--config.train.0=3",
-            r"^config\.train\.0 is not a setting: there are config\.train\.epochs, config\.train\.s",
+            r"^config\.train\.0 is not a setting: did you mean config\.train\?$",
         ),
         ("--config.train.size.width=3", r"as config\.train\.size is 'small': set that as a whole$"),
+        ("--config.xyzzy.quux=3", r"^config\.xyzzy\.quux is not a setting: there are config\.train$"),
         ("--config.train.epochs=many", "could not convert string to float: 'many'"),
         ("--config.train.steps=1.5", r"--config\.train\.steps=1\.5"),
         ("--config.train=3", "is not a dict"),

@@ -50,7 +50,7 @@ def test_train_then_evaluate(data_dir: Path, tmp_path: Path) -> None:
     [results] = (tmp_path / "runs" / "tiny" / "evaluations").iterdir()
     assert f"runs/tiny/evaluations/{results.name}" in printed
     assert (results / "page.html").exists()
-    assert "Trained 15 steps" in finish(start("train.py", *flags, "--workdir=runs/tiny", cwd=tmp_path))  # nothing left
+    assert "Trained 15 steps" in finish(start("train.py", "--workdir=runs/tiny", cwd=tmp_path))  # nothing left
 
 
 Evaluated = Callable[..., tuple[dict[str, Any], int, list[int]]]
@@ -179,6 +179,7 @@ def test_evaluation_follows_a_run_that_goes_on(data_dir: Path, tmp_path: Path) -
         ("train.py", ["--config=configs/gone.py"], "configs/gone.py"),
         ("train.py", ["--config=tests/tiny.py", "--config.data.data_dir=/nowhere"], "not prepared in /nowhere"),
         ("train.py", ["--config=tests/tiny.py", "--config.train.batch_size=6"], "multiple of the 4 devices"),
+        ("train.py", [], "holds no run to go on with: name by --config what to train there, such as coco_mlp, coco"),
         ("evaluate.py", ["--workdir=/nowhere"], "/nowhere holds no checkpoints"),
         ("evaluate.py", ["runs/x"], "unrecognized arguments: runs/x: the run's folder is --workdir=runs/x"),
         ("evaluate.py", ["--workdir=s3://bucket/run"], "s3://bucket/run: runs and their checkpoints lie on a disk"),
@@ -196,7 +197,7 @@ def test_mistakes(script: str, arguments: list[str], message: str, tmp_path: Pat
 def test_the_demo_learns_to_name_the_shapes(tmp_path: Path) -> None:
     """What `make demo` runs, at its full size: two thirds of its test scenes are combinations that were never seen."""
     environment = {name: value for name, value in ENVIRONMENT.items() if not name.startswith(("JAX_", "XLA_"))}
-    flags = [f"--workdir={tmp_path}", f"--config.data.data_dir={tmp_path}"]
+    flags = ["--config=shapes", f"--workdir={tmp_path}", f"--config.data.data_dir={tmp_path}"]
     finish(start("train.py", *flags, environment=environment), timeout=1200)
     flags = [f"--workdir={tmp_path}", f"--output={tmp_path / 'results'}"]
     finish(start("evaluate.py", *flags, environment=environment))

@@ -4,6 +4,7 @@ import argparse
 from typing import Any
 
 from clipcap_jax.commands.cli import add_cluster_options, refuse, start_processes
+from clipcap_jax.errors import UserError
 
 
 def add(commands: Any) -> None:
@@ -13,13 +14,13 @@ def add(commands: Any) -> None:
         help="train a captioner",
         description="Train a captioner, or go on where the run in its folder stopped.",
         epilog="Every setting of the config can be changed: --config.train.epochs=3. "
-        "Example: clipcap train --config=shapes --workdir=runs/shapes",
+        "Example: clipcap train --config=shapes --workdir=runs/shapes; to go on: clipcap train --workdir=runs/shapes",
     )
     train.set_defaults(run=_train, settings=True)
     train.add_argument(
         "--config",
-        default="shapes",
-        help="what to train, and how: a config by name, such as flickr8k or flickr8k:pixels, or a .py file [shapes]",
+        help="what to train, and how: a config by name, such as flickr8k or flickr8k:pixels, or a .py file [the one of "
+        "the run in --workdir; without that, shapes]",
     )
     train.add_argument("--workdir", help="the run's folder [runs/<name of the config>]")
     add_cluster_options(train)
@@ -30,17 +31,26 @@ def _train(arguments: argparse.Namespace) -> None:
 
     if unknown := [other for other in arguments.others if other[:1] == "-" and not config_files.is_setting(other)]:
         refuse(arguments, unknown)
-    values = config_files.read(arguments.config)
-    config_files.change(values, arguments.others)
+    if arguments.config is None and arguments.workdir is None:
+        arguments.config = "shapes"
+    if arguments.config is not None:
+        values = config_files.read(arguments.config)
+        config_files.change(values, arguments.others)
 
     from clipcap_jax import cluster, config, datasets  # which takes seconds
-    from clipcap_jax.checkpoints import store
+    from clipcap_jax.checkpoints import settings, store
     from clipcap_jax.training import loop
 
     console = start_processes(arguments)
-    settings = config.from_dict(values.to_dict())
     run = store.run_folder(arguments.workdir or f"runs/{config_files.name_of(arguments.config)}")
-    if settings.data.name == "shapes":  # drawn rather than downloaded, so nobody needs to ask for it
+    if arguments.config is None:
+        if (own := settings.read(run)) is None:
+            names = ", ".join(config_files.names())
+            raise UserError(f"{run} holds no run to go on with: name by --config what to train there, such as {names}")
+        values = config_files.as_read(own)
+        config_files.change(values, arguments.others)
+    chosen = config.from_dict(values.to_dict())
+    if chosen.data.name == "shapes":  # drawn rather than downloaded, so nobody needs to ask for it
         with cluster.in_turn():
-            console.print(datasets.prepare_shapes(settings.data.data_dir))
-    loop.train(settings, run, console)
+            console.print(datasets.prepare_shapes(chosen.data.data_dir))
+    loop.train(chosen, run, console)
