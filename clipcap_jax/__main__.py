@@ -6,7 +6,7 @@ import sys
 
 from absl import logging
 
-from clipcap_jax.commands import caption, cli, convert, data, evaluate, score, train
+from clipcap_jax.commands import caption, cli, convert, data, doctor, evaluate, info, score, train
 
 
 def main(*verb: str) -> None:
@@ -18,7 +18,7 @@ def main(*verb: str) -> None:
     )
     parser.add_argument("--version", action="version", version=importlib.metadata.version("clipcap_jax"))
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for module in (data, train, evaluate, caption, score, convert):
+    for module in (data, train, evaluate, caption, info, score, convert, doctor):
         module.add(commands)
     for command in commands.choices.values():
         _name_itself(command)
