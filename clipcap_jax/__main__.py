@@ -8,21 +8,25 @@ from absl import logging
 
 from clipcap_jax.commands import caption, cli, convert, data, doctor, evaluate, info, score, train
 
+# One for each verb, which its --help shows.
+EXAMPLES = {
+    "prepare": "clipcap prepare records --name mine --images photos/ --captions captions.jsonl",
+    "embed": "clipcap embed coco --clip timm/resnet50x4_clip.openai",
+    "train": "clipcap train --config flickr8k:pixels --workdir runs/mine --config.train.epochs=3",
+    "evaluate": "clipcap evaluate --workdir runs/mine --split test",
+    "caption": "clipcap caption runs/mine photos/ --output captions.jsonl",
+    "info": "clipcap info runs/mine --json",
+    "score": "clipcap score captions.json references.json --output page.html --images photos/",
+    "submit": "clipcap submit nocaps --test captions.json nocaps_test_image_info.json --output results.json",
+    "convert": "clipcap convert to-gpt2 runs/mine gpt2-mine/",
+    "doctor": "clipcap doctor",
+}
+
 
 def main(*verb: str) -> None:
     """Run it; `verb`: the first of its arguments, where the command line has the others alone."""
     logging.set_verbosity(logging.ERROR)  # Orbax tells every step of a save and a restore
-    parser = argparse.ArgumentParser(
-        prog="clipcap",
-        description="Train and evaluate captioners; caption pictures; prepare data sets; score captions.",
-    )
-    parser.add_argument("--version", action="version", version=importlib.metadata.version("clipcap_jax"))
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for module in (data, train, evaluate, caption, info, score, convert, doctor):
-        module.add(commands)
-    for command in commands.choices.values():
-        _name_itself(command)
-    given = [*verb, *sys.argv[1:]]
+    parser, given = make_parser(), [*verb, *sys.argv[1:]]
     if not given:
         parser.print_help()
         return
@@ -31,6 +35,23 @@ def main(*verb: str) -> None:
     if others and not getattr(arguments, "beam", getattr(arguments, "settings", False)):
         cli.refuse(arguments, others)
     cli.run_script(lambda: arguments.run(arguments))
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """What reads its arguments."""
+    parser = argparse.ArgumentParser(
+        prog="clipcap",
+        description="Train and evaluate captioners; caption pictures; prepare data sets; score captions.",
+        epilog="It ends with 0; with 2 for a mistake, which it names; with 130 for Ctrl-C.",
+    )
+    parser.add_argument("--version", action="version", version=importlib.metadata.version("clipcap_jax"))
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for module in (data, train, evaluate, caption, info, score, convert, doctor):
+        module.add(commands)
+    for name, command in commands.choices.items():
+        command.epilog = f"Example: {EXAMPLES[name]}"
+        _name_itself(command)
+    return parser
 
 
 def _name_itself(command: argparse.ArgumentParser) -> None:

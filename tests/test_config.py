@@ -76,7 +76,7 @@ def documented() -> Iterator[Any]:
         for code in lines + spans:
             if "--config" not in code:  # it may be anything, and need not be quoted as shells want it
                 continue
-            if arguments := [word for word in shlex.split(code) if word.startswith("--config")]:
+            if arguments := [word for word in shlex.split(code) if re.match(r"--config[=.]", word)]:
                 yield pytest.param(arguments, id=f"{path.name}: {' '.join(arguments)}")
 
 

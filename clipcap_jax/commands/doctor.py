@@ -29,9 +29,7 @@ _EXTRAS = {
 
 def add(commands: Any) -> None:
     """Add it to the parser's commands."""
-    doctor = commands.add_parser(
-        "doctor", help="what this machine has, and what is missing", epilog="Example: clipcap doctor"
-    )
+    doctor = commands.add_parser("doctor", help="what this machine has, and what is missing")
     doctor.set_defaults(run=_doctor)
 
 

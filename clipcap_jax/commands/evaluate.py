@@ -31,11 +31,7 @@ _PATIENCE = 5.0
 
 def add(commands: Any) -> None:
     """Add it to the parser's commands."""
-    evaluate = commands.add_parser(
-        "evaluate",
-        help="caption a split of a data set by a run's checkpoint, and score it",
-        epilog="Example: clipcap evaluate --workdir=runs/shapes --split=test",
-    )
+    evaluate = commands.add_parser("evaluate", help="caption a split of a data set by a run's checkpoint, and score it")
     evaluate.set_defaults(run=_run)
     evaluate.add_argument("--workdir", default="runs/shapes", help="the run's folder [runs/shapes]")
     evaluate.add_argument(

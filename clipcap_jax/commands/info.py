@@ -13,9 +13,7 @@ from clipcap_jax.progress import screen
 
 def add(commands: Any) -> None:
     """Add it to the parser's commands."""
-    info = commands.add_parser(
-        "info", help="what a run's checkpoint is", epilog="Example: clipcap info runs/shapes --json"
-    )
+    info = commands.add_parser("info", help="what a run's checkpoint is")
     info.set_defaults(run=_info)
     info.add_argument("run_folder", help="the folder of a run")
     info.add_argument("--checkpoint", default="best", help='"best", "latest" or a step [best]')

@@ -12,9 +12,8 @@ def add(commands: Any) -> None:
     train = commands.add_parser(
         "train",
         help="train a captioner",
-        description="Train a captioner, or go on where the run in its folder stopped.",
-        epilog="Every setting of the config can be changed: --config.train.epochs=3. "
-        "Example: clipcap train --config=shapes --workdir=runs/shapes; to go on: clipcap train --workdir=runs/shapes",
+        description="Train a captioner, or go on where the run in its folder stopped. "
+        "Every setting of its config can be changed, as by --config.train.epochs=3.",
     )
     train.set_defaults(run=_train, settings=True)
     train.add_argument(
@@ -31,6 +30,8 @@ def _train(arguments: argparse.Namespace) -> None:
 
     if unknown := [other for other in arguments.others if other[:1] == "-" and not config_files.is_setting(other)]:
         refuse(arguments, unknown)
+    if arguments.workdir == "":
+        raise UserError("--workdir is empty: name the run's folder")
     if arguments.config is None and arguments.workdir is None:
         arguments.config = "shapes"
     if arguments.config is not None:

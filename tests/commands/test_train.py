@@ -57,5 +57,7 @@ def test_what_it_does_not_take(clipcap: Clipcap, capsys: pytest.CaptureFixture[s
     printed = capsys.readouterr().err
     assert printed.startswith("usage: clipcap train ")
     assert "unrecognized arguments: --wokdir=x" in printed
+    assert clipcap("train", "--workdir=") == 2
+    assert "--workdir is empty" in capsys.readouterr().err
     assert clipcap("train", "--config=shape") == 2
     assert "there is no config file shape; by their names there are coco_mlp, " in capsys.readouterr().err
