@@ -1,11 +1,14 @@
 """Files of pretrained models: on this machine, or on the Hugging Face hub."""
 
 import contextlib
+import functools
+import threading
 from pathlib import Path
 
 from clipcap_jax.errors import UserError
 
 CONFIG_FILES = ("config.json", "open_clip_config.json")
+_PATIENCE = 4.0  # seconds that the hub has to answer in
 
 
 def locate(source: str, files: tuple[str, ...]) -> Path:
@@ -34,6 +37,29 @@ def locate(source: str, files: tuple[str, ...]) -> Path:
     return _download(source, files)
 
 
+@functools.cache
+def unreachable() -> str:
+    """Why the hub cannot be reached, asked once for all; "": it can be.
+
+    Its client tries for minutes, and warns at every try, where the files are not in its cache.
+    """
+    from huggingface_hub import constants, get_session
+
+    reasons = [f"no answer within {_PATIENCE:.0f} seconds"]
+
+    def ask() -> None:
+        try:
+            get_session().head(constants.ENDPOINT, timeout=_PATIENCE)
+            reasons[0] = ""
+        except Exception as error:  # in as many types as there are layers
+            reasons[0] = str(error).partition("\n")[0] or type(error).__name__
+
+    asking = threading.Thread(target=ask, daemon=True)  # as nothing ends the look-up of a name
+    asking.start()
+    asking.join(_PATIENCE)
+    return reasons[0]
+
+
 def _download(source: str, files: tuple[str, ...]) -> Path:
     from huggingface_hub.errors import HFValidationError, RemoteEntryNotFoundError
 
@@ -44,9 +70,10 @@ def _download(source: str, files: tuple[str, ...]) -> Path:
     except RemoteEntryNotFoundError as error:
         raise UserError(f"{source} on the Hugging Face hub holds none of {', '.join(files)}") from error
     except Exception as error:  # of the network, in as many types as there are layers
+        reason = unreachable() or str(error).partition("\n")[0]
         raise UserError(
-            f"there is no file or folder {source!r}, and the Hugging Face hub did not give it: "
-            f"{str(error).partition(chr(10))[0]}\nOffline, name a file or a folder."
+            f"there is no file or folder {source!r}, and the Hugging Face hub did not give it: {reason}\n"
+            "Offline, name a file or a folder."
         ) from error
 
 
@@ -55,9 +82,11 @@ def _download_first(source: str, files: tuple[str, ...]) -> Path:
     from huggingface_hub.errors import EntryNotFoundError, RemoteEntryNotFoundError
 
     name, _, revision = source.partition("@")
+    cached = bool(unreachable())
+    fetch = functools.partial(hf_hub_download, local_files_only=cached)
     for file in files:
         try:
-            path = Path(hf_hub_download(name, file, revision=revision or None))
+            path = Path(fetch(name, file, revision=revision or None))
         except EntryNotFoundError:  # in the repository or, offline, in the cache
             if file == files[-1]:
                 raise
@@ -65,10 +94,10 @@ def _download_first(source: str, files: tuple[str, ...]) -> Path:
         break
     for file in CONFIG_FILES:
         with contextlib.suppress(RemoteEntryNotFoundError):  # but one that cannot be had is an error
-            hf_hub_download(name, file, revision=commit(path))
+            fetch(name, file, revision=commit(path))
     if path.name.endswith(".index.json"):
         shards = path.name.removesuffix(".index.json").replace(".", "-*.")
-        snapshot_download(name, revision=commit(path), allow_patterns=[shards])
+        snapshot_download(name, revision=commit(path), allow_patterns=[shards], local_files_only=cached)
     return path
 
 

@@ -3,15 +3,14 @@ import functools
 import math
 import re
 import shlex
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
+from clipcap_jax import config_files
 from clipcap_jax.config import PRESETS, Config, from_dict
 from clipcap_jax.errors import UserError
 from clipcap_jax.models import clip_resnet, clip_vit, gpt2
@@ -26,14 +25,11 @@ EMBEDDINGS, PIXELS = "configs/flickr8k.py", "configs/flickr8k.py:pixels"
 
 
 def load(*arguments: str) -> ConfigDict:
-    """The config as `train.py` gets it from its command line."""
-    command = ["train.py", *(argument.replace("--config=", f"--config={ROOT}/") for argument in arguments)]
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=command)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", r"the load_module\(\) method is deprecated")  # ml_collections calls it
-        values(command)
-    return values.config
+    """The config as `clipcap train` makes it of its arguments."""
+    whole = [argument.removeprefix("--config=") for argument in arguments if argument.startswith("--config=")]
+    values = config_files.read(str(ROOT / whole[0]) if whole[0].startswith("configs/") else whole[0])
+    config_files.change(values, [argument for argument in arguments if not argument.startswith("--config=")])
+    return values
 
 
 def changed(name: str, changes: dict[str, Any]) -> Config:
@@ -80,7 +76,7 @@ def documented() -> Iterator[Any]:
         for code in lines + spans:
             if "--config" not in code:  # it may be anything, and need not be quoted as shells want it
                 continue
-            if arguments := [word for word in shlex.split(code) if word.startswith("--config")]:
+            if arguments := [word for word in shlex.split(code) if re.match(r"--config[=.]", word)]:
                 yield pytest.param(arguments, id=f"{path.name}: {' '.join(arguments)}")
 
 

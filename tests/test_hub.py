@@ -1,4 +1,6 @@
 import os
+import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -81,6 +83,22 @@ def test_what_the_hubs_cache_does_not_hold(tmp_path: Path) -> None:
     assert "there is no file or folder 'runs/no such folder', and it is no name on the Hugging Face hub" in said
 
 
+@pytest.mark.parametrize("server", ["refuses", "is silent"])
+def test_a_hub_that_cannot_be_reached_is_not_waited_for(tmp_path: Path, server: str) -> None:
+    with socket.create_server(("localhost", 0)) as listening:
+        endpoint = f"http://localhost:{listening.getsockname()[1]}"
+        if server == "refuses":
+            listening.close()
+        places = {"HF_ENDPOINT": endpoint, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "0"}
+        command = [sys.executable, "-c", "from clipcap_jax import hub; hub._PATIENCE = 1.0;" + OFFLINE, "gpt2"]
+        environment = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
+        run = subprocess.run(command, capture_output=True, text=True, env=environment | places, check=True, timeout=60)
+    reason = "Connection refused" if server == "refuses" else "(timed out|no answer within 1 seconds)"
+    message = f"there is no file or folder 'gpt2', and the Hugging Face hub did not give it: .*{reason}\n"
+    assert re.fullmatch(message + r"Offline, name a file or a folder\.\n", run.stdout)
+    assert not run.stderr  # of retries, above all
+
+
 @pytest.mark.parametrize("asked", ["", "v1"])
 def test_what_belongs_to_weights_is_of_their_commit(
     asked: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -90,13 +108,14 @@ def test_what_belongs_to_weights_is_of_their_commit(
     snapshot = tmp_path / "snapshots" / commit
     fetched: dict[str, Any] = {}
 
-    def fetch(name: str, file: str, *, revision: str | None) -> str:
+    def fetch(name: str, file: str, *, revision: str | None, local_files_only: bool) -> str:
         fetched[file] = revision
         return str(snapshot / file)
 
-    def fetch_all(name: str, *, revision: str, allow_patterns: list[str]) -> None:
+    def fetch_all(name: str, *, revision: str, allow_patterns: list[str], local_files_only: bool) -> None:
         fetched[allow_patterns[0]] = revision
 
+    monkeypatch.setattr(hub, "unreachable", lambda: "")
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetch)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch_all)
     index = "model.safetensors.index.json"

@@ -81,7 +81,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(run: Path, undisturbed: Path, data_di
         assert_same(saved(run, step), saved(undisturbed, step))
     assert logged(run) == logged(undisturbed)
     assert len(names(run / "tensorboard")) == 2
-    assert names(run) == {"checkpoints", "frozen", "metrics.jsonl", "tensorboard"}  # no lock
+    assert names(run) == {"checkpoints", "config.json", "frozen", "metrics.jsonl", "tensorboard"}  # no lock
     assert f"Trained {STEPS} steps" in train(run, config)  # nothing left to do
     assert {*Captioner.load(run).params} == {"mapper", "gpt2"}
 

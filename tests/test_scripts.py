@@ -1,27 +1,22 @@
-"""`train.py` and `evaluate.py`, as the processes that a user starts."""
+"""`train.py` and `evaluate.py`, as a user starts them; `clipcap train` and `clipcap evaluate` are the same."""
 
-import functools
-import importlib.util
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import pytest
-from absl import flags
-from absl.testing import flagsaver
 from clip_files import write_clip
-from tiny import ENCODER, Source
+from tiny import ENCODER, Clipcap, Source
 
 from clipcap_jax.captioning.captioner import BatchCaptioner
 from clipcap_jax.datasets import RecordsSource, prepare_records
-from clipcap_jax.errors import UserError
 from clipcap_jax.evaluation import evaluate
 from clipcap_jax.metrics import SpiceConfig, unavailable
 
@@ -55,21 +50,15 @@ def test_train_then_evaluate(data_dir: Path, tmp_path: Path) -> None:
     [results] = (tmp_path / "runs" / "tiny" / "evaluations").iterdir()
     assert f"runs/tiny/evaluations/{results.name}" in printed
     assert (results / "page.html").exists()
-    assert "Trained 15 steps" in finish(start("train.py", *flags, "--workdir=runs/tiny", cwd=tmp_path))  # nothing left
+    assert "Trained 15 steps" in finish(start("train.py", "--workdir=runs/tiny", cwd=tmp_path))  # nothing left
 
 
-@functools.cache
-def evaluate_script() -> Any:
-    """As a module, of which there can be one: it defines its flags when it is loaded."""
-    spec = importlib.util.spec_from_file_location("evaluate_script", ROOT / "evaluate.py")
-    assert spec
-    assert spec.loader
-    spec.loader.exec_module(script := importlib.util.module_from_spec(spec))
-    return script
+Evaluated = Callable[..., tuple[dict[str, Any], int, list[int]]]
 
 
-def evaluated(*arguments: str) -> tuple[dict[str, Any], int, list[int]]:
-    """What `evaluate.py` writes: scores.json and how many captions. And how many pictures it captions at a time."""
+@pytest.fixture
+def evaluated(clipcap: Clipcap, monkeypatch: pytest.MonkeyPatch) -> Evaluated:
+    """What `clipcap evaluate` writes: scores.json and how many captions; how many pictures it captions at a time."""
     folders, sizes = [], []
     write, caption = evaluate.write, BatchCaptioner.__call__
 
@@ -81,18 +70,18 @@ def evaluated(*arguments: str) -> tuple[dict[str, Any], int, list[int]]:
         sizes.append(len(inputs))
         return caption(self, params, inputs)
 
-    script = evaluate_script()
-    script._clip.cache_clear()
-    with (
-        flagsaver.flagsaver(),
-        mock.patch.object(evaluate, "write", write_noted),
-        mock.patch.object(BatchCaptioner, "__call__", caption_noted),
-    ):
-        flags.FLAGS(["evaluate.py", *arguments])
-        script.main([])
-    [folder] = folders
-    scores = json.loads((folder / "scores.json").read_text())
-    return {**scores, "folder": str(folder)}, len(json.loads((folder / "captions.json").read_text())), sizes
+    monkeypatch.setattr(evaluate, "write", write_noted)
+    monkeypatch.setattr(BatchCaptioner, "__call__", caption_noted)
+
+    def evaluated(*arguments: str) -> tuple[dict[str, Any], int, list[int]]:
+        folders.clear()
+        sizes.clear()
+        assert clipcap("evaluate", *arguments) == 0
+        [folder] = folders
+        scores = json.loads((folder / "scores.json").read_text())
+        return {**scores, "folder": str(folder)}, len(json.loads((folder / "captions.json").read_text())), list(sizes)
+
+    return evaluated
 
 
 @pytest.fixture
@@ -103,7 +92,9 @@ def run(embeddings_run: Path, tmp_path: Path) -> Path:
     return run
 
 
-def test_an_evaluation_as_the_run_was_configured(run: Path) -> None:
+def test_an_evaluation_as_the_run_was_configured(
+    run: Path, clipcap: Clipcap, evaluated: Evaluated, capsys: pytest.CaptureFixture[str]
+) -> None:
     scores, captions, sizes = evaluated(f"--workdir={run}")
     assert scores["folder"] == f"{run}/evaluations/records-both-test-100-beam1"
     assert scores["details"]["checkpoint"] == "step 100"
@@ -114,14 +105,14 @@ def test_an_evaluation_as_the_run_was_configured(run: Path) -> None:
 
     path = Path(scores["folder"]) / "scores.json"
     path.write_text("{}")
-    with pytest.raises(UserError, match=f"{path.parent} holds results: name another folder by --output, or replace"):
-        evaluated(f"--workdir={run}", "--nometeor")
+    assert clipcap("evaluate", f"--workdir={run}", "--nometeor") == 2
+    assert f"{path.parent} holds results: name another folder by --output, or replace" in capsys.readouterr().err
     assert path.read_text() == "{}"
     scores, *_ = evaluated(f"--workdir={run}", "--nometeor", "--overwrite")
     assert scores["not_computed"]["METEOR"] == "not asked for"
 
 
-def test_every_flag_of_an_evaluation(run: Path, source: Source, tmp_path: Path) -> None:
+def test_every_option_of_an_evaluation(run: Path, evaluated: Evaluated, source: Source, tmp_path: Path) -> None:
     """Changes something that is seen."""
     captions, pictures, embeddings = map(str, (source.captions, source.pictures, source.embeddings))
     other = RecordsSource("other", captions, images=pictures, embeddings=embeddings, encoder=ENCODER)
@@ -182,21 +173,22 @@ def test_evaluation_follows_a_run_that_goes_on(data_dir: Path, tmp_path: Path) -
         (
             "train.py",
             ["--config=tests/tiny.py", "--config.train.epoch=3"],
-            "no setting 'epoch'\nDid you mean \"epochs\"",
+            "Error: config.train.epoch is not a setting: did you mean config.train.epochs?\n",
         ),
         ("train.py", ["--config=tests/tiny.py", "--config.train.epochs=many"], "many"),
         ("train.py", ["--config=configs/gone.py"], "configs/gone.py"),
         ("train.py", ["--config=tests/tiny.py", "--config.data.data_dir=/nowhere"], "not prepared in /nowhere"),
         ("train.py", ["--config=tests/tiny.py", "--config.train.batch_size=6"], "multiple of the 4 devices"),
+        ("train.py", [], "holds no run to go on with: name by --config what to train there, such as coco_mlp, coco"),
         ("evaluate.py", ["--workdir=/nowhere"], "/nowhere holds no checkpoints"),
-        ("evaluate.py", ["runs/x"], "runs/x: only flags are taken, such as --workdir=runs/x"),
+        ("evaluate.py", ["runs/x"], "unrecognized arguments: runs/x: the run's folder is --workdir=runs/x"),
         ("evaluate.py", ["--workdir=s3://bucket/run"], "s3://bucket/run: runs and their checkpoints lie on a disk"),
     ],
 )
 def test_mistakes(script: str, arguments: list[str], message: str, tmp_path: Path) -> None:
     process = start(script, *arguments, *([f"--workdir={tmp_path}"] if script == "train.py" else []))
     out, err = process.communicate(timeout=300)
-    assert process.returncode != 0
+    assert process.returncode == 2
     assert message in out + err
     assert "Traceback" not in out + err
 
@@ -205,7 +197,7 @@ def test_mistakes(script: str, arguments: list[str], message: str, tmp_path: Pat
 def test_the_demo_learns_to_name_the_shapes(tmp_path: Path) -> None:
     """What `make demo` runs, at its full size: two thirds of its test scenes are combinations that were never seen."""
     environment = {name: value for name, value in ENVIRONMENT.items() if not name.startswith(("JAX_", "XLA_"))}
-    flags = [f"--workdir={tmp_path}", f"--config.data.data_dir={tmp_path}"]
+    flags = ["--config=shapes", f"--workdir={tmp_path}", f"--config.data.data_dir={tmp_path}"]
     finish(start("train.py", *flags, environment=environment), timeout=1200)
     flags = [f"--workdir={tmp_path}", f"--output={tmp_path / 'results'}"]
     finish(start("evaluate.py", *flags, environment=environment))

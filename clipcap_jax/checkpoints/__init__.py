@@ -1,3 +1,3 @@
 """Orbax checkpoints of runs."""
 
-__all__ = ["metadata", "store"]
+__all__ = ["metadata", "settings", "store"]

@@ -57,13 +57,7 @@ class Metadata:
 
     @classmethod
     def from_dict(cls, stored: dict[str, Any]) -> "Metadata":
-        stored = _upgraded(stored)
-        version = stored.get("format_version", "of another program")
-        if version != FORMAT_VERSION:
-            raise UserError(
-                f"the checkpoint has format {version}, and this clipcap_jax reads format {FORMAT_VERSION}: "
-                "install the version of clipcap_jax that wrote it"
-            )
+        stored = upgraded(stored)
         return cls(
             config=config_lib.from_dict(stored["config"]),
             tokenizer=Tokenizer.from_dict(stored["tokenizer"]),
@@ -72,8 +66,12 @@ class Metadata:
         )
 
 
-def _upgraded(stored: dict[str, Any]) -> dict[str, Any]:
-    """Metadata of an older format, with what was the only way then for each setting that has come since."""
+def upgraded(stored: dict[str, Any]) -> dict[str, Any]:
+    """Metadata of an older format, with what was the only way then for each setting that has come since.
+
+    Raises:
+      UserError: they have a format that is not known.
+    """
     stored = copy.deepcopy(stored)
     for version, settings in _SINCE.items():
         if stored.get("format_version") == version - 1:
@@ -84,4 +82,10 @@ def _upgraded(stored: dict[str, Any]) -> dict[str, Any]:
                     part = part[key]
                 part[last] = value
             stored["format_version"] = version
+    version = stored.get("format_version", "of another program")
+    if version != FORMAT_VERSION:
+        raise UserError(
+            f"the checkpoint has format {version}, and this clipcap_jax reads format {FORMAT_VERSION}: "
+            "install the version of clipcap_jax that wrote it"
+        )
     return stored

@@ -341,10 +341,18 @@ class Checkpoints:
 
     def is_last(self, step: int) -> bool:
         """Whether training ended with `step`."""
+        return step == self.total(step)
+
+    def total(self, step: int) -> int:
+        """How many steps the run of `step` has in the end; 0 of converted weights."""
         if step == 0:
-            return True  # converted weights
-        position = self._restore(step, position=ocp.args.JsonRestore())["position"]
-        return bool(position["step"] == position["total"])
+            return 0
+        return int(self._restore(step, position=ocp.args.JsonRestore())["position"]["total"])
+
+    def scores(self, step: int) -> dict[str, float]:
+        """Of the validation at `step`; none if there was none."""
+        with self._intact(step):
+            return dict(self._manager.metrics(step) or {})
 
     def params(self, step: int) -> dict[str, Any]:
         """The parameters of `step`, frozen parts included, as NumPy arrays.

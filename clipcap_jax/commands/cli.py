@@ -1,4 +1,4 @@
-"""What the `clipcap` command and the two scripts share."""
+"""What the verbs of the `clipcap` command share."""
 
 import argparse
 import contextlib
@@ -7,11 +7,9 @@ import io
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NoReturn
 
-from absl import app, flags, logging
 from rich.console import Console
 from rich.text import Text
 
@@ -28,18 +26,22 @@ _CLUSTER: list[tuple[str, Any, str]] = [
 ]
 
 
-def define_cluster_flags() -> None:
-    """For a script with absl's flags: those of `start_processes`."""
-    for name, default, text in _CLUSTER:
-        define: Any = flags.DEFINE_string if isinstance(default, str) else flags.DEFINE_integer
-        define(name, default, text)
+def spellings(name: str) -> list[str]:
+    """An option's: as commands have them, and with _ as the scripts have always had them."""
+    return sorted({f"--{name.replace('_', '-')}", f"--{name}"})
+
+
+def refuse(arguments: argparse.Namespace, others: Sequence[str]) -> NoReturn:
+    """End the program, with how its command is called, as that does not take these."""
+    parser: argparse.ArgumentParser = arguments.parser
+    hint = f": the run's folder is --workdir={others[0]}" if "workdir" in arguments and others[0][:1] != "-" else ""
+    parser.error(f"unrecognized arguments: {' '.join(others)}{hint}")
 
 
 def add_cluster_options(command: argparse.ArgumentParser) -> None:
     """For a command of `clipcap`: the options of `start_processes`."""
     for name, default, text in _CLUSTER:
-        names = {f"--{name.replace('_', '-')}", f"--{name}"}  # as all options of commands, and as the scripts' flags
-        command.add_argument(*sorted(names), type=type(default), default=default, help=text)
+        command.add_argument(*spellings(name), type=type(default), default=default, help=text)
 
 
 def add_overwrite_option(command: argparse.ArgumentParser) -> None:
@@ -100,7 +102,7 @@ def _outputs() -> Iterator[None]:
             stream.reconfigure(errors="backslashreplace")
     try:
         yield
-    except SystemExit as ended:  # as absl ends every script
+    except SystemExit as ended:
         if ended.code:
             raise
     for name, output in outputs.items():
@@ -137,40 +139,11 @@ def _others() -> Iterator[None]:
         ended = error
     cluster = sys.modules.get("clipcap_jax.cluster")  # to import it takes seconds
     if cluster and cluster.joined():
-        if isinstance(ended, SystemExit) and not ended.code:  # as absl ends every script
+        if isinstance(ended, SystemExit) and not ended.code:
             cluster.leave()
         else:
             cluster.fail(ended)
     raise ended
-
-
-def run_flags_script(main: Callable[[list[str]], None]) -> None:
-    """Run a program that has absl flags, `ml_collections` configs among them, as `run_script` does."""
-
-    def parse(arguments: list[str]) -> list[str]:
-        for argument in arguments:  # ml_collections tells what is wrong with one too late, and at length
-            name, _, value = argument.partition("=")
-            if name.lstrip("-") == "config" and value and not Path(value.split(":")[0]).is_file():
-                raise UserError(f"there is no config file {value.split(':')[0]}")
-        try:
-            _, *others = parsed = flags.FLAGS(arguments)
-            if others:
-                raise UserError(f"{' '.join(others)}: only flags are taken, such as --workdir={others[0]}")
-            return parsed
-        except flags.Error as error:
-            raise UserError(str(error)) from error
-        except ValueError as error:
-            if not str(error).startswith("Override "):
-                raise
-            raise UserError(str(error)) from error
-        except AttributeError as error:
-            # A setting that does not exist; ml_collections' own message is in the KeyError that it wraps.
-            if not (error.args and isinstance(error.args[0], KeyError)):
-                raise  # from the user's config file, whose line the traceback shows
-            raise UserError(f"the config has no setting {error.args[0].args[0]}") from error
-
-    logging.set_verbosity(logging.ERROR)  # Orbax tells every step of a save and a restore
-    run_script(lambda: app.run(main, flags_parser=parse))
 
 
 def positive(text: str) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from clipcap_jax import hub
 from clipcap_jax.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -195,22 +196,25 @@ class Tokenizer:
     def _from_hub(cls, name: str) -> "Tokenizer":
         repository, _, revision = name.partition("@")
         try:
-            return cls._from_pretrained(repository, revision or "main")
+            return cls._from_pretrained(repository, revision or "main", cached=bool(hub.unreachable()))
         except UserError:
             raise
         except Exception as error:  # of the network, of tokenizers, and of packages that a tokenizer asks for
+            reason = f"{lost}." if (lost := hub.unreachable()) else _reason(error)
             raise UserError(
                 f"there is no folder {name!r}, and the Hugging Face hub gave no tokenizer of that name: "
-                f"{_reason(error)} Offline, name a folder with the tokenizer's files."
+                f"{reason} Offline, name a folder with the tokenizer's files."
             ) from error
 
     @classmethod
-    def _from_pretrained(cls, source: str, revision: str = "main") -> "Tokenizer":
+    def _from_pretrained(cls, source: str, revision: str = "main", *, cached: bool = False) -> "Tokenizer":
         from transformers import AutoTokenizer  # takes seconds to import, and most runs do not need it
 
         # No code of the folder's or the repository's is run, nor is anybody asked whether it should be.
         try:
-            pretrained = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
+            pretrained = AutoTokenizer.from_pretrained(
+                source, revision=revision, trust_remote_code=False, local_files_only=cached
+            )
         except ValueError as error:
             if "custom code" not in str(error):
                 raise

@@ -9,33 +9,37 @@ from typing import Any
 from rich.console import Console
 
 from clipcap_jax import cluster, parallel, signals
-from clipcap_jax.checkpoints.store import Checkpoints
+from clipcap_jax.checkpoints import settings
+from clipcap_jax.checkpoints.store import Checkpoints, run_folder
 from clipcap_jax.config import Config
 from clipcap_jax.datasets.schema import open_builder, open_split
 from clipcap_jax.errors import UserError
 from clipcap_jax.inputs.batches import Batch, training_batches
+from clipcap_jax.progress import screen
 from clipcap_jax.training.alone import Hold, alone
 from clipcap_jax.training.logs import Monitor, NoLog, open_log
 from clipcap_jax.training.run import Run, open_run
 from clipcap_jax.training.step import Params, TrainState, make_step
 
 
-def train(config: Config, folder: Path, console: Console) -> None:
+def train(config: Config, folder: str | Path, console: Console | None = None) -> None:
     """Train a captioner, or go on where the run stopped.
 
-    Writes checkpoints, `metrics.jsonl` and TensorBoard's files to `folder`. SIGINT, SIGTERM and SIGHUP stop it after
-    the step that is under way, with a checkpoint. The same call then goes on and ends with the parameters it would have
-    had without the stop: bit by bit where the hardware computes the same twice, as CPUs and TPUs do; a GPU needs
-    `XLA_FLAGS=--xla_gpu_deterministic_ops=true` for that.
+    Writes `config.json`, checkpoints, `metrics.jsonl` and TensorBoard's files to `folder`. SIGINT, SIGTERM and SIGHUP
+    stop it after the step that is under way, with a checkpoint. The same call then goes on and ends with the parameters
+    it would have had without the stop: bit by bit where the hardware computes the same twice, as CPUs and TPUs do; a
+    GPU needs `XLA_FLAGS=--xla_gpu_deterministic_ops=true` for that.
 
     Args:
       config: everything about the run.
       folder: the run's, on a disk or on gs:// (see `store.run_folder`).
-      console: where progress is shown, as `progress.screen` makes one: another may take captions for markup.
+      console: where progress is shown, as `progress.screen` makes one, as another may take captions for markup; None:
+        such a one.
 
     Raises:
       UserError: for anything the user can mend, such as a missing data set or a loss that is not finite.
     """
+    folder, console = run_folder(folder), console or screen()
     parallel.check_batch_size(config.train.batch_size, "config.train.batch_size", config.train.accumulation)
     # Before the run's folder is made, and data are unpacked: they may not be there.
     open_split(config.data.name, "train", config.data.data_dir)
@@ -52,6 +56,8 @@ def train(config: Config, folder: Path, console: Console) -> None:
         checkpoints = stack.enter_context(contextlib.closing(Checkpoints(folder, keep=config.checkpoint.keep)))
         stack.enter_context(cluster.together())
         run, state = open_run(config, folder, checkpoints, console)
+        if cluster.is_main():
+            settings.write(folder, config)
         done = _take_steps(run, state, folder, checkpoints, hold, console)
         checkpoints.wait()
     if done < run.total:

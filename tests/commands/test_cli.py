@@ -2,6 +2,7 @@ import csv
 import dataclasses
 import json
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import pytest
 from tiny import SPLITS, Clipcap, Source
 
 from clipcap_jax import datasets
+from clipcap_jax.__main__ import EXAMPLES, make_parser
 from clipcap_jax.captioning.captioner import Caption, Captioner
 from clipcap_jax.commands import caption, cli
 from clipcap_jax.datasets import open_split
@@ -284,3 +286,36 @@ def test_the_command_itself_imports_nothing_slow() -> None:
     code = "import sys, clipcap_jax.__main__; print({'jax', 'tensorflow_datasets'} & sys.modules.keys())"
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert printed.strip() == "set()"
+
+
+def test_every_verb_has_an_example_that_it_takes(clipcap: Clipcap, capsys: pytest.CaptureFixture[str]) -> None:
+    for verb, example in EXAMPLES.items():
+        program, *arguments = shlex.split(example)
+        assert (program, arguments[0]) == ("clipcap", verb)
+        _, others = make_parser().parse_known_args(arguments)
+        assert all(argument.startswith("--config.") for argument in others)
+        assert clipcap(verb, "--help") == 0
+        assert f"Example: {example}" in capsys.readouterr().out
+
+
+def test_alone_it_shows_how_it_is_called(clipcap: Clipcap, capsys: pytest.CaptureFixture[str]) -> None:
+    assert clipcap() == 0
+    printed = capsys.readouterr().out
+    assert all(f"\n    {verb} " in printed for verb in EXAMPLES)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "usage"),
+    [
+        (("caption", "run", "a.png", "--beam_sise", "3"), "usage: clipcap caption "),
+        (("prepare", "shapes", "--beam-size", "3"), "usage: clipcap prepare shapes "),
+        (("evaluate", "--workdir=x", "--beam_sise=3"), "usage: clipcap evaluate "),
+    ],
+)
+def test_a_slip_shows_how_its_verb_is_called(
+    clipcap: Clipcap, arguments: tuple[str, ...], usage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert clipcap(*arguments) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith(usage)
+    assert "unrecognized arguments: --beam" in printed
