@@ -19,7 +19,7 @@ from absl.testing import flagsaver
 from clip_files import write_clip
 from tiny import ENCODER, Source
 
-from clipcap_jax.captioning.captioner import BatchCaptioner
+from clipcap_jax.captioning.batches import BatchCaptioner
 from clipcap_jax.datasets import RecordsSource, prepare_records
 from clipcap_jax.errors import UserError
 from clipcap_jax.evaluation import evaluate
