@@ -1,5 +1,6 @@
 import dataclasses
 import errno
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -235,3 +236,28 @@ def test_a_damaged_checkpoint_is_passed_over(
     assert f"The one of step {used} is tried." in warning
     with pytest.raises(UserError, match=f"checkpoints/{latest} is gone or not whole"):
         Captioner.load(run, str(latest))
+
+
+def test_the_documentation(
+    pixels_run: Path, embeddings_run: Path, source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every piece of code in docs/python.md, one after the other."""
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "shapes").symlink_to(pixels_run)
+    (tmp_path / "runs" / "flickr8k-mlp").symlink_to(embeddings_run)
+    (tmp_path / "photos").mkdir()
+    shutil.copy(source.pictures / "00.png", tmp_path / "one.png")
+    shutil.copy(source.pictures / "01.png", tmp_path / "photos" / "two.png")
+    (tmp_path / "photos" / "broken.png").write_bytes(b"")
+    shutil.copy(source.embeddings, tmp_path / "embeddings.npy")
+    page = (Path(__file__).parents[2] / "docs" / "python.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 6
+    monkeypatch.chdir(tmp_path)
+    told: list[str] = []
+    names: dict[str, Any] = {"print": lambda *parts: told.append(" ".join(map(str, parts)))}
+    exec("".join(blocks), names)
+    assert "photos/broken.png: The image is empty: 0 bytes." in told
+    best = [line for line in told if re.fullmatch(r"-?[\d.e-]+ .+", line)]
+    assert len(best) == 5
+    assert best[0].endswith(told[0])

@@ -85,7 +85,10 @@ def test_captions_are_drawn_by_their_probability(sampling: Sampling) -> None:
     pairs = np.array([[a, b] for a in range(VOCAB_SIZE) for b in range(VOCAB_SIZE)], np.int32)
     logits = np.asarray(MODEL.apply({"params": params}, np.repeat(embeddings[:1], len(pairs), axis=0), pairs))
     expected = np.array(
-        [by_hand(logit[0], sampling)[a] * by_hand(logit[1], sampling)[b] for logit, (a, b) in zip(logits, pairs)]
+        [
+            by_hand(logit[0], sampling)[a] * by_hand(logit[1], sampling)[b]
+            for logit, (a, b) in zip(logits, pairs, strict=True)
+        ]
     )
     for drawn in (found.tokens.reshape(-1, 2), found.tokens[:, -1]):
         counts = np.bincount(np.asarray(drawn) @ [VOCAB_SIZE, 1], minlength=len(pairs))

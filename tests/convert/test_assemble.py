@@ -123,9 +123,8 @@ def test_one_command_captions_pictures(
     assert [Path(row["image"]) for row in direct] == pictures
     assert all(row["caption"] for row in direct)
 
-    names = {"published": "coco-mlp", "clip": str(tower), "tokenizer": str(tokenizer)}
-    number_of_heads = heads(original)
-    captioner = Captioner.load(model, **names, **number_of_heads)
+    said: Any = {"published": "coco-mlp", "clip": str(tower), "tokenizer": str(tokenizer), **heads(original)}
+    captioner = Captioner.load(model, **said)
     assert [caption.text for caption in captioner.caption(pictures)] == [row["caption"] for row in direct]
 
     folder, anew = tmp_path / "run", ("--output", output, "--overwrite")
