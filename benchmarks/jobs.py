@@ -247,8 +247,8 @@ def make(bench: Bench, _: Any) -> None:
     lines = [{"image_id": str(number), "caption": CAPTION, "split": "train"} for number in range(PAIRS)]
     table.write_text("".join(json.dumps(line) + "\n" for line in lines))
     np.save(folder / "embeddings.npy", programs.random_embeddings(PAIRS))
-    embeddings = {"embeddings": str(folder / "embeddings.npy"), "encoder": "none"}
-    prepare_records(RecordsSource("bench", str(table), **embeddings), str(folder / "data"))
+    source = RecordsSource("bench", str(table), embeddings=str(folder / "embeddings.npy"), encoder="none")
+    prepare_records(source, str(folder / "data"))
 
 
 def metadata(bench: Bench, model: ClipCap) -> Metadata:
@@ -263,7 +263,7 @@ def metadata(bench: Bench, model: ClipCap) -> Metadata:
 
 
 def decoding(bench: Bench, count: int) -> float:
-    size = captioner(bench).config.clip.image_size
+    size = programs.TOWERS[CLIPS[bench.sizes]].image_size
 
     def load(path: Path) -> np.ndarray:
         return pictures.preprocess(pictures.decode(pictures.read(path)), size)
@@ -297,7 +297,7 @@ def embed_photos(bench: Bench, arguments: Any) -> None:
 
 def tower(bench: Bench, count: int) -> float:
     encoder = encoder_of(bench)
-    run = parallel.map_rows(programs.embed_pictures(encoder.config, encoder.dtype), local=True)
+    run = parallel.map_rows(programs.embed_pictures(encoder.config, dtype()), local=True)
     params = parallel.replicate(encoder.params)
     return rate(lambda batch: run(params, batch), bench, count)
 

@@ -187,7 +187,7 @@ def validation_loss(model: ClipCap) -> Callable[..., Any]:
 
 
 def best_captions(model: ClipCap, beam_size: int, max_tokens: int) -> Callable[..., Hypotheses]:
-    """What `captioner.BatchCaptioner` maps over devices: the best hypothesis of each input."""
+    """What `batches.BatchCaptioner` maps over devices, but the best hypothesis of each input alone."""
     decode = DecodeConfig(beam_size, max_tokens, length_penalty=1.0, stop="")
     end_token = min(END_TOKEN, model.config.gpt2.vocab_size - 1)
 

@@ -13,4 +13,19 @@ Letters used in the shape comments throughout the package:
     S cache slots
 """
 
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from clipcap_jax.captioning.captioner import Caption, Captioner
+
+__all__ = ["Caption", "Captioner"]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """`Captioner` and `Caption`, when they are asked for: it takes seconds to import what they stand on."""
+    if name not in ("Captioner", "Caption"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from clipcap_jax.captioning import captioner
+
+    return getattr(captioner, name)

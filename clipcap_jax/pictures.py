@@ -67,6 +67,8 @@ _LIMITS = {MAX_PIXELS: Image.MAX_IMAGE_PIXELS or 0, MAX_BYTES: 2**30, MAX_SECOND
 
 _STRIP = 1 << 20  # pixels
 
+_LOADING = threading.Lock()  # of what others opened: two threads may be given the same, which reads from one file
+
 _PNG = b"\x89PNG\r\n\x1a\n"
 _JPEG = b"\xff\xd8"
 _START_OF_SCAN = 0xDA
@@ -235,10 +237,32 @@ def decode(data: bytes) -> Image.Image:
             if isinstance(error, UnidentifiedImageError):
                 raise UserError(f"Not an image that can be read here: {_kind(data)}.") from None
             raise UserError(f"The image is truncated or broken: {error}.") from error
-    if image.mode == "F" or image.mode.startswith("I"):
-        image = _to_8_bits(image)
+    image = _to_8_bits(image)  # named so, the wider one is given up before the next step
+    return _to_rgb(image)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """As `decode`, of a picture that Pillow has opened or made, in any mode; it stays as it is.
+
+    Raises:
+      UserError: as of `decode`; or Pillow cannot read its pixels.
+    """
+    try:
+        with _LOADING:
+            image = _upright(image)
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:
+        raise UserError(f"The image is truncated or broken: {error}.") from error
+    image = _to_8_bits(image)
+    return _to_rgb(image if image.mode == "RGB" else image.copy())
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB":
+        return image  # `convert` would copy it
     image.info.pop("transparency", None)  # it would be dropped anyway, with a warning
-    return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
+    return image.convert("RGB")
 
 
 def _load(data: bytes) -> Image.Image:
@@ -247,19 +271,21 @@ def _load(data: bytes) -> Image.Image:
         Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, most)
     try:
         image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
-        if image.format in _SEVERAL_TIMES:
-            most //= 2
-        # A TIFF's tiles are read as a whole, and may be larger than the picture that is cut out of them.
-        tags = getattr(image, "tag_v2", {})
-        tile = tags.get(TiffImagePlugin.TILEWIDTH, 0) * tags.get(TiffImagePlugin.TILELENGTH, 0)
-        too_large = max(image.width * image.height, tile) > most
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        too_large = True
-    if too_large:
-        raise UserError(
-            f"The image is too large: it has more than {most:,} pixels. A higher limit can be set by the environment "
-            f"variable {MAX_PIXELS}."
-        )
+        raise _too_many_pixels(most) from None
+    return _upright(image)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Within the limits, its pixels read."""
+    most = limit(MAX_PIXELS)
+    if image.format in _SEVERAL_TIMES:
+        most //= 2
+    # A TIFF's tiles are read as a whole, and may be larger than the picture that is cut out of them.
+    tags = getattr(image, "tag_v2", {})
+    tile = tags.get(TiffImagePlugin.TILEWIDTH, 0) * tags.get(TiffImagePlugin.TILELENGTH, 0)
+    if max(image.width * image.height, tile) > most:
+        raise _too_many_pixels(most)
     if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
         raise UserError(f"The image is too thin: {image.width} x {image.height} pixels.")
     image.load()
@@ -268,6 +294,13 @@ def _load(data: bytes) -> Image.Image:
         if orientation in _TURNS:
             image = image.transpose(_TURNS[orientation])
     return image
+
+
+def _too_many_pixels(most: int) -> UserError:
+    return UserError(
+        f"The image is too large: it has more than {most:,} pixels. A higher limit can be set by the environment "
+        f"variable {MAX_PIXELS}."
+    )
 
 
 def _without_metadata(data: bytes) -> bytes:
@@ -307,8 +340,10 @@ def _kind(data: bytes) -> str:
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
-    """Greyscale, by what its numbers are: the range of whole ones is the least of 8, 12 and 16 bits that holds them,
-    whatever they are stored in; that of others is 0 to 1, or 0 to 255 if one is above 1."""
+    """Greyscale of more than 8 bits, by what its numbers are: the range of whole ones is the least of 8, 12 and 16 bits
+    that holds them, whatever they are stored in; that of others is 0 to 1, or 0 to 255 if one is above 1."""
+    if image.mode != "F" and not image.mode.startswith("I"):
+        return image
     ranges = np.array([(strip.min(), strip.max()) for strip in _strips(image)])
     low, high = ranges[:, 0].min(), ranges[:, 1].max()
     if image.mode == "F":

@@ -90,10 +90,15 @@ def test_what_others_use_is_listed(room: str) -> None:
 
 @pytest.mark.parametrize(
     ("room", "absent"),
-    [("datasets", ("jax", "clipcap_jax.metrics")), ("metrics", ("jax", "tensorflow_datasets")), ("commands", ("jax",))],
+    [
+        ("__init__", ("jax", "PIL")),
+        ("datasets", ("jax", "clipcap_jax.metrics")),
+        ("metrics", ("jax", "tensorflow_datasets")),
+        ("commands", ("jax",)),
+    ],
 )
 def test_a_room_loads_only_what_it_stands_on(room: str, absent: tuple[str, ...]) -> None:
-    modules = [f"clipcap_jax.{name}" for name in MODULES if name.partition(".")[0] == room]
+    modules = ["clipcap_jax"] + [f"clipcap_jax.{name}" for name in MODULES if name.partition(".")[0] == room]
     code = f"import sys, {', '.join(modules)}; print([name for name in {absent!r} if name in sys.modules])"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"

@@ -15,7 +15,7 @@ import pytest
 from clip_files import write_clip
 from tiny import ENCODER, Clipcap, Source
 
-from clipcap_jax.captioning.captioner import BatchCaptioner
+from clipcap_jax.captioning.batches import BatchCaptioner
 from clipcap_jax.datasets import RecordsSource, prepare_records
 from clipcap_jax.evaluation import evaluate
 from clipcap_jax.metrics import SpiceConfig, unavailable

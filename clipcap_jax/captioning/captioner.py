@@ -1,105 +1,44 @@
 """From a checkpoint to captions."""
 
+import contextlib
 import copy
-import dataclasses
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
+from absl import logging
 
-from clipcap_jax import cluster, parallel, pictures
-from clipcap_jax.captioning.decode import Hypotheses, beam_search
+from clipcap_jax import files, parallel, pictures
+from clipcap_jax.captioning.batches import BatchCaptioner, BatchEmbedder, BatchSampler, Caption
+from clipcap_jax.captioning.inputs import Hopeless, InputReader, is_one, name_of
+from clipcap_jax.captioning.settings import Settings, check_count, settings
 from clipcap_jax.checkpoints import store
 from clipcap_jax.checkpoints.metadata import Metadata
 from clipcap_jax.config import DecodeConfig
+from clipcap_jax.convert.assemble import open_original
 from clipcap_jax.errors import UserError
-from clipcap_jax.inputs.batches import CaptionData, fill, input_batches
+from clipcap_jax.inputs.batches import fill
 from clipcap_jax.models.clipcap import ClipCap
 from clipcap_jax.progress import screen
-from clipcap_jax.text.tokenizer import Tokenizer
 
-_CHECKED_AT_ONCE = 65536  # rows of a matrix, which may be larger than the memory
-
-
-@dataclasses.dataclass(frozen=True)
-class Caption:
-    """A caption; `finished` is false where the length limit cut it; `score` ranks it (see `decode.DecodeConfig`)."""
-
-    text: str
-    finished: bool
-    score: float
-
-
-class BatchEmbedder:
-    """Lets a model's vision tower look at pictures on all devices, with whatever parameters it is given.
-
-    The rest of the model does with an embedding what it would do with the picture. So whoever needs a picture more than
-    once, to caption it and for each of its references, has it decoded and looked at once.
-    """
-
-    def __init__(self, model: ClipCap):
-        self._embed = parallel.map_rows(lambda params, images: model.apply({"params": params}, images, method="embed"))
-
-    def all(
-        self, params: Any, data: CaptionData, indices: np.ndarray, batch_size: int, workers: int
-    ) -> Iterator[np.ndarray]:
-        """Embed the given examples, in order, each once; `workers` threads decode ahead of the devices."""
-        for rows, images in _batches(data, indices, batch_size, workers):
-            yield from self._embed(params, images)[:rows]
-
-
-class BatchCaptioner:
-    """Captions batches on all devices, with whatever parameters it is given."""
-
-    def __init__(self, model: ClipCap, tokenizer: Tokenizer, decode: DecodeConfig, *, local: bool = False):
-        """`local`: on this process's devices alone."""
-        self._tokenizer = tokenizer
-
-        def best(params: Any, inputs: jax.Array) -> Hypotheses:
-            found = beam_search(model, params, inputs, decode, tokenizer.stop_id(decode.stop))
-            return jax.tree.map(lambda x: x[:, 0], found)
-
-        self._best = parallel.map_rows(best, local=local)
-
-    def __call__(self, params: Any, inputs: np.ndarray) -> list[Caption]:
-        """Caption one batch: a process gives its share of the rows, as many for each device, and gets all captions."""
-        found = self._best(params, inputs)
-        return [
-            Caption(self._tokenizer.decode(tokens[:length]), bool(finished), float(score))
-            for tokens, length, score, finished in zip(*found, strict=True)
-        ]
-
-    def all(self, params: Any, data: CaptionData, indices: np.ndarray, batch_size: int) -> Iterator[Caption]:
-        """Caption the given examples, in order, each once."""
-        for rows, inputs in _batches(data, indices, batch_size):
-            yield from self(params, inputs)[:rows]
-
-
-def _batches(data: CaptionData, indices: np.ndarray, batch_size: int, workers: int = 0) -> Iterator[tuple[int, Any]]:
-    """As `input_batches`, each process its share."""
-    return input_batches(
-        data,
-        indices,
-        parallel.round_up(min(batch_size, len(indices))),
-        workers,
-        host=cluster.index(),
-        hosts=cluster.count(),
-    )
+__all__ = ["Caption", "Captioner"]
 
 
 class Captioner:
     """A trained model, ready to caption.
 
     Where there are several processes, they caption a split together, with `generate` and `embed`; or each captions by
-    itself what it is given, with `caption` and `caption_files` of a captioner that was made with `local`.
+    itself what it is given, with `caption` of a captioner that was made with `local`.
 
     Attributes:
       metadata: what the checkpoint says about the model.
       model, params: the model.
       step: the checkpoint's.
+      decode: how it searches unless told otherwise.
+      reader: what it can read.
     """
 
     def __init__(
@@ -116,28 +55,52 @@ class Captioner:
         self.model = ClipCap(metadata.config.model)
         self.params = parallel.replicate(params)
         self.decode = decode or metadata.config.evaluate.decode
+        self.reader = InputReader(metadata)
         self._local = local
-        self.generate = BatchCaptioner(self.model, metadata.tokenizer, self.decode, local=local)
+        self._programs: dict[Any, Any] = {}  # by what they do: they take long to compile
+        self.generate: BatchCaptioner = self._program(BatchCaptioner, self.decode)
         self.embed = BatchEmbedder(self.model)
+
+    def __repr__(self) -> str:
+        reads = [f"pictures of {self.image_size} x {self.image_size}"] * (self.image_size is not None)
+        reads += [self.reader.embedding_kind()] * self.reader.takes_embeddings
+        count = sum(leaf.size for leaf in jax.tree.leaves(self.params))
+        return (
+            f"<Captioner of {' or '.join(reads)}: {self.metadata.config.model.mapper.kind} mapper, {count:,} "
+            f"parameters, step {self.step}>"
+        )
 
     @classmethod
     def load(
-        cls, run: str | Path, which: str = "best", decode: DecodeConfig | None = None, *, local: bool = False
+        cls,
+        run: str | Path,
+        checkpoint: str | int = "best",
+        decode: DecodeConfig | None = None,
+        *,
+        local: bool = False,
+        **original: Any,
     ) -> "Captioner":
         """Load a checkpoint; where the best or latest one is damaged, the newest that is not, with a warning.
 
         Args:
-          run: the folder that training wrote to.
-          which: "best" (by CIDEr on the validation subset), "latest" or a step.
+          run: the folder that training wrote to, or the original's `.pt` file.
+          checkpoint: "best" (by CIDEr on the validation subset), "latest" or a step.
           decode: how to search; None: as the run's config says.
           local: whether to use this process's devices alone.
+          **original: `published`, `clip`, `normalize`, `tokenizer`, `mapper_heads`, `gpt2_heads` and `clip_heads`: what
+            the original's file does not say about itself (see `convert.assemble.open_original`).
 
         Raises:
           UserError: there is no such checkpoint, or this version cannot read it.
         """
-        with store.opened(run) as checkpoints:
-            steps = [checkpoints.find(which)]
-            if not which.isdigit():
+        if not files.is_remote(run) and files.place(run).is_file():
+            return cls(*open_original(files.place(run), **original), step=0, decode=decode, local=local)
+        if original:
+            raise UserError(f"{', '.join(original)}: for the original's .pt files alone, and {run} is none")
+        checkpoint = str(checkpoint)
+        with _without_warnings(), store.opened(run) as checkpoints:
+            steps = [checkpoints.find(checkpoint)]
+            if not checkpoint.isdigit():
                 steps += [step for step in reversed(checkpoints.steps()) if step != steps[0]]
             while True:
                 step = steps.pop(0)
@@ -150,104 +113,150 @@ class Captioner:
                     screen(stderr=True).print(told, style="yellow", soft_wrap=True)
 
     def with_decode(self, decode: DecodeConfig) -> "Captioner":
-        """The same model, searching differently."""
+        """The same model, searching differently unless told otherwise."""
         other = copy.copy(self)
         other.decode = decode
-        other.generate = BatchCaptioner(self.model, self.metadata.tokenizer, decode, local=self._local)
+        other.generate = self._program(BatchCaptioner, decode)
         return other
 
     @property
     def image_size(self) -> int | None:
         """Side in pixels of the pictures it reads; None: it has no vision tower and reads embeddings alone."""
-        clip = self.metadata.config.model.clip
-        return clip.image_size if clip else None
-
-    def caption_files(
-        self, paths: Sequence[Path], *, batch_size: int, workers: int
-    ) -> Iterator[tuple[Path, Caption | UserError]]:
-        """Caption picture files, in order; of one that cannot be read comes the error instead.
-
-        Pictures are decoded by `workers` threads, one batch ahead of the devices.
-
-        Raises:
-          UserError: this model reads no pictures; a disk does not answer (see `pictures.read`).
-        """
-        if self.image_size is None:
-            raise self._not_pictures()
-        size = self.image_size
-
-        def load(path: Path) -> np.ndarray | UserError:
-            try:
-                return pictures.preprocess(pictures.decode(pictures.read(path)), size)
-            except UserError as error:
-                return error
-            except TimeoutError as error:  # nor would any other on that disk be read
-                raise UserError(str(error)) from error
-            except OSError as error:
-                return UserError(f"cannot be read: {error.strerror}")
-
-        batch_size = parallel.round_up(min(batch_size, len(paths)), local=self._local)
-        loaded = zip(paths, pictures.load_ahead(load, paths, workers=workers, ahead=batch_size), strict=True)
-        while batch := list(itertools.islice(loaded, batch_size)):
-            pixels = [picture for _, picture in batch if isinstance(picture, np.ndarray)]
-            captions = iter(self._caption_batch(np.stack(pixels), batch_size) if pixels else ())
-            for path, picture in batch:
-                yield path, picture if isinstance(picture, UserError) else next(captions)
+        return self.reader.image_size
 
     def caption(
-        self, inputs: np.ndarray, batch_size: int = 64, batches: Iterable[range] | None = None
-    ) -> Iterator[Caption]:
-        """Caption preprocessed pictures, uint8 `n H W 3` (see `pictures.preprocess`), or embeddings, float `n E`.
+        self,
+        inputs: Any,
+        *,
+        n: int | None = None,
+        errors: Literal["raise", "return"] = "raise",
+        stream: bool = False,
+        batch_size: int = 64,
+        workers: int = 4,
+        beam_size: int | None = None,
+        max_tokens: int | None = None,
+        length_penalty: float | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+    ) -> Any:
+        """Caption one picture or several.
+
+        A picture is the path of a file, an http(s) address, the bytes of a file or an open one, a Pillow picture in any
+        mode, or a uint8 array `H W 3` of any size; or instead its embedding, a float array `E`, where the model reads
+        those. Several are any iterable of them, or one array with one more axis in front, which is checked before the
+        first is captioned.
+
+        With `temperature`, `top_k`, `top_p` or `seed`, captions are drawn by their probability; otherwise the likeliest
+        are searched for.
 
         Args:
-          inputs: all of them, which are checked before the first is captioned.
-          batch_size: rows per step, rounded up to a multiple of the devices.
-          batches: the rows to caption, up to a batch at a time; None: all.
+          inputs: one or several.
+          n: captions of each picture: the best of the beam, best first, or as many drawn; None: one, not in a list.
+          errors: what becomes of a picture that cannot be read: "raise" a `UserError` that names it, or "return" one in
+            the place of its caption.
+          stream: give captions of several as they are made, with a batch in memory, instead of a list.
+          batch_size: pictures per step, rounded up to a multiple of the devices.
+          workers: threads that fetch and decode pictures, up to a batch ahead of the devices.
+          beam_size, max_tokens, length_penalty: see `config.DecodeConfig`; None: as `decode` says, but a beam of at
+            least `n`.
+          temperature, top_k, top_p: see `sampling.Sampling`; None: 1, and no such filter.
+          seed: draws the same captions of the same inputs, whatever the batch size; None: others each time.
+
+        Returns:
+          Of one picture a `Caption`, or with `n` a list of them. Of several a list of such, or an iterator.
 
         Raises:
-          UserError: the inputs are not of the kind or width that the model was trained on.
+          UserError: see `errors`; the model does not take such inputs or settings; a disk does not answer.
         """
-        if inputs.ndim == 4 and self.image_size is None:
-            raise self._not_pictures()
-        if inputs.ndim != 4 and self.metadata.config.data.input == "image":
-            raise UserError("this checkpoint was trained on pictures and cannot caption embeddings")
-        if inputs.ndim != 4:
-            self._check_embeddings(inputs)
-        batch_size = parallel.round_up(max(1, min(batch_size, len(inputs))), local=self._local)
-        if batches is None:
-            batches = (range(start, start + batch_size) for start in range(0, len(inputs), batch_size))
-        for rows in batches:
-            if rows:
-                yield from self._caption_batch(inputs[rows.start : rows.stop], batch_size)
-
-    def _caption_batch(self, rows: np.ndarray, batch_size: int) -> list[Caption]:
-        """At most `batch_size` rows, always as that many, so that one program does for all batches."""
-        return self.generate(self.params, fill(rows, batch_size))[: len(rows)]
-
-    def _embedding_kind(self) -> str:
-        encoder = self.metadata.encoder or "an encoder that it does not name"
-        return f"embeddings of width {self.metadata.embedding_width} from {encoder}"
-
-    def _not_pictures(self) -> UserError:
-        return UserError(
-            f"this checkpoint was trained on {self._embedding_kind()}, not on pictures: embed the pictures with that "
-            "encoder and give the matrix (.npy, one row per picture)"
+        chosen = settings(
+            self.decode,
+            n=n,
+            beam_size=beam_size,
+            max_tokens=max_tokens,
+            length_penalty=length_penalty,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
         )
+        check_count("batch_size", batch_size)
+        check_count("workers", workers)
+        if errors not in ("raise", "return"):
+            raise UserError(f'errors is {errors!r}: it can be "raise" or "return"')
+        one = is_one(inputs)
 
-    def _check_embeddings(self, inputs: np.ndarray) -> None:
-        if inputs.dtype.kind not in "fiu" or not inputs.ndim:
-            raise UserError(f"no matrix of numbers, but {inputs.dtype} of the shape {inputs.shape}")
-        if inputs.shape[1:] != (self.metadata.embedding_width,):
-            raise UserError(
-                f"the embeddings have the shape {inputs.shape}; this checkpoint was trained on {self._embedding_kind()}"
-            )
-        bad: list[int] = []
-        for start in range(0, len(inputs), _CHECKED_AT_ONCE):
-            with np.errstate(over="ignore"):  # beyond float32
-                rows = inputs[start : start + _CHECKED_AT_ONCE].astype(np.float32)
-            bad.extend(start + np.flatnonzero(~np.isfinite(rows).all(axis=1) | ~rows.any(axis=1)))
-        if bad:
-            raise UserError(
-                f"{len(bad)} embeddings are not finite in float32, or 0 everywhere, the first in row {bad[0]} (counted "
-                "from 0)"
-            )
+        def load(numbered: tuple[int, Any]) -> tuple[int, np.ndarray | UserError]:
+            index, given = numbered
+            try:
+                return index, self.reader(given)
+            except Hopeless:
+                raise
+            except UserError as error:
+                if errors == "return":
+                    return index, error
+                raise UserError(f"{name_of(given, None if one else index)}: {error}") from error
+
+        items = [inputs] if one else self.reader.several(inputs, whole=errors == "raise")
+        size = parallel.round_up(batch_size, local=self._local)
+        found = self._all(items, load, self._generator(chosen, n), size, 0 if one else workers)
+        if one:
+            [caption] = found
+            return caption
+        return found if stream else list(found)
+
+    __call__ = caption
+
+    def _program(self, kind: Callable[..., Any], decode: DecodeConfig) -> Any:
+        if (kind, decode) not in self._programs:
+            self._programs[kind, decode] = kind(self.model, self.metadata.tokenizer, decode, local=self._local)
+        return self._programs[kind, decode]
+
+    def _generator(self, chosen: Settings, n: int | None) -> Callable[[np.ndarray, np.ndarray], list[Any]]:
+        """What makes captions of a batch of inputs and its rows' numbers."""
+        kind = BatchCaptioner if chosen.sampling is None else BatchSampler
+        program = self._program(kind, chosen.decode)
+
+        def generate(inputs: np.ndarray, rows: np.ndarray) -> list[Any]:
+            if chosen.sampling is None:
+                found = program.best(self.params, inputs, n or 1)
+            else:
+                found = program(self.params, inputs, rows, chosen.seed, chosen.sampling)
+            return [captions[0] for captions in found] if n is None else found
+
+        return generate
+
+    def _all(
+        self,
+        items: Iterable[Any],
+        load: Callable[[tuple[int, Any]], tuple[int, np.ndarray | UserError]],
+        generate: Callable[[np.ndarray, np.ndarray], list[Any]],
+        batch_size: int,
+        workers: int,
+    ) -> Iterator[Any]:
+        """Captions, or errors, in order; always as many rows at once, so that one program does for all batches."""
+        size = 0
+        with contextlib.closing(
+            pictures.load_ahead(load, enumerate(items), workers=workers, ahead=batch_size)
+        ) as loaded:
+            while batch := list(itertools.islice(loaded, batch_size)):
+                size = size or parallel.round_up(len(batch), local=self._local)
+                done: dict[int, Any] = dict(batch)
+                read = {index: found for index, found in batch if isinstance(found, np.ndarray)}
+                for axes in {array.ndim for array in read.values()}:  # pictures and embeddings may be mixed
+                    rows = np.array([index for index, array in read.items() if array.ndim == axes], np.uint32)
+                    inputs = np.stack([read[index] for index in rows.tolist()])
+                    done.update(zip(rows.tolist(), generate(fill(inputs, size), fill(rows, size)), strict=False))
+                yield from done.values()
+
+
+@contextlib.contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Orbax's, of what it does when it only reads."""
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)

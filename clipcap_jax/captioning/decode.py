@@ -1,10 +1,11 @@
-"""Beam search, and greedy decoding as its beam of one, for whole batches with static shapes.
+"""Decoding of whole batches with static shapes: beam search, and greedy decoding as its beam of one.
 
 The prefix is read once per image and shared by its beams. Keys and values of generated tokens are written to the cache
 once and never moved: token t of beam w lies in slot `P + t * W + w` for good, and a table of each hypothesis' ancestors
 is permuted instead and becomes the attention mask.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -29,7 +30,9 @@ class Hypotheses(NamedTuple):
     finished: jax.Array
 
 
-class _Search(NamedTuple):
+class Search(NamedTuple):
+    """How far a decoding is."""
+
     step: jax.Array  # tokens generated so far
     tokens: jax.Array  # B W T
     log_probs: jax.Array  # B W, summed over the tokens
@@ -64,6 +67,10 @@ def _likeliest(logits: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
     return found - highest - jnp.log(jnp.exp(logits - highest).sum(axis=-1, keepdims=True)), tokens
 
 
+def _rank(log_probs: jax.Array, lengths: jax.Array, config: DecodeConfig) -> jax.Array:
+    return log_probs / lengths**config.length_penalty
+
+
 def beam_search(model: ClipCap, params: Any, inputs: jax.Array, config: DecodeConfig, end_token: int) -> Hypotheses:
     """Search captions for a batch (original `predict.py`, `generate_beam`, on all images at once).
 
@@ -79,12 +86,60 @@ def beam_search(model: ClipCap, params: Any, inputs: jax.Array, config: DecodeCo
     Raises:
       UserError: the beam is larger than the vocabulary, or captions may be longer than GPT-2 can read.
     """
-    beam_size, max_tokens = config.beam_size, config.max_tokens
-    prefix_length = model.config.mapper.prefix_length
+    beam_size = config.beam_size
     if beam_size > model.config.gpt2.vocab_size:
         raise UserError(
             f"the beam size is {beam_size}, but the vocabulary has only {model.config.gpt2.vocab_size} pieces"
         )
+    # A finished hypothesis has one continuation: itself, with nothing added.
+    only_itself = jnp.where(jnp.arange(beam_size) == 0, 0.0, -jnp.inf)[None, None, :]  # 1 1 W
+
+    def first(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return _likeliest(logits, beam_size)
+
+    def choose(search: Search, logits: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        # The W best of all W * V continuations are among the W best of each hypothesis.
+        batch = len(logits)
+        top_log_probs, top_tokens = (
+            x.reshape(batch, beam_size, -1) for x in _likeliest(logits.reshape(batch * beam_size, -1), beam_size)
+        )  # B W W
+        finished = search.finished[..., None]
+        totals = search.log_probs[..., None] + jnp.where(finished, only_itself, top_log_probs)
+        top_tokens = jnp.where(finished, end_token, top_tokens)
+        lengths = search.lengths + ~search.finished  # B W
+        _, best = jax.lax.top_k(_rank(totals, lengths[..., None], config).reshape(batch, -1), beam_size)  # B W
+        tokens, log_probs = (
+            jnp.take_along_axis(x.reshape(batch, -1), best, axis=1) for x in (top_tokens, totals)
+        )  # B W
+        return best // beam_size, tokens, log_probs
+
+    return decode(model, params, inputs, config, end_token, beam_size, first, choose)
+
+
+def decode(
+    model: ClipCap,
+    params: Any,
+    inputs: jax.Array,
+    config: DecodeConfig,
+    end_token: int,
+    width: int,
+    first: Callable[[jax.Array], tuple[jax.Array, jax.Array]],
+    choose: Callable[[Search, jax.Array], tuple[jax.Array, jax.Array, jax.Array]],
+) -> Hypotheses:
+    """Write captions for a batch, token by token, until all of them are finished.
+
+    Args:
+      model, params, inputs, end_token: as of `beam_search`.
+      config: length limit, and how scores are made of log-probabilities.
+      width: W, hypotheses of each image.
+      first: from float32 logits `B V`, the log-probabilities and first tokens, `B W`.
+      choose: from float32 logits `B W V` of what may follow, for each of the next hypotheses, `B W`: the one that it
+        goes on with, its token, and its log-probability as a whole.
+
+    Raises:
+      UserError: captions may be longer than GPT-2 can read.
+    """
+    max_tokens, prefix_length = config.max_tokens, model.config.mapper.prefix_length
     if prefix_length + max_tokens > model.config.gpt2.positions:
         raise UserError(
             f"prefix and caption take up to {prefix_length + max_tokens} positions, but GPT-2 has "
@@ -94,71 +149,55 @@ def beam_search(model: ClipCap, params: Any, inputs: jax.Array, config: DecodeCo
 
     # The last token is never fed back, so it needs no slot; but the loop is traced even where it takes no step.
     fed_tokens = max(max_tokens - 1, 1)
-    slots = prefix_length + fed_tokens * beam_size
+    slots = prefix_length + fed_tokens * width
     reader = model.apply(variables, method="reader")
     logits, cache = model.apply(variables, inputs, slots, method="prefill")
-    log_probs, tokens = _likeliest(logits, beam_size)  # B W
+    log_probs, tokens = first(logits)  # B W
     batch = tokens.shape[0]
-    search = _Search(
+    search = Search(
         step=jnp.int32(1),
-        tokens=jnp.full((batch, beam_size, max_tokens), end_token, jnp.int32).at[:, :, 0].set(tokens),
+        tokens=jnp.full((batch, width, max_tokens), end_token, jnp.int32).at[:, :, 0].set(tokens),
         log_probs=log_probs,
-        lengths=jnp.ones((batch, beam_size), jnp.int32),
+        lengths=jnp.ones((batch, width), jnp.int32),
         finished=tokens == end_token,
-        ancestors=jnp.zeros((batch, beam_size, fed_tokens), jnp.int32),
+        ancestors=jnp.zeros((batch, width, fed_tokens), jnp.int32),
         cache=cache,
     )
-    own_beam = jnp.broadcast_to(jnp.arange(beam_size)[None, :, None], (batch, beam_size, 1))
-    all_beams = jnp.arange(beam_size)[None, None, None, :]
-    # A finished hypothesis has one continuation: itself, with nothing added.
-    only_itself = jnp.where(jnp.arange(beam_size) == 0, 0.0, -jnp.inf)[None, None, :]  # 1 1 W
+    own_beam = jnp.broadcast_to(jnp.arange(width)[None, :, None], (batch, width, 1))
+    all_beams = jnp.arange(width)[None, None, None, :]
 
-    def rank(log_probs: jax.Array, lengths: jax.Array) -> jax.Array:
-        return log_probs / lengths**config.length_penalty
-
-    def unfinished(search: _Search) -> jax.Array:
+    def unfinished(search: Search) -> jax.Array:
         return (search.step < max_tokens) & ~search.finished.all()
 
-    def advance(search: _Search) -> _Search:
+    def advance(search: Search) -> Search:
         fed = search.step - 1
         ancestors = jax.lax.dynamic_update_slice(search.ancestors, own_beam, (0, 0, fed))
         written = jnp.arange(fed_tokens) <= fed
         seen = (ancestors[..., None] == all_beams) & written[None, None, :, None]  # B W T-1 W
         mask = jnp.concatenate(
-            [jnp.ones((batch, beam_size, prefix_length), bool), seen.reshape(batch, beam_size, -1)], axis=-1
+            [jnp.ones((batch, width, prefix_length), bool), seen.reshape(batch, width, -1)], axis=-1
         )  # B W S
         logits, cache = model.apply(
             variables,
             reader,
             jax.lax.dynamic_index_in_dim(search.tokens, fed, axis=2, keepdims=False),
             prefix_length + fed,
-            prefix_length + fed * beam_size,
+            prefix_length + fed * width,
             mask,
             search.cache,
             method="extend",
         )  # B W V
-
-        # The W best of all W * V continuations are among the W best of each hypothesis.
-        top_log_probs, top_tokens = (
-            x.reshape(batch, beam_size, -1) for x in _likeliest(logits.reshape(batch * beam_size, -1), beam_size)
-        )  # B W W
-        finished = search.finished[..., None]
-        totals = search.log_probs[..., None] + jnp.where(finished, only_itself, top_log_probs)
-        top_tokens = jnp.where(finished, end_token, top_tokens)
-        lengths = search.lengths + ~search.finished  # B W
-        _, best = jax.lax.top_k(rank(totals, lengths[..., None]).reshape(batch, -1), beam_size)  # B W
-        parents = best // beam_size
-        tokens = jnp.take_along_axis(top_tokens.reshape(batch, -1), best, axis=1)  # B W
+        parents, tokens, log_probs = choose(search, logits)  # B W
         history = _take(search.tokens, parents)
-        return _Search(
+        return Search(
             step=search.step + 1,
             tokens=jax.lax.dynamic_update_slice(history, tokens[..., None], (0, 0, search.step)),
-            log_probs=jnp.take_along_axis(totals.reshape(batch, -1), best, axis=1),
-            lengths=_take(lengths, parents),
+            log_probs=log_probs,
+            lengths=_take(search.lengths + ~search.finished, parents),
             finished=_take(search.finished, parents) | (tokens == end_token),
             ancestors=_take(ancestors, parents),
             cache=cache,
         )
 
     search = jax.lax.while_loop(unfinished, advance, search)
-    return Hypotheses(search.tokens, search.lengths, rank(search.log_probs, search.lengths), search.finished)
+    return Hypotheses(search.tokens, search.lengths, _rank(search.log_probs, search.lengths, config), search.finished)

@@ -102,10 +102,15 @@ def _shared(captioner: Any, inputs: Any, batch_size: int, workers: int) -> Itera
     rounds = range(0, len(inputs), size * cluster.count())
     mine = [range(len(inputs))[start + cluster.index() * size :][:size] for start in rounds]
     if isinstance(inputs, np.ndarray):
-        captions: Iterator[Any] = zip(itertools.chain(*mine), captioner.caption(inputs, size, mine), strict=True)
-    else:
-        paths = [inputs[row] for row in itertools.chain(*mine)]
-        captions = captioner.caption_files(paths, batch_size=size, workers=workers)
+        captioner.reader.check_embeddings(inputs)  # all, before the first is captioned
+    order = list(itertools.chain(*mine))
+    captions = zip(
+        order if isinstance(inputs, np.ndarray) else [inputs[row] for row in order],
+        captioner.caption(
+            (inputs[row] for row in order), batch_size=size, workers=workers, stream=True, errors="return"
+        ),
+        strict=True,
+    )
     told = ([_told(*item) for item in itertools.islice(captions, len(rows))] for rows in mine)
     for name, found in itertools.chain.from_iterable(cluster.collect(told)):
         yield name, Caption(**found) if isinstance(found, dict) else UserError(found)

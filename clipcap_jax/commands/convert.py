@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -62,32 +61,9 @@ ORIGINAL_OPTIONS = ("published", "clip", "normalize", "tokenizer", "mapper_heads
 
 def load_original(file: Path, arguments: argparse.Namespace) -> tuple[Any, Any]:
     """Metadata and parameters of the original's file."""
-    from clipcap_jax.convert import gpt2, original
-    from clipcap_jax.convert.assemble import PUBLISHED, Published, from_original
+    from clipcap_jax.convert.assemble import open_original
 
-    if arguments.published:
-        if arguments.published not in PUBLISHED:
-            raise UserError(f"--published {arguments.published} is none of {', '.join(PUBLISHED)}")
-        if arguments.normalize:
-            raise UserError("--normalize is known of published checkpoints: leave it out")
-        published = PUBLISHED[arguments.published]
-    elif arguments.clip:
-        published = Published("", "", arguments.normalize)
-    else:
-        raise UserError(
-            f"{file} does not say which CLIP it was trained with: give --published (coco-mlp, conceptual-mlp or "
-            "coco-transformer) or --clip"
-        )
-    if arguments.clip:
-        published = dataclasses.replace(published, clip="" if arguments.clip == "none" else arguments.clip)
-    return from_original(
-        file,
-        published,
-        arguments.tokenizer or gpt2.OPENAI,
-        mapper_heads=arguments.mapper_heads or original.HEADS,
-        gpt2_heads=arguments.gpt2_heads,
-        clip_heads=arguments.clip_heads,
-    )
+    return open_original(file, **{name: getattr(arguments, name) for name in ORIGINAL_OPTIONS})
 
 
 def _check_new_folder(folder: Path) -> None:

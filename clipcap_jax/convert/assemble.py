@@ -17,6 +17,7 @@ from clipcap_jax.config import (
     TokenizerConfig,
     TrainConfig,
 )
+from clipcap_jax.convert import gpt2
 from clipcap_jax.convert.clip import load_clip
 from clipcap_jax.convert.original import HEADS, load_original
 from clipcap_jax.errors import UserError
@@ -43,6 +44,55 @@ _RN50X4 = Published("timm/resnet50x4_clip.openai", "RN50x4", normalize_embedding
 
 # The checkpoints that the original's README links to. P=10 of the MLPs and P=C=40 are in their shapes.
 PUBLISHED = {"coco-mlp": _VIT_B_32, "conceptual-mlp": _VIT_B_32, "coco-transformer": _RN50X4}
+
+
+def open_original(
+    path: Path,
+    *,
+    published: str | None = None,
+    clip: str | None = None,
+    normalize: bool = False,
+    tokenizer: str | None = None,
+    mapper_heads: int | None = None,
+    gpt2_heads: int | None = None,
+    clip_heads: int | None = None,
+) -> tuple[Metadata, Any]:
+    """As `from_original`, by what a user can say of a file of the original.
+
+    Args:
+      path: the `.pt` file.
+      published: one of `PUBLISHED`.
+      clip: weights of the tower that it was trained with, "none" for a captioner of embeddings; None: as published.
+      normalize: whether it was trained with `--normalize_prefix`.
+      tokenizer: None: OpenAI's, of GPT-2.
+      mapper_heads, gpt2_heads, clip_heads: None: as the original has them, or as it can be told.
+
+    Raises:
+      UserError: as `from_original`; or too little is said, or something that is not so.
+    """
+    if published:
+        if published not in PUBLISHED:
+            raise UserError(f"the option published is {published!r}: it can be {', '.join(PUBLISHED)}")
+        if normalize:
+            raise UserError("the option normalize is known of published checkpoints: leave it out")
+        known = PUBLISHED[published]
+    elif clip:
+        known = Published("", "", normalize)
+    else:
+        raise UserError(
+            f"{path} does not say which CLIP it was trained with: give the option published ({', '.join(PUBLISHED)}) "
+            "or clip"
+        )
+    if clip:
+        known = dataclasses.replace(known, clip="" if clip == "none" else clip)
+    return from_original(
+        path,
+        known,
+        tokenizer or gpt2.OPENAI,
+        mapper_heads=mapper_heads or HEADS,
+        gpt2_heads=gpt2_heads,
+        clip_heads=clip_heads,
+    )
 
 
 def from_original(

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from clipcap_jax import cluster, parallel
-from clipcap_jax.captioning.captioner import BatchCaptioner, BatchEmbedder
+from clipcap_jax.captioning.batches import BatchCaptioner, BatchEmbedder
 from clipcap_jax.config import Config, Targets
 from clipcap_jax.errors import UserError
 from clipcap_jax.inputs.batches import CaptionData, Pairs, other_pictures, validation_batches

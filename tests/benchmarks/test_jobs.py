@@ -1,7 +1,6 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import jobs
 import pytest
@@ -9,7 +8,7 @@ import pytest
 
 @pytest.mark.slow
 def test_jobs_are_measured_beside_their_parts() -> None:
-    command = [sys.executable, Path(jobs.__file__), "--sizes", "tiny", "--rounds", "1"]
+    command = [sys.executable, jobs.__file__, "--sizes", "tiny", "--rounds", "1"]
     printed = subprocess.check_output(command, env=jobs.Bench("", "tiny", 1).environment(), text=True)
 
     lines = {line["case"]: line for line in map(json.loads, printed.splitlines())}

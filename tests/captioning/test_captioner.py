@@ -1,5 +1,6 @@
 import dataclasses
 import errno
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -7,11 +8,13 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 from random_models import random_params
 from tiny import EMBEDDING_WIDTH, ENCODER, IMAGE_SIZE, SPLITS, Source
 
 from clipcap_jax import pictures
-from clipcap_jax.captioning import captioner
+from clipcap_jax.captioning import inputs
+from clipcap_jax.captioning.batches import BatchCaptioner
 from clipcap_jax.captioning.captioner import Caption, Captioner
 from clipcap_jax.captioning.decode import beam_search
 from clipcap_jax.config import DecodeConfig
@@ -56,9 +59,7 @@ def pixels(paths: list[Path]) -> np.ndarray:
 @pytest.mark.parametrize("batch_size", [1, 7, 64])
 def test_every_file_gets_its_own_caption(reads_pixels: Captioner, source: Source, batch_size: int) -> None:
     paths = sorted(source.pictures.iterdir(), reverse=True)
-    found = list(reads_pixels.caption_files(paths, batch_size=batch_size, workers=2))
-    assert [path for path, _ in found] == paths
-    texts = [caption.text for _, caption in found if isinstance(caption, Caption)]
+    texts = [caption.text for caption in reads_pixels.caption(paths, batch_size=batch_size, workers=2)]
     assert texts == searched(reads_pixels, pixels(paths))
     assert len(set(texts)) > 3  # otherwise any order would do
 
@@ -70,16 +71,22 @@ def test_a_bad_file_costs_only_itself(reads_pixels: Captioner, source: Source, t
     truncated.write_bytes(good[0].read_bytes()[:60])
     text.write_text("no picture")
     paths = [truncated, good[0], text, missing, good[1], good[2]]
-    found = dict(reads_pixels.caption_files(paths, batch_size=batch_size, workers=2))
-    assert list(found) == paths
-    assert [found[path].text for path in good] == searched(reads_pixels, pixels(good))  # type: ignore[union-attr]
+    captions = reads_pixels.caption(paths, batch_size=batch_size, workers=2, errors="return")
+    found = dict(zip(paths, captions, strict=True))
+    assert [found[path].text for path in good] == searched(reads_pixels, pixels(good))
     for path, message in ((truncated, "truncated or broken"), (text, "Not an image"), (missing, "No such file")):
         assert isinstance(found[path], UserError)
         assert message in str(found[path])
+    with pytest.raises(UserError, match=r"truncated.png: The image is truncated or broken"):
+        reads_pixels.caption(paths)
+    with pytest.raises(UserError, match=r"^input 1 \(counted from 0\): The image is empty"):
+        reads_pixels.caption([good[0].read_bytes(), b""])
 
 
 def test_no_files_give_no_captions(reads_pixels: Captioner) -> None:
-    assert list(reads_pixels.caption_files([], batch_size=4, workers=1)) == []
+    assert reads_pixels.caption([]) == []
+    assert reads_pixels.caption(np.zeros((0, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)) == []
+    assert list(reads_pixels.caption(iter([]), stream=True)) == []
 
 
 def test_a_dead_disk_ends_captioning(reads_pixels: Captioner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,13 +95,13 @@ def test_a_dead_disk_ends_captioning(reads_pixels: Captioner, tmp_path: Path, mo
 
     monkeypatch.setattr(pictures, "read", read)
     with pytest.raises(UserError, match=r"has not answered: '.*a\.png'"):
-        list(reads_pixels.caption_files([tmp_path / "a.png"], batch_size=4, workers=1))
+        reads_pixels.caption([tmp_path / "a.png"], errors="return")
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, 100])
 def test_embeddings(reads_embeddings: Captioner, source: Source, batch_size: int) -> None:
     embeddings = np.load(source.embeddings)
-    texts = [caption.text for caption in reads_embeddings.caption(embeddings, batch_size)]
+    texts = [caption.text for caption in reads_embeddings.caption(embeddings, batch_size=batch_size)]
     assert texts == searched(reads_embeddings, embeddings)
     assert len(texts) == PICTURES
     assert len(set(texts)) > 3
@@ -118,19 +125,18 @@ def test_one_picture_costs_no_whole_batch(
     reads_pixels: Captioner, source: Source, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes = []
-    generate = reads_pixels.generate
+    best = BatchCaptioner.best
 
-    def noted(params: Any, inputs: np.ndarray) -> list[Caption]:
+    def noted(self: BatchCaptioner, params: Any, inputs: np.ndarray, count: int) -> list[list[Caption]]:
         sizes.append(len(inputs))
-        return generate(params, inputs)
+        return best(self, params, inputs, count)
 
-    monkeypatch.setattr(reads_pixels, "generate", noted)
+    monkeypatch.setattr(BatchCaptioner, "best", noted)
     paths = sorted(source.pictures.iterdir())
     for count in (1, 5, 9):
-        assert len(list(reads_pixels.caption_files(paths[:count], batch_size=8, workers=1))) == count
-        assert len(list(reads_pixels.caption(pixels(paths[:count]), 8))) == count
+        assert len(reads_pixels.caption(paths[:count], batch_size=8)) == count
+        assert len(reads_pixels.caption(pixels(paths[:count]), batch_size=8)) == count
     assert sizes == [4, 4, 8, 8, 8, 8, 8, 8]  # on four devices; the last batch is as large as the others
-    assert list(reads_pixels.caption(np.zeros((0, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8))) == []
 
 
 @pytest.mark.parametrize("rows", [1, 4, 6])
@@ -155,14 +161,14 @@ def test_an_embedding_does_for_its_picture(reads_pixels: Captioner, data_dir: Pa
 def test_a_checkpoint_says_what_it_reads(reads_embeddings: Captioner, reads_pixels: Captioner) -> None:
     assert reads_embeddings.image_size is None
     assert reads_pixels.image_size == IMAGE_SIZE
-    with pytest.raises(UserError, match=f"embeddings of width 5 from {ENCODER}, not on pictures"):
-        next(reads_embeddings.caption_files([Path("photo.jpg")], batch_size=1, workers=1))
-    with pytest.raises(UserError, match="not on pictures"):
-        next(reads_embeddings.caption(np.zeros((1, 16, 16, 3), np.uint8)))
-    with pytest.raises(UserError, match="cannot caption embeddings"):
-        next(reads_pixels.caption(np.zeros((1, 5), np.float32)))
+    for picture in ("photo.jpg", [Path("photo.jpg")], np.zeros((1, 16, 16, 3), np.uint8), Image.new("L", (9, 9))):
+        with pytest.raises(UserError, match=f"embeddings of width 5 from {ENCODER}, not on pictures"):
+            reads_embeddings.caption(picture, errors="return")
+    for embeddings in (np.zeros((1, 5), np.float32), np.zeros(5), [np.ones(5)]):
+        with pytest.raises(UserError, match="cannot caption embeddings"):
+            reads_pixels.caption(embeddings)
     with pytest.raises(UserError, match=r"have the shape \(1, 4\); .* width 5"):
-        next(reads_embeddings.caption(np.zeros((1, 4), np.float32)))
+        reads_embeddings.caption(np.zeros((1, 4), np.float32))
 
 
 @pytest.mark.parametrize(
@@ -178,11 +184,11 @@ def test_a_checkpoint_says_what_it_reads(reads_embeddings: Captioner, reads_pixe
 def test_embeddings_that_mean_nothing(
     reads_embeddings: Captioner, dtype: str, bad: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(captioner, "_CHECKED_AT_ONCE", 2)
+    monkeypatch.setattr(inputs, "_CHECKED_AT_ONCE", 2)
     embeddings = np.ones((7, 5), dtype)
     embeddings[3] = embeddings[6] = bad
     with pytest.raises(UserError, match="2 embeddings are not finite in float32, or 0 everywhere, the first in row 3 "):
-        next(reads_embeddings.caption(embeddings))
+        reads_embeddings.caption(embeddings)
 
 
 @pytest.mark.parametrize(
@@ -197,7 +203,7 @@ def test_embeddings_that_mean_nothing(
 )
 def test_what_is_no_matrix_of_numbers(reads_embeddings: Captioner, matrix: np.ndarray) -> None:
     with pytest.raises(UserError, match="no matrix of numbers, but "):
-        next(reads_embeddings.caption(matrix))
+        reads_embeddings.caption(matrix)
 
 
 def test_the_score_is_the_mean_log_probability(embeddings_run: Path, source: Source) -> None:
@@ -230,3 +236,28 @@ def test_a_damaged_checkpoint_is_passed_over(
     assert f"The one of step {used} is tried." in warning
     with pytest.raises(UserError, match=f"checkpoints/{latest} is gone or not whole"):
         Captioner.load(run, str(latest))
+
+
+def test_the_documentation(
+    pixels_run: Path, embeddings_run: Path, source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every piece of code in docs/python.md, one after the other."""
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "shapes").symlink_to(pixels_run)
+    (tmp_path / "runs" / "flickr8k-mlp").symlink_to(embeddings_run)
+    (tmp_path / "photos").mkdir()
+    shutil.copy(source.pictures / "00.png", tmp_path / "one.png")
+    shutil.copy(source.pictures / "01.png", tmp_path / "photos" / "two.png")
+    (tmp_path / "photos" / "broken.png").write_bytes(b"")
+    shutil.copy(source.embeddings, tmp_path / "embeddings.npy")
+    page = (Path(__file__).parents[2] / "docs" / "python.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 6
+    monkeypatch.chdir(tmp_path)
+    told: list[str] = []
+    names: dict[str, Any] = {"print": lambda *parts: told.append(" ".join(map(str, parts)))}
+    exec("".join(blocks), names)
+    assert "photos/broken.png: The image is empty: 0 bytes." in told
+    best = [line for line in told if re.fullmatch(r"-?[\d.e-]+ .+", line)]
+    assert len(best) == 5
+    assert best[0].endswith(told[0])

@@ -31,8 +31,7 @@ def photos(photos: Path) -> Path:
 
 def expected_captions(run: Path, source: Source) -> list[str]:
     paths = sorted(source.pictures.iterdir())
-    found = Captioner.load(run).caption_files(paths, batch_size=64, workers=1)
-    return [caption.text for _, caption in found]  # type: ignore[union-attr]
+    return [caption.text for caption in Captioner.load(run).caption(paths)]
 
 
 def test_captions_on_the_screen(
@@ -110,10 +109,10 @@ def test_a_score_that_is_not_finite_makes_no_caption(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def captions(self: Captioner, paths: list[Path], **_: Any) -> Iterator[tuple[Path, Caption]]:
-        return zip(paths, [Caption("", True, float("nan")), Caption("A picture.", True, -1.0)], strict=True)
+    def captions(*_: Any, **__: Any) -> Iterator[Caption]:
+        return iter([Caption("", True, float("nan")), Caption("A picture.", True, -1.0)])
 
-    monkeypatch.setattr(Captioner, "caption_files", captions)
+    monkeypatch.setattr(Captioner, "caption", captions)
     pictures = [source.pictures / name for name in ("01.png", "02.png")]
     assert clipcap("caption", pixels_run, *pictures, "--output", tmp_path / "captions.jsonl") == 0
     assert [json.loads(line)["score"] for line in (tmp_path / "captions.jsonl").read_text().splitlines()] == [-1.0]

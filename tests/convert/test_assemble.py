@@ -123,6 +123,10 @@ def test_one_command_captions_pictures(
     assert [Path(row["image"]) for row in direct] == pictures
     assert all(row["caption"] for row in direct)
 
+    said: Any = {"published": "coco-mlp", "clip": str(tower), "tokenizer": str(tokenizer), **heads(original)}
+    captioner = Captioner.load(model, **said)
+    assert [caption.text for caption in captioner.caption(pictures)] == [row["caption"] for row in direct]
+
     folder, anew = tmp_path / "run", ("--output", output, "--overwrite")
     assert run(monkeypatch, "convert", "from-original", model, folder, *options) == 0
     assert run(monkeypatch, "caption", folder, *pictures, *anew) == 0
@@ -166,8 +170,8 @@ def test_a_tokenizer_that_does_not_fit(original: Original, tmp_path: Path) -> No
     ("options", "message"),
     [
         ([], "does not say which CLIP it was trained with"),
-        (["--published", "coco-mlp", "--normalize"], "--normalize is known of published checkpoints: leave it out"),
-        (["--published", "coco"], "--published coco is none of coco-mlp, conceptual-mlp, coco-transformer"),
+        (["--published", "coco-mlp", "--normalize"], "normalize is known of published checkpoints: leave it out"),
+        (["--published", "coco"], "published is 'coco': it can be coco-mlp, conceptual-mlp, coco-transformer"),
     ],
 )
 def test_what_is_wrong_is_said(

@@ -14,7 +14,7 @@ from random_models import random_params
 from tiny import IMAGE_SIZE, make_config, train_until
 
 from clipcap_jax import pictures
-from clipcap_jax.captioning.captioner import BatchCaptioner
+from clipcap_jax.captioning.batches import BatchCaptioner
 from clipcap_jax.captioning.decode import beam_search
 from clipcap_jax.config import Config
 from clipcap_jax.datasets import open_split
