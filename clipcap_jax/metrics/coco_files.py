@@ -10,7 +10,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from clipcap_jax.errors import UserError, first
@@ -100,6 +100,13 @@ def write_results(path: Path, captions: dict[str, str]) -> None:
     ids = ids if all(isinstance(image_id, int) for image_id in ids) else list(captions)
     entries = [{"image_id": image_id, "caption": text} for image_id, text in zip(ids, captions.values(), strict=True)]
     path.write_text(to_json(entries, indent=0), encoding="utf-8")
+
+
+def by_number(captions: dict[str, str]) -> dict[str, str]:
+    """By COCO's numbers instead of the paths of pictures, if all are named as COCO's are, and no two the same."""
+    found = [re.fullmatch(r"(?:COCO_\w+_)?([0-9]{12})", PurePosixPath(path).stem) for path in captions]
+    numbers = {str(int(match[1])): text for match, text in zip(found, captions.values(), strict=True) if match}
+    return numbers if len(numbers) == len(captions) else captions
 
 
 def coco_id(image_id: str) -> str | int:
