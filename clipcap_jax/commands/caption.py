@@ -117,8 +117,9 @@ def _caption(arguments: argparse.Namespace) -> None:
         done = cluster.of_first(noted.done if noted else 0)
         if done:
             console.print(f"Going on after {done:,} of {counted(len(inputs), 'picture')}")
-        rows = _shared(captioner, inputs, arguments, done)
-        rows = iter(track(rows, "Captioning", total=len(inputs), done=done, console=console, transient=True))
+        found = _shared(captioner, inputs, arguments, done)
+        bar = track(found, "Captioning", total=len(inputs), done=done, console=console, transient=True)
+        rows: Iterator[Row] = stack.enter_context(contextlib.closing(bar))
         if not cluster.is_main():
             collections.deque(rows, maxlen=0)  # nothing comes out here: process 0 has them
             return

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from clipcap_jax.errors import UserError, first
+from clipcap_jax.errors import UserError, counted, first
 from clipcap_jax.files import to_json
 
 
@@ -52,7 +52,7 @@ def read_results(path: Path) -> dict[str, str]:
     _check(path, "", entries, ("image_id", "caption"))
     repeated = [image for image, count in Counter(str(entry["image_id"]) for entry in entries).items() if count > 1]
     if repeated:
-        raise UserError(f"{path}: {len(repeated)} images have more than one caption: {first(repeated)}")
+        raise UserError(f"{path}: {counted(len(repeated), 'image')} with more than one caption: {first(repeated)}")
     return {str(entry["image_id"]): entry["caption"] for entry in entries}
 
 
@@ -114,6 +114,7 @@ def coco_id(image_id: str) -> str | int:
     return int(image_id) if re.fullmatch(r"0|[1-9][0-9]{,17}", image_id) else image_id
 
 
+_FORMATS = "Captions are read from COCO's .json, and from .jsonl, .csv, .tsv and .txt with image and caption."
 _RESULTS = '[{"image_id": 391895, "caption": "a man on a motorcycle"}, ...]'
 _CAPTIONS = '{"images": [{"id": 391895}, ...], "annotations": [{"image_id": 391895, "caption": "a man"}, ...]}'
 
@@ -124,7 +125,7 @@ def _load(path: Path) -> Any:
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON: {error}") from error
+        raise UserError(f"{path} is not JSON: {error}. {_FORMATS}") from error
 
 
 def _images(path: Path, content: dict[str, Any]) -> list[dict[str, Any]]:
