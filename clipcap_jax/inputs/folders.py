@@ -1,5 +1,6 @@
 """The pictures that people name: files, folders, globs, lists of files, and tars of them."""
 
+import contextlib
 import glob
 import io
 import os
@@ -23,10 +24,11 @@ class Member(PosixPath):
     size: int
 
     @classmethod
-    def of(cls, tar: Path, info: tarfile.TarInfo) -> "Member":
-        """What lies in a tar where the entry says."""
+    def of(cls, tar: Path, info: tarfile.TarInfo, total: int) -> "Member":
+        """What lies in a tar of `total` bytes where the entry says."""
         member = cls(f"{tar}/{info.name}")
-        member.tar, member.start, member.size = tar, info.offset_data, info.size
+        member.tar, member.start = tar, info.offset_data
+        member.size = max(0, min(info.size, total - info.offset_data))
         return member
 
     def stat(self, *, follow_symlinks: bool = True) -> os.stat_result:
@@ -121,27 +123,30 @@ def _unpacked(files: Iterable[Path], others: Counter[str]) -> Iterator[Path]:
 
 
 def _members(path: Path, others: Counter[str]) -> Iterator[Path]:
-    try:
-        with tarfile.open(path, "r:") as tar:
+    with contextlib.ExitStack() as stack:
+        try:
+            total = path.stat().st_size
+            tar = stack.enter_context(tarfile.open(path, "r:"))
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror}") from error
+        except Exception as error:  # on a damaged tar tarfile raises nearly anything
+            raise UserError(f"{path} is no tar that can be read: {error}. Unpack it if it is compressed.") from error
+        raw, end = stack.enter_context(path.open("rb")), total
+        with contextlib.suppress(Exception):
             for info in tar:
                 tar.members = []  # type: ignore[attr-defined]  # else it holds them all
+                if info.size < 0:
+                    break  # it would lead back
                 suffix = PurePosixPath(info.name).suffix.lower()
                 if suffix in pictures.SUFFIXES and info.isfile() and not info.issparse():
-                    yield Member.of(path, info)
+                    yield Member.of(path, info, total)
                 elif not info.isdir():
                     others[f"{suffix or 'without a suffix'} in tars"] += 1
-            end = tar.offset
-        with path.open("rb") as raw:
-            raw.seek(end)
-            whole = raw.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    except tarfile.ReadError as error:
-        if "unexpected end" not in str(error):
-            raise UserError(f"{path} is no tar that can be read: {error}. Unpack it if it is compressed.") from error
-        whole = False
-    if not whole:
-        others["tars that are cut off"] += 1
+            else:
+                end = tar.offset
+        raw.seek(end)
+        if raw.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            others["tars that are damaged or cut off"] += 1
 
 
 def _files_below(folder: Path, others: Counter[str]) -> Iterator[Path]:

@@ -104,7 +104,7 @@ def test_tars(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     whole = Path("a.tar").read_bytes()
     for size in (700, 3000, 3 * 1024):  # after the first picture, in the last one, and behind it
         Path("a.tar").write_bytes(whole[:size])
-        assert find_pictures(["*.tar"]).others["tars that are cut off"] == 1
+        assert find_pictures(["*.tar"]).others["tars that are damaged or cut off"] == 1
     Path("a.tar").write_bytes(gzip.compress(whole))
     with pytest.raises(UserError, match=r"a.tar is no tar that can be read: .*Unpack it if it is compressed"):
         find_pictures(["a.tar"])
