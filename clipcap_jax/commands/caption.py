@@ -140,6 +140,8 @@ def _caption(arguments: argparse.Namespace) -> None:
 def _target(arguments: argparse.Namespace) -> tuple[Sidecars | None, Path | None]:
     """The texts to write beside pictures, or the file; neither for the standard output."""
     if arguments.sidecar:
+        if arguments.output and (arguments.output.suffix in outputs.SUFFIXES or str(arguments.output) == "-"):
+            raise UserError(f"--output {arguments.output}: with --sidecar this names a folder on a disk")
         return sidecars.named(arguments.sidecar, arguments.existing, arguments.output), None
     if arguments.existing:
         raise UserError("--existing is of the texts that --sidecar writes: give that too")

@@ -158,3 +158,4 @@ _WRITERS: dict[str, Callable[[Path, Iterator[Row], Sequence[Any]], None]] = {
     ".parquet": _write_parquet,
     ".html": _write_page,
 }
+SUFFIXES = tuple(_WRITERS)

@@ -374,6 +374,7 @@ def test_mistakes_are_told_without_a_traceback(
         ),
         (("caption", pixels_run, photos / "broken.jpg"), "none of the pictures could be read"),
         (("caption", pixels_run, picture, "--existing", "skip"), "give that too"),
+        (("caption", pixels_run, picture, "--sidecar", ".txt", "--output", "c.csv"), "this names a folder"),
         (("caption", pixels_run, picture, "--sidecar", ".JPG"), "a suffix such as .txt is needed"),
         (("caption", pixels_run, picture, "--sidecar", "/../x"), "a suffix such as .txt is needed"),
         (("caption", embeddings_run, source.embeddings, "--sidecar", ".txt"), "is for pictures"),
