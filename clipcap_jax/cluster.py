@@ -137,6 +137,18 @@ def check_same(what: str, value: str) -> None:
         raise UserError(f"the processes have different {what}: start all with the same flags, from the same files")
 
 
+def of_first(value: T) -> T:
+    """What process 0 has of something that JSON can hold, on all processes."""
+    if count() == 1:
+        return value
+    client: Any = distributed.global_state.client
+    key = f"first/{next(_meetings)}"
+    if is_main():
+        client.key_value_set(key, json.dumps(value))
+    found: T = json.loads(_wait(client.blocking_key_value_get, key, _PATIENCE * 1000))
+    return found
+
+
 def collect(blocks: Iterator[list[Any]]) -> Iterator[list[Any]]:
     """The blocks of all processes on process 0: the first of each one, in their order, then the second, and so on.
 

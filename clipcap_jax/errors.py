@@ -1,4 +1,4 @@
-"""The one exception that means "the user can mend this", and how its messages name many things."""
+"""The one exception that means "the user can mend this", and how its messages name and count many things."""
 
 from collections.abc import Sequence
 
@@ -15,3 +15,8 @@ def first(names: Sequence[str]) -> str:
     """The first three names, and how many more there are."""
     named = ", ".join(names[:3])
     return named if len(names) <= 3 else f"{named} and {len(names) - 3} more"
+
+
+def counted(count: int, noun: str) -> str:
+    """Such as "1 picture" or "1,000 pictures"."""
+    return f"{count:,} {noun}{'s' * (count != 1)}"

@@ -1,6 +1,6 @@
 """What is shown on the screen: texts as they are, and how far a long piece of work is."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from typing import Any, TypeVar
 
 from rich.console import Console
@@ -28,7 +28,7 @@ def bar(console: Console | None = None, **options: Any) -> Progress:
     )
 
 
-def track(items: Iterable[T], description: str, *, total: int, done: int = 0, **options: Any) -> Iterator[T]:
+def track(items: Iterable[T], description: str, *, total: int, done: int = 0, **options: Any) -> Generator[T]:
     """The items, which a bar counts, from `done` on; with options of rich's."""
     with bar(**options) as shown:
         task = shown.add_task(description, total=total, completed=done)

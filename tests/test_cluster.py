@@ -14,12 +14,15 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 from clip_files import write_clip
 from failing_saves import STAGES
 from tiny import Clipcap, Source, assert_close, assert_same, named, saved
+
+from clipcap_jax.commands.journal import Journal, Row
 
 ROOT = Path(__file__).parents[1]
 STEPS = 15
@@ -226,9 +229,25 @@ def test_embedding_and_captioning_are_shared(
     one, two = (
         list(map(json.loads, (tmp_path / name).read_text().splitlines())) for name in ("one.jsonl", "two.jsonl")
     )
-    scores = np.array([[line.pop("score") for line in lines] for lines in (one, two)])
+    scores = np.array([[line.pop("score", 0.0) for line in lines] for lines in (one, two)])
     assert one == two
     np.testing.assert_allclose(scores[0], scores[1], rtol=1e-5)
+
+    # What one process has done, and two go on with: it alone knows how much that is.
+    def interrupted(self: Journal, row: Row) -> None:
+        if self.done == 9:
+            raise KeyboardInterrupt
+        add(self, row)
+
+    add = Journal.add
+    with mock.patch.object(Journal, "add", interrupted):
+        assert clipcap(*command, "--output", tmp_path / "rest.jsonl") == 130
+    first, _ = ended(start("-m", "clipcap_jax", *command, "--output", tmp_path / "rest.jsonl", processes=2, devices=1))
+    assert "Going on after 9 of 28 pictures" in first
+    rest = list(map(json.loads, (tmp_path / "rest.jsonl").read_text().splitlines()))
+    assert [(line["image"], line.get("caption")) for line in rest] == [
+        (row["image"], row.get("caption")) for row in one
+    ]
 
 
 def steps_logged(run: Path, started: Started, count: int) -> None:

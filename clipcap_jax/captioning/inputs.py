@@ -126,6 +126,8 @@ class InputReader:
                 picture = pictures.to_rgb(Image.fromarray(given))
             case str() if given.lower().startswith(("http://", "https://")):
                 picture = pictures.decode(_fetch(given))
+            case Path():  # as it is: that of a tar's member knows where to read
+                picture = pictures.decode(_read(given))
             case str() | os.PathLike():
                 picture = pictures.decode(_read(Path(given)))
             case _:

@@ -2,25 +2,31 @@
 
 import argparse
 import collections
-import csv
+import contextlib
 import dataclasses
+import hashlib
 import itertools
 import math
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
+from clipcap_jax import files
+from clipcap_jax.commands import journal, outputs, sidecars
 from clipcap_jax.commands.cli import add_cluster_options, add_overwrite_option, positive, start_processes
 from clipcap_jax.commands.convert import ORIGINAL_OPTIONS, add_original_options, load_original
-from clipcap_jax.errors import UserError
-from clipcap_jax.files import check_new, on_disk, place, to_json
+from clipcap_jax.commands.journal import Journal, Row
+from clipcap_jax.commands.sidecars import Sidecars
+from clipcap_jax.errors import UserError, counted
+from clipcap_jax.files import check_new, place, reached
 from clipcap_jax.inputs.folders import described, find_pictures
-from clipcap_jax.progress import screen, track
+from clipcap_jax.progress import track
+
+_NAMED = 20  # pictures without a caption whose reasons are shown
 
 
 def add(commands: Any) -> None:
@@ -28,8 +34,28 @@ def add(commands: Any) -> None:
     caption = commands.add_parser("caption", help="caption picture files, folders of them, or a matrix of embeddings")
     caption.set_defaults(run=_caption)
     caption.add_argument("run_folder", help="the folder of a run, which train.py wrote to, or the original's .pt file")
-    caption.add_argument("inputs", nargs="+", help="pictures, folders (with all below them), globs, or one .npy matrix")
-    caption.add_argument("--output", type=place, help="write to this .jsonl or .csv file instead of the screen")
+    caption.add_argument(
+        "inputs",
+        nargs="+",
+        help="pictures, folders (with all below them), globs, .tar files, @FILE or - for a list of files, one a line, "
+        "or one .npy matrix",
+    )
+    caption.add_argument(
+        "--output",
+        type=place,
+        help="write to this .jsonl, .csv, .json (COCO's results), .parquet or .html file, or - for JSON lines, instead "
+        "of the screen; the same command goes on if it was stopped",
+    )
+    caption.add_argument(
+        "--sidecar", metavar=".txt", help="write a text file for each picture, beside it or below the folder --output"
+    )
+    caption.add_argument(
+        "--existing",
+        choices=("skip", "overwrite", "append", "prepend"),
+        help="what becomes of a text that is there already [an error]",
+    )
+    caption.add_argument("--prefix", default="", help="text to put before each caption")
+    caption.add_argument("--suffix", default="", help="text to put after each caption")
     caption.add_argument("--checkpoint", default="best", help='"best", "latest" or a step [best]')
     caption.add_argument(
         "--beam-size", type=positive, help="hypotheses per picture, 1 for greedy [as the run's config says]"
@@ -42,19 +68,118 @@ def add(commands: Any) -> None:
     add_original_options(caption)
 
 
+@dataclasses.dataclass
+class _Tally:
+    """How many pictures got a caption and how many did not, and the reasons of the first of these."""
+
+    captions: int = 0
+    skipped: int = 0
+    reasons: list[str] = dataclasses.field(default_factory=list)
+
+    def count(self, rows: Iterable[Row]) -> Iterator[Row]:
+        """The rows, each counted."""
+        for row in rows:
+            if "caption" in row:
+                self.captions += 1
+            else:
+                self.skipped += 1
+                self.reasons += [f"{row['image']}: {row['error']}"] * (self.skipped <= _NAMED)
+            yield row
+
+
 def _caption(arguments: argparse.Namespace) -> None:
     from clipcap_jax import cluster
-    from clipcap_jax.captioning.captioner import Captioner
 
     console = start_processes(arguments, stderr=True)
-    if arguments.output and arguments.output.suffix not in (".jsonl", ".csv"):
-        raise UserError(f"--output {arguments.output}: the name has to end in .jsonl or .csv")
-    if arguments.output:
-        check_new(arguments.output, _partial(arguments.output), overwrite=arguments.overwrite)
-    matrices = [name for name in arguments.inputs if name.endswith(".npy")]
-    if matrices and len(arguments.inputs) > 1:
+    texts, output = _target(arguments)
+    inputs, others = _inputs(arguments.inputs)
+    if texts:
+        texts, inputs = _to_do(texts, arguments.inputs, inputs, console)
+        if not inputs:
+            return
+    if output:
+        outputs.check_inputs(output, inputs)
+    captioner = _load(arguments)
+    settings = _settings(captioner, inputs, arguments)
+    cluster.check_same("pictures or checkpoints", files.to_json({"step": captioner.step, **settings}))
+
+    tally = _Tally()
+    partial = output.with_name(output.name + ".partial") if output else None
+    if texts and texts.existing != "skip":  # what to skip is noted by the texts themselves
+        partial = texts.journal(inputs)
+    with contextlib.ExitStack() as stack:
+        noted = None
+        if partial and cluster.is_main():
+            made_from = {"checkpoint": f"step {captioner.step}, {_digest(captioner.params)}", **settings}
+            noted = stack.enter_context(journal.opened(partial, made_from, anew=arguments.overwrite))
+            stack.enter_context(_kept(partial, noted, console))
+            collections.deque(tally.count(noted.rows()), maxlen=0)
+        done = cluster.of_first(noted.done if noted else 0)
+        if done:
+            console.print(f"Going on after {done:,} of {counted(len(inputs), 'picture')}")
+        found = _shared(captioner, inputs, arguments, done)
+        bar = track(found, "Captioning", total=len(inputs), done=done, console=console, transient=True)
+        rows: Iterator[Row] = stack.enter_context(contextlib.closing(bar))
+        if not cluster.is_main():
+            collections.deque(rows, maxlen=0)  # nothing comes out here: process 0 has them
+            return
+        rows = tally.count(rows)
+        if texts:
+            _write_texts(texts, rows, inputs[done:], noted, inputs[done - 1] if done else None)
+        elif noted and output:
+            collections.deque(map(noted.add, rows), maxlen=0)
+            outputs.write(output, noted.rows(), inputs)
+        else:
+            outputs.show(rows, as_json=arguments.output is not None or not sys.stdout.isatty())
+    if partial:
+        with reached(partial):
+            partial.unlink(missing_ok=True)
+    _tell(tally, output, others, console)
+
+
+def _target(arguments: argparse.Namespace) -> tuple[Sidecars | None, Path | None]:
+    """The texts to write beside pictures, or the file; neither for the standard output."""
+    if arguments.sidecar:
+        if arguments.output and (arguments.output.suffix in outputs.SUFFIXES or str(arguments.output) == "-"):
+            raise UserError(f"--output {arguments.output}: with --sidecar this names a folder on a disk")
+        return sidecars.named(arguments.sidecar, arguments.existing, arguments.output), None
+    if arguments.existing:
+        raise UserError("--existing is of the texts that --sidecar writes: give that too")
+    if arguments.output is None or str(arguments.output) == "-":
+        return None, None
+    outputs.check(arguments.output)
+    check_new(arguments.output, overwrite=arguments.overwrite)
+    return None, arguments.output
+
+
+def _inputs(names: list[str]) -> tuple[Any, collections.Counter[str]]:
+    """Paths of pictures, or a matrix of embeddings, and what lies beside the pictures."""
+    matrices = [name for name in names if name.endswith(".npy")]
+    if not matrices:
+        return find_pictures(names)
+    if len(names) > 1:
         raise UserError("give either pictures or one .npy matrix of embeddings, not both")
-    paths, others = find_pictures([] if matrices else arguments.inputs)
+    return _load_matrix(matrices[0]), collections.Counter()
+
+
+def _to_do(texts: Sidecars, names: list[str], inputs: Any, console: Console) -> tuple[Sidecars, list[Path]]:
+    """The pictures that need a text."""
+    if isinstance(inputs, np.ndarray):
+        raise UserError("--sidecar is for pictures, not for embeddings: name a file with --output")
+    texts = sidecars.below(texts, names, inputs)
+    texts.check(inputs)
+    if texts.existing != "skip":
+        return texts, inputs
+    missing = texts.missing(inputs)
+    console.print(
+        f"{counted(len(inputs) - len(missing), 'picture')} of {len(inputs):,} skipped: they have a text already"
+    )
+    return texts, missing
+
+
+def _load(arguments: argparse.Namespace) -> Any:
+    from clipcap_jax.captioning.captioner import Captioner
+
     if Path(arguments.run_folder).is_file():
         captioner = Captioner(*load_original(Path(arguments.run_folder), arguments), step=0, local=True)
     else:
@@ -64,42 +189,83 @@ def _caption(arguments: argparse.Namespace) -> None:
         captioner = Captioner.load(arguments.run_folder, arguments.checkpoint, local=True)
     if arguments.beam_size:
         captioner = captioner.with_decode(dataclasses.replace(captioner.decode, beam_size=arguments.beam_size))
+    return captioner
 
-    inputs: Any = _load_matrix(matrices[0]) if matrices else paths
-    total = len(inputs)
-    seen = "\n".join(map(str, paths)) or str(inputs.shape)
-    cluster.check_same("pictures or checkpoints", f"{captioner.step} {seen}")
-    results: Iterator[tuple[str, Any]] = _shared(captioner, inputs, arguments.batch_size, arguments.workers)
-    results = iter(track(results, "Captioning", total=total, console=console, transient=True))
-    if not cluster.is_main():
-        collections.deque(results, maxlen=0)  # nothing comes out here: process 0 has them
-        return
-    skipped = _write(results, arguments.output, console) if arguments.output else _show(results)
-    console.print(f"{total - len(skipped)} captions, {len(skipped)} pictures skipped")
-    for name, error in skipped[:20]:
-        console.print(f"  {name}: {error}", soft_wrap=True)
-    if len(skipped) > 20:
-        console.print(f"  ... and {len(skipped) - 20} more")
+
+def _settings(captioner: Any, inputs: Any, arguments: argparse.Namespace) -> dict[str, Any]:
+    """All but the checkpoint that decides what is written."""
+    digest = hashlib.sha256()
+    for part in inputs:
+        digest.update(part.tobytes() if isinstance(part, np.ndarray) else f"{part}\n".encode(errors="surrogateescape"))
+    settings = {"pictures": f"{len(inputs):,} ({digest.hexdigest()[:16]})", **dataclasses.asdict(captioner.decode)}
+    return settings | {name: getattr(arguments, name) for name in ("prefix", "suffix", "existing")}
+
+
+def _digest(params: Any) -> str:
+    import jax
+
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(params):
+        digest.update(np.asarray(leaf).tobytes())
+    return digest.hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def _kept(partial: Path, noted: Journal, console: Console) -> Iterator[None]:
+    """Where what is done here is ended, say where that is kept, if it is anything."""
+    try:
+        yield
+    except BaseException:
+        if noted.done:
+            console.print(f"What is done is in {partial}: the same command goes on from there", soft_wrap=True)
+        else:
+            partial.unlink(missing_ok=True)
+        raise
+
+
+def _write_texts(
+    texts: Sidecars, rows: Iterator[Row], paths: Sequence[Path], noted: Journal | None, last: Path | None
+) -> None:
+    """Write the texts, each noted first; that of the `last` picture noted may be missing, if the process was killed."""
+    texts.check_new(paths)
+    if noted and last:
+        *_, row = noted.rows()
+        if "caption" in row:
+            texts.write(last, row["caption"], again=True)
+    for path, row in zip(paths, rows, strict=True):
+        if noted:
+            noted.add(row)
+        if "caption" in row:
+            texts.write(path, row["caption"])
+
+
+def _tell(tally: _Tally, output: Path | None, others: collections.Counter[str], console: Console) -> None:
+    console.print(f"{counted(tally.captions, 'caption')}, {counted(tally.skipped, 'picture')} skipped")
+    for reason in tally.reasons:
+        console.print(f"  {reason}", soft_wrap=True)
+    if tally.skipped > _NAMED:
+        console.print(f"  ... and {tally.skipped - _NAMED:,} more")
     if others:
         console.print(f"Not looked at: {described(others)}", soft_wrap=True)
-    if len(skipped) == total:
+    if output:
+        console.print(f"written: {output}", soft_wrap=True)
+    if tally.skipped and not tally.captions:
         raise UserError("none of the pictures could be read")
 
 
-def _shared(captioner: Any, inputs: Any, batch_size: int, workers: int) -> Iterator[tuple[str, Any]]:
-    """Captions, or errors in their place, by name, in order, on process 0; of n processes each makes every n-th batch.
+def _shared(captioner: Any, inputs: Any, arguments: argparse.Namespace, done: int) -> Iterator[Row]:
+    """The rows, in order, on process 0; of n processes each makes those of every n-th batch.
 
     Args:
       captioner: a local one.
       inputs: paths of pictures, or a matrix of embeddings.
-      batch_size: over all processes.
-      workers: threads of each that decode.
+      arguments: the batch size over all processes, the threads of each that decode, and texts around captions.
+      done: how many of the inputs are left out.
     """
     from clipcap_jax import cluster, parallel
-    from clipcap_jax.captioning.captioner import Caption
 
-    size = parallel.round_up(max(1, -(-min(batch_size, len(inputs)) // cluster.count())), local=True)
-    rounds = range(0, len(inputs), size * cluster.count())
+    size = parallel.round_up(max(1, -(-min(arguments.batch_size, len(inputs) - done) // cluster.count())), local=True)
+    rounds = range(done, len(inputs), size * cluster.count())
     mine = [range(len(inputs))[start + cluster.index() * size :][:size] for start in rounds]
     if isinstance(inputs, np.ndarray):
         captioner.reader.check_embeddings(inputs)  # all, before the first is captioned
@@ -107,78 +273,30 @@ def _shared(captioner: Any, inputs: Any, batch_size: int, workers: int) -> Itera
     captions = zip(
         order if isinstance(inputs, np.ndarray) else [inputs[row] for row in order],
         captioner.caption(
-            (inputs[row] for row in order), batch_size=size, workers=workers, stream=True, errors="return"
+            (inputs[row] for row in order), batch_size=size, workers=arguments.workers, stream=True, errors="return"
         ),
         strict=True,
     )
-    told = ([_told(*item) for item in itertools.islice(captions, len(rows))] for rows in mine)
-    for name, found in itertools.chain.from_iterable(cluster.collect(told)):
-        yield name, Caption(**found) if isinstance(found, dict) else UserError(found)
+    around = (arguments.prefix, arguments.suffix)
+    told = ([_row(name, found, *around) for name, found in itertools.islice(captions, len(rows))] for rows in mine)
+    yield from itertools.chain.from_iterable(cluster.collect(told))
 
 
-def _told(name: Path | int, caption: Any) -> tuple[str, Any]:
-    """As a process tells it to another."""
-    if not isinstance(caption, UserError) and not math.isfinite(caption.score):
-        caption = UserError("no caption has a finite score: the weights or the embedding lead beyond the numbers")
-    return str(name), str(caption) if isinstance(caption, UserError) else dataclasses.asdict(caption)
+def _row(name: Path | int, found: Any, prefix: str, suffix: str) -> Row:
+    """As a process tells another of a caption, or of the error in its place."""
+    if not isinstance(found, UserError) and not math.isfinite(found.score):
+        found = UserError("no caption has a finite score: the weights or the embedding lead beyond the numbers")
+    if isinstance(found, UserError):
+        return {"image": str(name), "error": str(found)}
+    text = f"{prefix}{found.text}{suffix}"
+    return {"image": str(name), "caption": text, "score": found.score, "finished": found.finished}
 
 
 def _load_matrix(name: str) -> np.ndarray:
     try:
-        return np.lib.format.open_memmap(name, mode="r")
+        matrix = np.lib.format.open_memmap(name, mode="r")
     except (OSError, ValueError) as error:
         raise UserError(f"{name} is not a NumPy matrix: {error}") from error
-
-
-def _partial(path: Path) -> Path:
-    """Where what was captioned until an interrupt stays."""
-    return path.with_name(path.name + ".partial")
-
-
-Skipped = list[tuple[str, UserError]]
-
-
-def _write(results: Iterator[tuple[str, Any]], path: Path, console: Console) -> Skipped:
-    skipped: Skipped = []
-    columns = ("image", "caption", "score", "finished")
-    partial = _partial(path)
-    try:
-        # POSIX file names need not be UTF-8: what is not is written to a .csv as it is.
-        with (
-            on_disk(partial) as here,
-            here.open("w", 1, encoding="utf-8", errors="surrogateescape", newline="") as file,  # line by line
-        ):
-            table = csv.DictWriter(file, columns)
-            if path.suffix == ".csv":
-                table.writeheader()
-            for name, caption in results:
-                if isinstance(caption, UserError):
-                    skipped.append((name, caption))
-                    continue
-                row = dict(zip(columns, (name, caption.text, caption.score, caption.finished), strict=True))
-                if path.suffix == ".csv":
-                    table.writerow(row)
-                else:
-                    file.write(to_json(row) + "\n")
-        partial.replace(path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}") from error
-    except BaseException:
-        console.print(f"The captions so far are in {partial}", soft_wrap=True)
-        raise
-    return skipped
-
-
-def _show(results: Iterator[tuple[str, Any]]) -> Skipped:
-    skipped: Skipped = []
-    table = Table("image", "caption")
-    try:
-        for name, caption in results:
-            if isinstance(caption, UserError):
-                skipped.append((name, caption))
-            else:
-                table.add_row(Text(name, overflow="fold"), Text(caption.text))
-    finally:  # after an interrupt, those that there are
-        if table.row_count:
-            screen().print(table)
-    return skipped
+    if not matrix.ndim:
+        raise UserError(f"{name} is not a NumPy matrix, but holds a single number")
+    return matrix

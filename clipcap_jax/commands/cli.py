@@ -84,6 +84,11 @@ class _Output(io.FileIO):
             return memoryview(content).nbytes
 
 
+def unread() -> bool:
+    """Whether what goes to the standard output does not arrive any more, as with `| head`."""
+    return bool(getattr(getattr(getattr(sys.stdout, "buffer", None), "raw", None), "fault", None))
+
+
 @contextlib.contextmanager
 def _outputs() -> Iterator[None]:
     """What is shown decides nothing: any text can be, in any encoding, and whether it arrives is asked in the end.

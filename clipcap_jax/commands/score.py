@@ -7,12 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from clipcap_jax.commands import captions_files
 from clipcap_jax.commands.cli import add_overwrite_option, positive
-from clipcap_jax.errors import UserError, first
+from clipcap_jax.errors import UserError, counted, first
 from clipcap_jax.evaluation import report
 from clipcap_jax.evaluation.report import Row
 from clipcap_jax.files import check_new, whole
-from clipcap_jax.metrics import References, Scores, SpiceConfig, coco_files, score_domains, unavailable, words
+from clipcap_jax.metrics import References, Scores, SpiceConfig, score_domains, unavailable, words
 from clipcap_jax.metrics.coco_files import CaptionsFile
 from clipcap_jax.metrics.health import health
 from clipcap_jax.metrics.measure import Measure
@@ -30,8 +31,12 @@ def add(commands: Any) -> None:
     """Add them to the parser's commands."""
     score = commands.add_parser("score", help="score captions against references")
     score.set_defaults(run=_score)
-    score.add_argument("captions", type=Path, help="a COCO results file: a list of image_id and caption")
-    score.add_argument("references", type=Path, help="a COCO or nocaps captions file: images and annotations")
+    score.add_argument(
+        "captions", type=Path, help="what clipcap caption wrote, a table of image and caption, or COCO's results .json"
+    )
+    score.add_argument(
+        "references", type=Path, help="a table of image and caption (.jsonl, .csv, ...), or COCO's or nocaps' .json"
+    )
     score.add_argument(
         "--output",
         type=Path,
@@ -83,8 +88,10 @@ def add(commands: Any) -> None:
 
 def _score(arguments: argparse.Namespace) -> None:
     _check_options(arguments)
-    captions, file = coco_files.read_results(arguments.captions), coco_files.read_captions(arguments.references)
-    compared = coco_files.read_results(arguments.compare) if arguments.compare else None
+    captions, file = _captions(arguments.captions), captions_files.read_references(arguments.references)
+    compared = _captions(arguments.compare) if arguments.compare else None
+    captions = captions_files.matched(captions, file, arguments.captions)
+    compared = None if compared is None else captions_files.matched(compared, file, arguments.compare)
     texts = file.captions
     if arguments.only_captioned:
         texts = {image: several for image, several in texts.items() if image in captions}
@@ -159,6 +166,14 @@ def _check_options(arguments: argparse.Namespace) -> None:
     ):
         if option and not needed:
             raise UserError(kind)
+
+
+def _captions(path: Path) -> dict[str, str]:
+    captions, without = captions_files.read_results(path)
+    if without:
+        told = f"{path}: {counted(without, 'picture')} could not be captioned"
+        screen().print(told, style="yellow", soft_wrap=True)
+    return captions
 
 
 def _references(

@@ -21,6 +21,7 @@ __all__ = [
     "prepare",
     "prepare_records",
     "prepare_shapes",
+    "readers",
     "schema",
     "shapes",
     "shards",

@@ -17,6 +17,7 @@ An object or a row has these fields; others are ignored and told:
     split          "train", "val", "test" or any other word but "all"
     embedding_row  the picture's row in the matrix of embeddings, from 0
     domain         a group of pictures to score apart
+    error          why there is no caption, as `clipcap caption` writes it
 """
 
 import csv
@@ -36,6 +37,8 @@ from clipcap_jax.errors import UserError
 
 _NAMES = {"image": ("image", "file_name", "filename"), "caption": ("caption", "text")}
 _OTHERS = ("image_id", "captions", "split", "embedding_row", "domain")
+
+NO_CAPTION = "no caption"  # the reason of rows that say why
 
 _Fields = tuple[str, Mapping[str, Any]]  # where an object or row is, and what it holds
 
@@ -209,6 +212,9 @@ def read_captions(
             rows.append(row)
             continue
         where, fields = row
+        if fields.get("error") and not any(fields.get(name) for name in (*names["caption"], "captions")):
+            rows.append(Problem(row[0], NO_CAPTION, str(fields["error"])))
+            continue
         meant = {key: fields[key] for key in known if key in fields}
         used = {*meant}
         for field, candidates in names.items():

@@ -1,50 +1,76 @@
-"""The picture files that people name: files, folders and globs."""
+"""The pictures that people name: files, folders, globs, lists of files, and tars of them."""
 
+import contextlib
 import glob
+import io
 import os
+import stat
+import sys
+import tarfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path, PosixPath, PurePosixPath
+from typing import IO, NamedTuple
 
 from clipcap_jax import pictures
 from clipcap_jax.errors import UserError
 
 
+class Member(PosixPath):
+    """A file in a tar that is not compressed: its path is the tar's with the name in it, and it is read like a file."""
+
+    tar: Path
+    start: int
+    size: int
+
+    @classmethod
+    def of(cls, tar: Path, info: tarfile.TarInfo, total: int) -> "Member":
+        """What lies in a tar of `total` bytes where the entry says."""
+        member = cls(f"{tar}/{info.name}")
+        member.tar, member.start = tar, info.offset_data
+        member.size = max(0, min(info.size, total - info.offset_data))
+        return member
+
+    def stat(self, *, follow_symlinks: bool = True) -> os.stat_result:
+        """As a file of this size."""
+        return os.stat_result((stat.S_IFREG, *5 * (0,), self.size, *3 * (0,)))
+
+    def read_bytes(self) -> bytes:
+        """What it holds.
+
+        Raises:
+          OSError: the tar cannot be read.
+        """
+        with self.tar.open("rb") as file:
+            file.seek(self.start)
+            return file.read(self.size)
+
+
 class Found(NamedTuple):
-    """`paths`: each once, in order; `others`: what folders and globs held beside them, counted by kind."""
+    """`paths`: each once, in order; `others`: what folders, globs and tars held beside them, counted by kind."""
 
     paths: list[Path]
     others: Counter[str]
 
 
 def find_pictures(inputs: Sequence[str]) -> Found:
-    """The pictures that files, folders, with all below them, and globs name.
+    """The pictures that files, folders, with all below them, globs, lists and tars name.
 
-    Of folders and globs, these are the files whose name or first bytes are those of a picture, through links too; a
-    file that is named itself is taken for one.
+    Of folders and globs, these are the files whose name or first bytes are those of a picture, through links too; of a
+    `.tar`, those whose name is. "@" before a file's name, or "-", which is the standard input, stands for a list of
+    files, one a line. A file that is named itself, or listed, is taken for a picture, and need not be there if listed.
 
     Raises:
-      UserError: one of the inputs names nothing, or a folder without pictures.
+      UserError: one of the inputs names nothing, or nothing with pictures.
     """
     found: dict[Path, None] = {}
     others: Counter[str] = Counter()
     for name in inputs:
-        path = Path(name)
-        if path.is_dir():
-            files = list(_files_below(path, others))
-        elif path.exists():
-            found[path] = None
-            continue
-        else:
-            files = [file for file in map(Path, glob.glob(name, recursive=True)) if not file.is_dir()]
-            if not files:
-                raise UserError(f"there is no file, folder or glob {name!r}")
-        kinds = {file: _other(file) for file in sorted(files)}
-        here = Counter(filter(None, kinds.values()))
-        if len(kinds) == here.total():
+        here: Counter[str] = Counter()
+        files = dict.fromkeys(_named(name, here))
+        if not files:
             raise UserError(f"{name} holds no pictures" + (f": {described(here)}" if here else ""))
-        found |= {file: None for file, kind in kinds.items() if not kind}
+        found |= files
         others += here
     return Found(list(found), others)
 
@@ -52,6 +78,75 @@ def find_pictures(inputs: Sequence[str]) -> Found:
 def described(others: Counter[str]) -> str:
     """Counts by kind, the most frequent first."""
     return ", ".join(f"{count:,} {kind}" for kind, count in others.most_common())
+
+
+def _named(name: str, others: Counter[str]) -> Iterator[Path]:
+    """The pictures of one input."""
+    path = Path(name)
+    if name == "-":
+        return _unpacked(_lines(sys.stdin.buffer), others)
+    if name.startswith("@"):
+        try:
+            return _unpacked(_lines(io.BytesIO(Path(name[1:]).read_bytes())), others)
+        except OSError as error:
+            raise UserError(f"the list {name[1:]} cannot be read: {error.strerror}") from error
+    if path.is_dir():
+        return _pictures(sorted(_files_below(path, others)), others)
+    if path.exists():
+        return _unpacked([path], others)
+    files = sorted(file for file in map(Path, glob.glob(name, recursive=True)) if not file.is_dir())
+    if not files:
+        raise UserError(f"there is no file, folder or glob {name!r}")
+    return _pictures(_unpacked(files, others), others)
+
+
+def _lines(file: IO[bytes]) -> Iterator[Path]:
+    """A path a line; its bytes need not be UTF-8."""
+    return (Path(os.fsdecode(line)) for raw in file if (line := raw.rstrip(b"\r\n")))
+
+
+def _pictures(files: Iterable[Path], others: Counter[str]) -> Iterator[Path]:
+    for file in files:
+        if kind := "" if isinstance(file, Member) else _other(file):
+            others[kind] += 1
+        else:
+            yield file
+
+
+def _unpacked(files: Iterable[Path], others: Counter[str]) -> Iterator[Path]:
+    """The files, and of tars the pictures in them."""
+    for file in files:
+        if file.suffix == ".tar":
+            yield from _members(file, others)
+        else:
+            yield file
+
+
+def _members(path: Path, others: Counter[str]) -> Iterator[Path]:
+    with contextlib.ExitStack() as stack:
+        try:
+            total = path.stat().st_size
+            tar = stack.enter_context(tarfile.open(path, "r:"))
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror}") from error
+        except Exception as error:  # on a damaged tar tarfile raises nearly anything
+            raise UserError(f"{path} is no tar that can be read: {error}. Unpack it if it is compressed.") from error
+        raw, end = stack.enter_context(path.open("rb")), total
+        with contextlib.suppress(Exception):
+            for info in tar:
+                tar.members = []  # type: ignore[attr-defined]  # else it holds them all
+                if info.size < 0:
+                    break  # it would lead back
+                suffix = PurePosixPath(info.name).suffix.lower()
+                if suffix in pictures.SUFFIXES and info.isfile() and not info.issparse():
+                    yield Member.of(path, info, total)
+                elif not info.isdir():
+                    others[f"{suffix or 'without a suffix'} in tars"] += 1
+            else:
+                end = tar.offset
+        raw.seek(end)
+        if raw.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            others["tars that are damaged or cut off"] += 1
 
 
 def _files_below(folder: Path, others: Counter[str]) -> Iterator[Path]:

@@ -10,10 +10,10 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from clipcap_jax.errors import UserError, first
+from clipcap_jax.errors import UserError, counted, first
 from clipcap_jax.files import to_json
 
 
@@ -52,7 +52,7 @@ def read_results(path: Path) -> dict[str, str]:
     _check(path, "", entries, ("image_id", "caption"))
     repeated = [image for image, count in Counter(str(entry["image_id"]) for entry in entries).items() if count > 1]
     if repeated:
-        raise UserError(f"{path}: {len(repeated)} images have more than one caption: {first(repeated)}")
+        raise UserError(f"{path}: {counted(len(repeated), 'image')} with more than one caption: {first(repeated)}")
     return {str(entry["image_id"]): entry["caption"] for entry in entries}
 
 
@@ -102,11 +102,19 @@ def write_results(path: Path, captions: dict[str, str]) -> None:
     path.write_text(to_json(entries, indent=0), encoding="utf-8")
 
 
+def by_number(captions: dict[str, str]) -> dict[str, str]:
+    """By COCO's numbers instead of the paths of pictures, if all are named as COCO's are, and no two the same."""
+    found = [re.fullmatch(r"(?:COCO_\w+_)?([0-9]{12})", PurePosixPath(path).stem) for path in captions]
+    numbers = {str(int(match[1])): text for match, text in zip(found, captions.values(), strict=True) if match}
+    return numbers if len(numbers) == len(captions) else captions
+
+
 def coco_id(image_id: str) -> str | int:
     """The id as a number where it is one, of up to 18 digits."""
     return int(image_id) if re.fullmatch(r"0|[1-9][0-9]{,17}", image_id) else image_id
 
 
+_FORMATS = "Captions are read from COCO's .json, and from .jsonl, .csv, .tsv and .txt with image and caption."
 _RESULTS = '[{"image_id": 391895, "caption": "a man on a motorcycle"}, ...]'
 _CAPTIONS = '{"images": [{"id": 391895}, ...], "annotations": [{"image_id": 391895, "caption": "a man"}, ...]}'
 
@@ -117,7 +125,7 @@ def _load(path: Path) -> Any:
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON: {error}") from error
+        raise UserError(f"{path} is not JSON: {error}. {_FORMATS}") from error
 
 
 def _images(path: Path, content: dict[str, Any]) -> list[dict[str, Any]]:

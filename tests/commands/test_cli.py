@@ -1,186 +1,29 @@
-import csv
-import dataclasses
-import json
 import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from tiny import SPLITS, Clipcap, Source
 
 from clipcap_jax import datasets
 from clipcap_jax.__main__ import EXAMPLES, make_parser
-from clipcap_jax.captioning.captioner import Caption, Captioner
-from clipcap_jax.commands import caption, cli
+from clipcap_jax.commands import cli
 from clipcap_jax.datasets import open_split
 
 PICTURES = sum(SPLITS.values())
 
 
-@pytest.fixture
-def photos(photos: Path) -> Path:
-    """With a broken picture among them."""
-    (photos / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 and no more")
-    return photos
-
-
-def expected_captions(run: Path, source: Source) -> list[str]:
-    paths = sorted(source.pictures.iterdir())
-    return [caption.text for caption in Captioner.load(run).caption(paths)]
-
-
-def test_captions_on_the_screen(
-    clipcap: Clipcap, pixels_run: Path, photos: Path, source: Source, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (photos / "01.png").rename(photos / "01 \udcff.png")  # a name that is no UTF-8
-    assert clipcap("caption", pixels_run, photos, "--batch-size", "3") == 0
-    printed = capsys.readouterr()
-    assert r"01 \udcff.png" in printed.out
-    for text in expected_captions(pixels_run, source):
-        assert text in printed.out
-    assert printed.out.count(".png") == PICTURES - 1
-    assert "00.PNG" in printed.out
-    assert f"{PICTURES} captions, 1 pictures skipped" in printed.err
-    assert "broken.jpg: The image is truncated or broken" in printed.err
-
-
-@pytest.mark.parametrize("suffix", [".jsonl", ".csv"])
-def test_captions_in_a_file(
-    clipcap: Clipcap, pixels_run: Path, photos: Path, source: Source, tmp_path: Path, suffix: str
-) -> None:
-    output = tmp_path / f"captions{suffix}"
-    strange = photos / "02 é\n\udcff,'\".png"  # a name that is no UTF-8, as POSIX allows
-    (photos / "02.png").rename(strange)
-    assert clipcap("caption", pixels_run, photos, "--output", output) == 0
-    errors = "strict" if suffix == ".jsonl" else "surrogateescape"  # JSON is UTF-8
-    with output.open(newline="", encoding="utf-8", errors=errors) as file:
-        rows = list(map(json.loads, file)) if suffix == ".jsonl" else list(csv.DictReader(file))
-    captions = {Path(row["image"]).name: row["caption"] for row in rows}
-    names = [path.name for path in sorted(source.pictures.iterdir())]
-    names[0], names[2] = "00.PNG", strange.name
-    assert captions == dict(zip(names, expected_captions(pixels_run, source), strict=True))
-    assert {str(row["finished"]) for row in rows} <= {"True", "False"}
-    assert all(float(row["score"]) < 0 for row in rows)
-
-
-def test_captions_are_not_lost(
-    clipcap: Clipcap,
-    pixels_run: Path,
-    source: Source,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    """Neither those of before, nor those that were made before an interrupt."""
-    output, partial = tmp_path / "captions.jsonl", tmp_path / "captions.jsonl.partial"
-    output.write_text("earlier")
-
-    def interrupted(*_: Any) -> Iterator[tuple[str, Caption]]:
-        yield "01.png", Caption("A picture.", True, -1.0)
-        raise KeyboardInterrupt
-
-    command = ("caption", pixels_run, source.pictures / "01.png", "--output", output)
-    assert clipcap(*command) == 2
-    assert f"{output} is there already" in capsys.readouterr().err.replace("\n", " ")
-    with monkeypatch.context() as patch:
-        patch.setattr(caption, "_shared", interrupted)
-        assert clipcap(*command, "--overwrite") == 130
-    assert output.read_text() == "earlier"
-    assert json.loads(partial.read_text())["caption"] == "A picture."
-    assert str(partial) in capsys.readouterr().err.replace("\n", "")
-    output.unlink()
-    assert clipcap(*command) == 2
-    assert f"{partial} is there already" in capsys.readouterr().err.replace("\n", " ")
-    assert clipcap(*command, "--overwrite") == 0
-    assert json.loads(output.read_text())["finished"] in (True, False)
-    assert not partial.exists()
-
-
-def test_a_score_that_is_not_finite_makes_no_caption(
-    clipcap: Clipcap,
-    pixels_run: Path,
-    source: Source,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    def captions(*_: Any, **__: Any) -> Iterator[Caption]:
-        return iter([Caption("", True, float("nan")), Caption("A picture.", True, -1.0)])
-
-    monkeypatch.setattr(Captioner, "caption", captions)
-    pictures = [source.pictures / name for name in ("01.png", "02.png")]
-    assert clipcap("caption", pixels_run, *pictures, "--output", tmp_path / "captions.jsonl") == 0
-    assert [json.loads(line)["score"] for line in (tmp_path / "captions.jsonl").read_text().splitlines()] == [-1.0]
-    assert "1 captions, 1 pictures skipped" in capsys.readouterr().err
-
-
-def test_a_matrix_of_embeddings(
-    clipcap: Clipcap, embeddings_run: Path, source: Source, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    output = tmp_path / "captions.jsonl"
-    assert clipcap("caption", embeddings_run, source.embeddings, "--output", output, "--beam-size", "2") == 0
-    rows = [json.loads(line) for line in output.read_text().splitlines()]
-    assert [row["image"] for row in rows] == [str(row) for row in range(PICTURES)]
-    captioner = Captioner.load(embeddings_run)
-    search = captioner.with_decode(dataclasses.replace(captioner.decode, beam_size=2))
-    assert [row["caption"] for row in rows] == [caption.text for caption in search.caption(np.load(source.embeddings))]
-    assert "28 captions, 0 pictures skipped" in capsys.readouterr().err
-
-
 def test_mistakes_are_told_without_a_traceback(
-    clipcap: Clipcap,
-    pixels_run: Path,
-    embeddings_run: Path,
-    source: Source,
-    photos: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    clipcap: Clipcap, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    picture = source.pictures / "01.png"
-    (tmp_path / "text.npy").write_text("not a matrix")
-    (tmp_path / "flat.npy").write_bytes(b"")
-    np.save(tmp_path / "objects.npy", np.array([{}], object), allow_pickle=True)
-    full = tmp_path / "full.jsonl"
-    (tmp_path / "full.jsonl.partial").symlink_to("/dev/full")
-    for arguments, message in (
-        (("caption", tmp_path / "no run", picture), "holds no checkpoints"),
-        (("caption", pixels_run, picture, "--checkpoint", "77"), "there is no checkpoint '77'"),
-        (("caption", pixels_run, tmp_path / "gone.jpg"), "there is no file, folder or glob"),
-        (("caption", pixels_run, picture, "--output", "captions.txt"), "has to end in .jsonl or .csv"),
-        (("caption", pixels_run, picture, "--output", tmp_path / "gone" / "c.csv"), "cannot be written"),
-        (
-            ("caption", pixels_run, picture, "--output", full, "--overwrite"),
-            "cannot be written: No space left on device",
-        ),
-        (("caption", "s3://bucket/run", picture), "runs and their checkpoints lie on a disk"),
-        (("caption", pixels_run, picture, source.embeddings), "not both"),
-        (("caption", pixels_run, source.embeddings), "cannot caption embeddings"),
-        (
-            ("caption", embeddings_run, picture),
-            "was trained on embeddings of width 5 from mean colour, not on pictures",
-        ),
-        (("caption", pixels_run, photos / "broken.jpg"), "none of the pictures could be read"),
-        (("caption", embeddings_run, tmp_path / "text.npy"), "is not a NumPy matrix"),
-        (("caption", embeddings_run, tmp_path / "flat.npy"), "is not a NumPy matrix"),
-        (("caption", embeddings_run, tmp_path / "objects.npy"), "is not a NumPy matrix"),
-        (("caption", embeddings_run, tmp_path / "gone.npy"), "No such file"),
-        (("caption", pixels_run, picture, "--batch-size", "0"), "--batch-size"),
-        (("caption", pixels_run, picture, "--beam-size", "0"), "--beam-size"),
-        (("caption", pixels_run, picture, "--beam-size", "401"), "401"),
-        (
-            ("prepare", "records", "--name", "x", "--captions", tmp_path / "gone.jsonl", "--images", photos),
-            "gone.jsonl",
-        ),
-    ):
-        assert clipcap(*arguments) == 2, arguments
-        printed = capsys.readouterr()
-        assert message in printed.err.replace("\n", " "), arguments
-        assert "Traceback" not in printed.err
+    files = ("--captions", tmp_path / "gone.jsonl", "--images", photos)
+    assert clipcap("prepare", "records", "--name", "x", *files) == 2
+    printed = capsys.readouterr()
+    assert "gone.jsonl" in printed.err.replace("\n", " ")
+    assert "Traceback" not in printed.err
 
 
 def test_prepare_records(clipcap: Clipcap, source: Source, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -298,3 +298,39 @@ def test_texts_that_are_lists(clipcap: Clipcap, tmp_path: Path, capsys: pytest.C
     assert "12 captions are" not in printed
     assert clipcap("score", lists, references) == 0
     assert "12 captions are the text of a list" in capsys.readouterr().out
+
+
+def test_what_caption_writes_and_tables(
+    clipcap: Clipcap, captions: Path, references: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Give the scores of COCO's files: captions by paths are matched with ids, file names and COCO's numbers."""
+    lines = [{"image": f"/photos/{image}.png", "caption": text, "score": -1.0} for image, text in CAPTIONS.items()]
+    jsonl, table, own = tmp_path / "c.jsonl", tmp_path / "c.csv", tmp_path / "references.jsonl"
+    jsonl.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    coco = [f"/photos/COCO_val2014_{int(image):012}.jpg" for image in CAPTIONS]
+    texts = zip(coco, CAPTIONS.values(), strict=True)
+    table.write_text("image,caption,error\n" + "".join(f'{image},"{text}",\n' for image, text in texts))
+    rows = [{"file_name": f"{image}.png", "text": text} for image, texts in REFERENCES.items() for text in texts]
+    own.write_text("\n".join(map(json.dumps, rows)))
+    expected = References(REFERENCES).score(CAPTIONS).overall
+    output = tmp_path / "scores.json"
+    for files in ((jsonl, references), (table, references), (jsonl, own), (captions, own)):
+        assert clipcap("score", *files, "--output", output, "--overwrite") == 0
+        assert json.loads(output.read_text())["scores"] == expected, files
+    capsys.readouterr()
+    for broken, line in ((jsonl, json.dumps({"image": "a.png", "error": "no picture"})), (table, "a.png,,no picture")):
+        with broken.open("a") as file:
+            file.write(line + "\n")
+        assert clipcap("score", broken, references, "--output", output, "--overwrite") == 0
+        assert json.loads(output.read_text())["scores"] == expected
+        assert "1 picture could not be captioned" in capsys.readouterr().out
+    with jsonl.open("a") as file:
+        file.write(json.dumps({"image": f"/others/{next(iter(CAPTIONS))}.png", "caption": "a dog"}) + "\n")
+    assert clipcap("score", jsonl, references) == 2
+    assert "1 image with captions of several files" in capsys.readouterr().err
+    (tmp_path / "c.yaml").write_text("a: b")
+    assert clipcap("score", tmp_path / "c.yaml", references) == 2
+    assert "Captions are read from COCO's .json, and from .jsonl" in capsys.readouterr().err
+    table.write_text("a,b\n1,2\n")
+    assert clipcap("score", captions, table) == 2
+    assert "the first row must name the columns" in capsys.readouterr().err

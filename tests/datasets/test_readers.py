@@ -380,3 +380,21 @@ def test_fields_that_cannot_be_guessed_are_named(tmp_path: Path) -> None:
     assert problem.detail == (
         "neither 'image' nor 'image_id'. It has: photo, alt; --image-field and --caption-field say which is which"
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        (
+            "c.jsonl",
+            '{"image": "1.jpg", "error": "no picture"}\n{"image": "2.jpg", "caption": "A dog.", "error": "?"}\n',
+        ),
+        ("c.csv", "image,caption,error\n1.jpg,,no picture\n2.jpg,A dog.,?\n"),
+    ],
+)
+def test_rows_that_say_why_they_have_no_caption(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text)
+    (without, record), _ = read_captions(tmp_path / name)
+    assert without == Problem(f"{name}:{1 + (name == 'c.csv')}", "no caption", "no picture")
+    assert isinstance(record, Record)
+    assert record.captions == ["A dog."]

@@ -1,10 +1,13 @@
+import gzip
 import os
 import shutil
+import tarfile
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from clipcap_jax import pictures
 from clipcap_jax.errors import UserError
 from clipcap_jax.inputs.folders import find_pictures
 
@@ -86,3 +89,30 @@ def test_inputs_that_name_nothing(tmp_path: Path) -> None:
     for name in ("gone.jpg", "*.jpg"):
         with pytest.raises(UserError, match="there is no file, folder or glob"):
             find_pictures([str(tmp_path / name)])
+
+
+def test_tars(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of their pictures, read where they lie; one that is cut off is told, one that is compressed refused."""
+    monkeypatch.chdir(tmp_path)
+    with tarfile.open("a.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+        for name in ("01.png", "notes.txt", "02.png"):
+            tar.add(photos / name, f"../{name}")
+    found, others = find_pictures(["a.tar"])
+    assert list(map(str, found)) == ["a.tar/../01.png", "a.tar/../02.png"]
+    assert [pictures.read(path) for path in found] == [(photos / name).read_bytes() for name in ("01.png", "02.png")]
+    assert others == {".txt in tars": 1}
+    whole = Path("a.tar").read_bytes()
+    for size in (700, 3000, 3 * 1024):  # after the first picture, in the last one, and behind it
+        Path("a.tar").write_bytes(whole[:size])
+        assert find_pictures(["*.tar"]).others["tars that are damaged or cut off"] == 1
+    Path("a.tar").write_bytes(gzip.compress(whole))
+    with pytest.raises(UserError, match=r"a.tar is no tar that can be read: .*Unpack it if it is compressed"):
+        find_pictures(["a.tar"])
+
+
+def test_lists(tmp_path: Path) -> None:
+    (tmp_path / "list").write_bytes(b"a b.jpg\r\n\n\xff.png\na b.jpg\n")
+    assert find_pictures([f"@{tmp_path}/list"]).paths == [Path("a b.jpg"), Path("\udcff.png")]
+    (tmp_path / "list").write_bytes(b"\n")
+    with pytest.raises(UserError, match="list holds no pictures"):
+        find_pictures([f"@{tmp_path}/list"])

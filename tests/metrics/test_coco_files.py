@@ -40,9 +40,9 @@ def entry(image_id: Any = 1, caption: Any = "a dog") -> dict[str, Any]:
         ('[{"image_id": NaN, "caption": "a"}]', r"image_id is not .* in 1 entries: \[0\] has NaN"),
         (
             json.dumps([entry(i // 2) for i in range(10)]),
-            "5 images have more than one caption: 0, 1, 2 and 2 more",
+            "5 images with more than one caption: 0, 1, 2 and 2 more",
         ),
-        (json.dumps([entry(1), entry("1")]), "1 images have more than one caption: 1"),
+        (json.dumps([entry(1), entry("1")]), "1 image with more than one caption: 1"),
     ],
 )
 def test_what_is_no_results_file(file: Path, content: str | bytes, message: str) -> None:
