@@ -29,8 +29,8 @@ class Caption:
         return self.text
 
 
-def _captions(tokenizer: Tokenizer, found: Hypotheses, count: int) -> list[list[Caption]]:
-    """Of each row, the first `count`."""
+def _captions(tokenizer: Tokenizer, found: Any, count: int) -> list[list[Caption]]:
+    """Of each row of `Hypotheses` that are on the host, the first `count`."""
     return [
         [
             Caption(tokenizer.decode(tokens[:length]), bool(finished), float(score))
