@@ -18,7 +18,7 @@ from rich.console import Console
 from clipcap_jax import files
 from clipcap_jax.commands import journal, outputs, sidecars
 from clipcap_jax.commands.cli import add_cluster_options, add_overwrite_option, positive, start_processes
-from clipcap_jax.commands.convert import ORIGINAL_OPTIONS, add_original_options, load_original
+from clipcap_jax.commands.convert import ORIGINAL_OPTIONS, add_original_options
 from clipcap_jax.commands.journal import Journal, Row
 from clipcap_jax.commands.sidecars import Sidecars
 from clipcap_jax.errors import UserError, counted
@@ -180,13 +180,11 @@ def _to_do(texts: Sidecars, names: list[str], inputs: Any, console: Console) -> 
 def _load(arguments: argparse.Namespace) -> Any:
     from clipcap_jax.captioning.captioner import Captioner
 
-    if Path(arguments.run_folder).is_file():
-        captioner = Captioner(*load_original(Path(arguments.run_folder), arguments), step=0, local=True)
-    else:
-        if given := [name for name in ORIGINAL_OPTIONS if getattr(arguments, name)]:
-            names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-            raise UserError(f"{names}: for the original's .pt files alone, and {arguments.run_folder} is none")
-        captioner = Captioner.load(arguments.run_folder, arguments.checkpoint, local=True)
+    original = {name: value for name in ORIGINAL_OPTIONS if (value := getattr(arguments, name))}
+    if original and not Path(arguments.run_folder).is_file():
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in original)
+        raise UserError(f"{names}: for the original's .pt files alone, and {arguments.run_folder} is none")
+    captioner = Captioner.load(arguments.run_folder, arguments.checkpoint, local=True, **original)
     if arguments.beam_size:
         captioner = captioner.with_decode(dataclasses.replace(captioner.decode, beam_size=arguments.beam_size))
     return captioner

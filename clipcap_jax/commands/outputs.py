@@ -67,6 +67,7 @@ def write(output: Path, rows: Iterator[Row], inputs: Sequence[Any]) -> None:
     Raises:
       UserError: it cannot be written.
     """
+    # Not by `files.whole`, whose place beside the file is where the journal lies.
     temporary = output if is_remote(output) else output.with_name(output.name + ".tmp")
     try:
         with on_disk(temporary) as here:

@@ -96,7 +96,7 @@ class Sidecars:
           UserError: it cannot be written.
         """
         path = self.path(picture)
-        temporary = path.with_name(f".{path.name}.tmp")
+        temporary = path.with_name(f".{path.name}.tmp")  # not by `files.whole`, whose place may be the journal's
         try:
             before = ""
             if self.existing in ("append", "prepend") and path.exists():
