@@ -36,6 +36,7 @@ import programs
 from jax.experimental import topologies
 
 from clipcap_jax import parallel
+from clipcap_jax.compiled import Compiled
 
 # What libtpu needs to know where there is no TPU, of any kind; and that it need not be the only one that runs here.
 ENVIRONMENT = {
@@ -61,7 +62,7 @@ class Program(NamedTuple):
     chip holds a part of the constants and gradients."""
 
     function: Callable[..., Any]
-    mapped: Callable[..., parallel.Mapped | parallel.Sharded]
+    mapped: Callable[..., Compiled]
     constants: tuple[Any, ...]
     batch: Any
     details: Line
@@ -139,7 +140,7 @@ def training(
     model, divided = programs.captioner(kind, sizes, dtype=dtype), layout == "fsdp"
     state, frozen = programs.training_state(model, programs.param_shapes(model))
 
-    def mapped(_: Any, devices: Sequence[Any]) -> parallel.Mapped | parallel.Sharded:
+    def mapped(_: Any, devices: Sequence[Any]) -> Compiled:
         over = (parallel.FullySharded if divided else parallel.DataParallel)(tuple(devices))
         return over.map_step(programs.training_step(model, over, remat=divided))
 
@@ -177,7 +178,7 @@ def captioning(sizes: str, clip: str | None) -> Program:
     length = min(LENGTH, model.config.gpt2.positions - model.config.mapper.prefix_length)
     return Program(
         programs.best_captions(model, BEAMS, length),
-        functools.partial(parallel.Mapped, in_axes=(None, 0)),
+        functools.partial(parallel.mapped, in_axes=(None, 0)),
         (programs.param_shapes(model),),
         pictures(clip) if clip else jax.ShapeDtypeStruct((PICTURES, programs.EMBEDDING), "float32"),
         {"rows": PICTURES, "clip": clip, "beams": BEAMS, "tokens": length, "dtype": "bfloat16"},
@@ -188,7 +189,7 @@ def captioning(sizes: str, clip: str | None) -> Program:
 def embedding(clip: str, dtype: programs.Dtype) -> Program:
     return Program(
         programs.embed_pictures(programs.TOWERS[clip], dtype),
-        functools.partial(parallel.Mapped, in_axes=(None, 0)),
+        functools.partial(parallel.mapped, in_axes=(None, 0)),
         (programs.tower_shapes(programs.TOWERS[clip]),),
         pictures(clip),
         {"rows": PICTURES, "dtype": dtype},

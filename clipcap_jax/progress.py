@@ -1,12 +1,17 @@
 """What is shown on the screen: texts as they are, and how far a long piece of work is."""
 
-from collections.abc import Generator, Iterable
+import contextlib
+import threading
+import time
+from collections.abc import Generator, Iterable, Iterator
 from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 T = TypeVar("T")
+
+_PATIENCE = 2.0  # seconds that need no explanation
 
 
 def screen(**options: Any) -> Console:
@@ -35,3 +40,19 @@ def track(items: Iterable[T], description: str, *, total: int, done: int = 0, **
         for item in items:
             yield item
             shown.advance(task)
+
+
+@contextlib.contextmanager
+def told(what: str) -> Iterator[None]:
+    """Say on the standard error what is waited for, if that takes more than two seconds, and in the end how long."""
+    console = screen(stderr=True)  # while a bar is shown, rich puts it above that
+    timer = threading.Timer(_PATIENCE, lambda: console.print(f"{what} ...", soft_wrap=True))
+    timer.daemon = True
+    timer.start()
+    began = time.perf_counter()
+    try:
+        yield
+    finally:
+        timer.cancel()
+    if (taken := time.perf_counter() - began) > _PATIENCE:
+        console.print(f"{what}: {taken:.0f} s", soft_wrap=True)

@@ -1,5 +1,6 @@
 import io
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,22 @@ def test_how_many_of_how_many(capsys: pytest.CaptureFixture[str]) -> None:
     with progress.bar() as bar:
         bar.advance(bar.add_task("Unpacking", total=4), 3)
     assert re.match(r"Unpacking .+ 3/4 ", capsys.readouterr().out)
+
+
+def test_what_takes_long_is_told(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    with progress.told("Looking"):
+        pass
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setattr(progress, "_PATIENCE", 0.05)
+    with progress.told("Looking"):
+        while not (shown := capsys.readouterr()).err:
+            time.sleep(0.01)
+        assert shown == ("", "Looking ...\n")
+    assert re.fullmatch(r"Looking: \d+ s\n", capsys.readouterr().err)
+    with pytest.raises(ValueError, match="wrong"), progress.told("Looking"):
+        raise ValueError("wrong")
+    time.sleep(0.1)
+    assert capsys.readouterr() == ("", "")
 
 
 NAME = "runs/lr[lr=1e-4]/[/x]:smile:"  # rich's markup would lose a part of it, and raise an error at the rest

@@ -48,7 +48,11 @@ class BatchEmbedder:
     """
 
     def __init__(self, model: ClipCap):
-        self._embed = parallel.map_rows(lambda params, images: model.apply({"params": params}, images, method="embed"))
+        def embed(params: Any, images: jax.Array) -> jax.Array:
+            embeddings: jax.Array = model.apply({"params": params}, images, method="embed")
+            return embeddings
+
+        self._embed = parallel.map_rows(embed, name="the vision tower")
 
     def all(
         self, params: Any, data: CaptionData, indices: np.ndarray, batch_size: int, workers: int
@@ -68,7 +72,7 @@ class BatchCaptioner:
         def search(params: Any, inputs: jax.Array) -> Hypotheses:
             return beam_search(model, params, inputs, decode, tokenizer.stop_id(decode.stop))
 
-        self._search = parallel.map_rows(search, local=local)
+        self._search = parallel.map_rows(search, local=local, name="the search for captions")
 
     def __call__(self, params: Any, inputs: np.ndarray) -> list[Caption]:
         """Caption one batch: a process gives its share of the rows, as many for each device, and gets all captions."""
@@ -96,7 +100,7 @@ class BatchSampler:
             key, end_token = jax.random.key(seed), tokenizer.stop_id(decode.stop)
             return sample(model, params, *batch, key, decode, sampling, self._draws, end_token)
 
-        self._draw = parallel.map_rows(draw, local=local)
+        self._draw = parallel.map_rows(draw, local=local, name="the drawing of captions")
 
     def __call__(
         self, params: Any, inputs: np.ndarray, rows: np.ndarray, seed: int, sampling: Sampling

@@ -202,7 +202,7 @@ def _map_exactly(apply: Callable[..., jax.Array]) -> Callable[..., Any]:
         with jax.default_matmul_precision("highest"):
             return apply({"params": params}, batch)
 
-    return parallel.map_rows(exactly)
+    return parallel.map_rows(exactly, name="a tower of CLIP")
 
 
 def _share(size: int) -> slice:

@@ -274,8 +274,7 @@ def make_batch(
     """
     filled = np.maximum(rows, 0)
     lengths = np.where(rows < 0, 0, pairs.lengths[filled]).astype(np.int32)
-    limit = pairs.max_tokens
-    longest = next((length for length in LENGTHS if np.max(lengths) <= length <= limit), limit)
+    longest = _padded(int(np.max(lengths)), pairs.max_tokens)
     examples = pairs.examples[filled] if examples is None else examples
     share = np.s_[host * len(rows) // hosts : (host + 1) * len(rows) // hosts]
     return {
@@ -283,6 +282,23 @@ def make_batch(
         "tokens": pairs.padded(filled[share], longest),
         "lengths": lengths[share],
     }
+
+
+def _padded(longest: int, limit: int) -> int:
+    return next((length for length in LENGTHS if longest <= length <= limit), limit)
+
+
+def coming_lengths(
+    pairs: Pairs, *, batch_size: int, pool_batches: int, seed: int, steps: int, start: int = 0
+) -> list[int]:
+    """To how many tokens the batches of the epoch under way are filled up from the step `start` on, the next first.
+
+    See `training_batches` for what it takes.
+    """
+    epoch, done = divmod(start, steps_per_epoch(len(pairs), batch_size))
+    order = training_order(pairs.lengths, batch_size, pool_batches, seed, epoch)[done:][: steps - start]
+    longest = np.where(order < 0, 0, pairs.lengths[order]).max(axis=1)
+    return list(dict.fromkeys(_padded(length, pairs.max_tokens) for length in longest.tolist()))
 
 
 def steps_per_epoch(pairs: int, batch_size: int) -> int:

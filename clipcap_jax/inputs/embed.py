@@ -164,7 +164,10 @@ class _Embedder:
             with jax.default_matmul_precision("highest" if encoder.dtype == "float32" else "default"):
                 return model.apply({"params": params}, normalize_pixels(pixels)).astype(jnp.float32)
 
-        begin, params = parallel.begin_rows(apply, local=True), parallel.replicate(encoder.params)
+        begin, params = (
+            parallel.begin_rows(apply, local=True, name="the vision tower"),
+            parallel.replicate(encoder.params),
+        )
         return lambda pixels: begin(params, parallel.send(pixels))
 
     def __call__(self, split: Split, rows: range) -> Iterator[Example | Problem]:

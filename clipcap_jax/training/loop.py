@@ -3,23 +3,28 @@
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
+from concurrent import futures
 from pathlib import Path
 from typing import Any
 
+import jax
 from rich.console import Console
 
 from clipcap_jax import cluster, parallel, signals
 from clipcap_jax.checkpoints import settings
 from clipcap_jax.checkpoints.store import Checkpoints, run_folder
+from clipcap_jax.compiled import Compiled
 from clipcap_jax.config import Config
 from clipcap_jax.datasets.schema import open_builder, open_split
 from clipcap_jax.errors import UserError
-from clipcap_jax.inputs.batches import Batch, training_batches
+from clipcap_jax.inputs.batches import Batch, coming_lengths, training_batches
 from clipcap_jax.progress import screen
 from clipcap_jax.training.alone import Hold, alone
 from clipcap_jax.training.logs import Monitor, NoLog, open_log
 from clipcap_jax.training.run import Run, open_run
 from clipcap_jax.training.step import Params, TrainState, make_step
+
+_COMPILERS = 4  # each may take gigabytes
 
 
 def train(config: Config, folder: str | Path, console: Console | None = None) -> None:
@@ -99,8 +104,12 @@ def _take_steps(
         stack.enter_context(contextlib.closing(monitor))
         stop = stack.enter_context(signals.stop(lambda: _answer(console)))
         batches = stack.enter_context(_batches(run, stop))
+        executor = stack.enter_context(_compilers())
         while step < run.total and not stopping:
-            state, metrics = take_step(state, run.frozen, next(batches))
+            batch = next(batches)
+            state, metrics = take_step(state, run.frozen, batch)
+            if step == run.start:  # not before: the first step would wait for them
+                _begin_to_compile(run, take_step, executor, state, batch)
             step += 1
             monitor.push(step, metrics)
             hold.check()
@@ -116,6 +125,33 @@ def _take_steps(
                     log.keep()
                     _save(run, step, state, list(monitor.losses), checkpoints, scores)
     return step
+
+
+@contextlib.contextmanager
+def _compilers() -> Iterator[futures.Executor]:
+    """Threads that compile; those that are at it are waited for, as nothing stops a compiler but the process's end."""
+    executor = futures.ThreadPoolExecutor(_COMPILERS, thread_name_prefix="compiler")
+    try:
+        yield executor
+    except BaseException:
+        executor.shutdown(wait=False, cancel_futures=True)
+        raise
+    executor.shutdown(cancel_futures=True)
+
+
+def _begin_to_compile(
+    run: Run, take_step: Compiled, executor: futures.Executor, state: TrainState, batch: Batch
+) -> None:
+    """Let steps for the other lengths of captions be compiled, several at once, while the first ones are taken."""
+
+    def shape(leaf: jax.Array) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+
+    state, frozen, batch = jax.tree.map(shape, (state, run.frozen, batch))
+    tokens: Any = batch["tokens"]
+    for length in coming_lengths(run.pairs, **_order(run)):
+        longer = jax.ShapeDtypeStruct((*tokens.shape[:-1], length), tokens.dtype, sharding=tokens.sharding)
+        take_step.begin(executor, state, frozen, {**batch, "tokens": longer})
 
 
 def _answer(console: Console) -> None:
@@ -135,18 +171,24 @@ def _agreeing(run: Run, step: Callable[..., Any]) -> Callable[..., Any]:
     return agreeing
 
 
+def _order(run: Run) -> dict[str, int]:
+    """Which batches the steps that are left have."""
+    return {
+        "batch_size": run.config.train.batch_size,
+        "pool_batches": run.config.data.pool_batches,
+        "seed": run.config.train.seed,
+        "steps": run.total,
+        "start": run.start,
+    }
+
+
 @contextlib.contextmanager
 def _batches(run: Run, stop: threading.Event) -> Iterator[Iterator[Batch]]:
-    config = run.config
     batches = training_batches(
         run.data,
         run.pairs,
-        batch_size=config.train.batch_size,
-        pool_batches=config.data.pool_batches,
-        seed=config.train.seed,
-        steps=run.total,
-        workers=config.data.workers,
-        start=run.start,
+        **_order(run),
+        workers=run.config.data.workers,
         host=cluster.index(),
         hosts=cluster.count(),
     )

@@ -102,13 +102,14 @@ def open_run(config: Config, folder: Path, checkpoints: Checkpoints, console: Co
         for note in validator.notes:
             console.print(f"Warning: {note}", style="yellow", soft_wrap=True)
 
+    pretrained = {} if restored else load_pretrained(config, console)
     params = base_params
     if params is None:
-        params = init_params(model, width, config.train.seed)
+        params = init_params(model, width, config.train.seed, without=pretrained)
     elif not restored:
         _check_same_model(config, model, width, params)
     if not restored:
-        params |= load_pretrained(config, console)
+        params |= pretrained
         _check_encoder(config, data, params, console)
         if cluster.count() > 1:  # each has read them by itself, and they would never meet
             cluster.check_same("weights to start from", str([np.sum(leaf) for leaf in jax.tree.leaves(params)]))

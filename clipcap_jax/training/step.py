@@ -1,7 +1,7 @@
 """One step of training: a model, an optimiser and a batch in, a new state and metrics out."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Any, NamedTuple
 
 import jax
@@ -48,9 +48,18 @@ def dropout_key(key: jax.Array) -> jax.Array:
     return jax.random.wrap_key_data(jnp.tile(jax.random.key_data(key), 2), impl="rbg")
 
 
-def init_params(model: ClipCap, embedding_width: int, seed: int) -> Params:
-    """Fresh parameters; with those of the tower, if the model has one, even if it is to learn from embeddings."""
-    return jax.jit(model.init)(jax.random.key(seed), *_inputs(model, embedding_width))["params"]
+def init_params(model: ClipCap, embedding_width: int, seed: int, without: Container[str] = ()) -> Params:
+    """Fresh parameters; with those of the tower, if the model has one, even if it is to learn from embeddings.
+
+    `without`: parts that are to be left out.
+    """
+
+    def init(key: jax.Array) -> Params:
+        params = model.init(key, *_inputs(model, embedding_width))["params"]
+        return {name: part for name, part in params.items() if name not in without}
+
+    params: Params = parallel.once(init)(jax.random.key(seed))
+    return params
 
 
 def param_shapes(model: ClipCap, embedding_width: int) -> Params:

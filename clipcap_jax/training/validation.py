@@ -28,7 +28,7 @@ class LossMeter:
             logits = model.apply({"params": params}, batch["inputs"], batch["tokens"])
             return caption_loss(logits, batch["tokens"], batch["lengths"], targets=targets)
 
-        self._loss = parallel.map_sum(loss)
+        self._loss = parallel.map_sum(loss, name="the validation loss of captions of this length")
 
     def __call__(
         self, params: Any, data: CaptionData, pairs: Pairs, batch_size: int, *, permuted: bool = False

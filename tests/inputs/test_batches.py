@@ -219,6 +219,14 @@ def test_training_reads_every_pair_once_an_epoch(kind: str, pairs: Pairs, reques
     assert [batch["lengths"].tolist() for batch in batches(data, pairs, seed=4)][:STEPS_PER_EPOCH] != first
 
 
+@pytest.mark.parametrize("taken", [0, 1, STEPS_PER_EPOCH - 1, STEPS_PER_EPOCH, 2 * STEPS_PER_EPOCH + 1])
+def test_coming_lengths_are_those_of_the_epochs_batches(embeddings: CaptionData, pairs: Pairs, taken: int) -> None:
+    left = STEPS_PER_EPOCH - taken % STEPS_PER_EPOCH
+    lengths = [batch["tokens"].shape[1] for batch in list(batches(embeddings, pairs, start=taken))[:left]]
+    order = {"batch_size": BATCH_SIZE, "pool_batches": 2, "seed": 3, "steps": STEPS, "start": taken}
+    assert data_lib.coming_lengths(pairs, **order) == list(dict.fromkeys(lengths))
+
+
 @pytest.mark.parametrize("workers", [0, 1, 3])
 @pytest.mark.parametrize("taken", [0, 1, STEPS_PER_EPOCH - 1, STEPS_PER_EPOCH, 2 * STEPS_PER_EPOCH + 1])
 def test_going_on_gives_the_batches_that_would_have_come(

@@ -371,12 +371,15 @@ def test_what_is_not_finite_stops_the_run_and_is_not_saved(
     def map_poisoned(step: Callable[..., Any], devices: Any) -> Callable[..., Any]:
         take_step = map_step(step, devices)
 
-        def poisoned(state: TrainState, frozen: Any, batch: Any) -> Any:
-            if state.step == bad - 1:
-                batch = {**batch, "inputs": batch["inputs"] * np.float16(np.nan)}
-            return take_step(state, frozen, batch)
+        class Poisoned:
+            begin = take_step.begin
 
-        return poisoned
+            def __call__(self, state: TrainState, frozen: Any, batch: Any) -> Any:
+                if state.step == bad - 1:
+                    batch = {**batch, "inputs": batch["inputs"] * np.float16(np.nan)}
+                return take_step(state, frozen, batch)
+
+        return Poisoned()
 
     with monkeypatch.context() as patch:
         patch.setattr(parallel, "map_step", map_poisoned)
