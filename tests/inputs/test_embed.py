@@ -107,8 +107,8 @@ def test_a_batch_begins_before_the_one_ahead_of_it_is_waited_for(
 ) -> None:
     begin_rows, events = parallel.begin_rows, []
 
-    def watched(function: Any, *, local: bool) -> Any:
-        begin, numbers = begin_rows(function, local=local), itertools.count()
+    def watched(function: Any, **options: Any) -> Any:
+        begin, numbers = begin_rows(function, **options), itertools.count()
 
         def begin_and_tell(*arguments: Any) -> Any:
             number, wait = next(numbers), begin(*arguments)
