@@ -1,6 +1,8 @@
 # make demo        train a captioner on drawings of coloured shapes, score it, write a page with its captions
 # make test        lint, type checks and tests
 # make bench       how fast steps, searches and whole jobs are here, beside PyTorch; some twenty minutes on two cores
+# make docs        the site, in build/docs, and the notebook run for it; what is wrong with a link is an error
+# make dist        source package and wheel, in dist
 # make tpu-check   what the TPU's compiler makes of the programs, without a TPU; over an hour on two cores
 #
 # Each installs into $(VENV) first. Needs Python 3.11 or later: make demo PYTHON=python3.12
@@ -16,7 +18,7 @@ PYTEST_FLAGS ?= --numprocesses=auto --dist=loadfile --max-worker-restart=0 \
 
 BIN = $(VENV)/bin
 
-.PHONY: demo test bench tpu-check
+.PHONY: demo test docs dist bench tpu-check
 .DELETE_ON_ERROR:  # a virtual environment that was only half made is made again
 
 # On CPUs, XLA takes the memory of every step anew: huge pages save the kernel most of that work.
@@ -32,6 +34,15 @@ test: $(VENV)/installed-$(EXTRAS)
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/pytest $(PYTEST_FLAGS)
+
+# From scratch, as a page that is not read again is not warned of again.
+docs: $(VENV)/installed-docs
+	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet --fresh-env docs build/docs
+
+dist: $(VENV)/installed-dist
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
 
 bench: $(VENV)/installed-test,torch
 	$(BIN)/python benchmarks/device.py

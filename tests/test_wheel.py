@@ -1,10 +1,14 @@
-"""What `pip install` puts on a machine without a clone: all that trains, evaluates and captions."""
+"""What `pip install` puts on a machine without a clone: all that trains, evaluates and captions.
+
+The wheel is made from the source package, which so holds all that it takes.
+"""
 
 import os
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import venv
 import zipfile
 from pathlib import Path
@@ -28,7 +32,13 @@ def test_a_wheel_trains_and_evaluates_outside_of_a_clone(data_dir: Path, source:
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"COLUMNS": "200"}
     clone = shutil.copytree(ROOT, tmp_path / "clone", ignore=shutil.ignore_patterns(".*", "build", "mutants", "runs"))
     pip = ("-m", "pip", "--disable-pip-version-check")
-    build = (*pip, "wheel", clone, "--no-deps", "--no-build-isolation", "--wheel-dir", tmp_path)
+    pack = f"from setuptools import build_meta; build_meta.build_sdist({str(tmp_path)!r})"
+    finished(sys.executable, "-c", pack, cwd=clone, environment=environment)
+    [source_package] = tmp_path.glob("*.tar.gz")
+    with tarfile.open(source_package) as packed:
+        names = {name.partition("/")[2] for name in packed.getnames()}
+    assert {"train.py", "tests/tiny.py", "docs/conf.py", "LICENSE", "CITATION.cff"} <= names
+    build = (*pip, "wheel", source_package, "--no-deps", "--no-build-isolation", "--wheel-dir", tmp_path)
     finished(sys.executable, *build, cwd=tmp_path, environment=environment)
     [wheel] = tmp_path.glob("*.whl")
     held = {name.removeprefix("clipcap_jax/") for name in zipfile.ZipFile(wheel).namelist()}
