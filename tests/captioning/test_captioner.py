@@ -151,7 +151,7 @@ def test_a_split_is_captioned_in_order(reads_embeddings: Captioner, data_dir: Pa
 def test_an_embedding_does_for_its_picture(reads_pixels: Captioner, data_dir: Path, workers: int) -> None:
     data = CaptionData(open_split("records/both", "test", str(data_dir)), IMAGE_SIZE)
     indices, params = np.array([5, 0, 3, 1, 2]), reads_pixels.params
-    embeddings = np.stack(list(reads_pixels.embed.all(params, data, indices, 4, workers)))
+    embeddings = np.stack(list(reads_pixels.embedder.all(params, data, indices, 4, workers)))
     model = reads_pixels.model
     expected = model.apply({"params": jax.device_get(params)}, data.inputs(indices), method="embed")
     np.testing.assert_allclose(embeddings, expected, rtol=1e-5, atol=1e-5)
