@@ -18,6 +18,7 @@ from clipcap_jax.captioning.batches import BatchCaptioner, BatchEmbedder, BatchS
 from clipcap_jax.captioning.inputs import Hopeless, InputReader, is_one, name_of
 from clipcap_jax.captioning.insight import BatchScorer, Likelihood, Word, nearest
 from clipcap_jax.captioning.settings import Settings, check_count, settings
+from clipcap_jax.captioning.sheet import Sheet, make_sheet
 from clipcap_jax.checkpoints import store
 from clipcap_jax.checkpoints.metadata import Metadata
 from clipcap_jax.config import DecodeConfig
@@ -214,6 +215,22 @@ class Captioner:
 
     __call__ = caption
 
+    def show(self, inputs: Any, **settings: Any) -> Sheet:
+        """Caption one picture or several for a notebook, which shows them as the model sees them, with their captions.
+
+        Args:
+          inputs, **settings: see `caption`; a picture that cannot be read has its reason beside it.
+
+        Raises:
+          UserError: the model does not take such inputs or settings.
+        """
+        one = is_one(inputs)
+        items = [inputs] if one else list(self.reader.several(inputs, whole=False))
+        read = list(map(self._read, items))
+        captions = iter(self.caption([given for given in read if isinstance(given, np.ndarray)], **settings))
+        found = [given if isinstance(given, UserError) else next(captions) for given in read]
+        return make_sheet([name_of(given, None if one else i) for i, given in enumerate(items)], read, found)
+
     def embed(self, inputs: Any, *, batch_size: int = 64, workers: int = 4) -> np.ndarray:
         """The embedding that the vision tower makes of a picture, as `clipcap embed` does.
 
@@ -285,6 +302,15 @@ class Captioner:
         found: list[Likelihood] = scorer(self.params, embedding, list(map(str, texts)), batch_size)
         return found[0] if one else found
 
+    def _read(self, given: Any) -> np.ndarray | UserError:
+        """An input, or why it cannot be read, unless that would be so of all others."""
+        try:
+            return self.reader(given)
+        except Hopeless:
+            raise
+        except UserError as error:
+            return error
+
     def _arrays(
         self,
         inputs: Any,
@@ -300,12 +326,9 @@ class Captioner:
 
         def load(numbered: tuple[int, Any]) -> tuple[int, np.ndarray | UserError]:
             index, given = numbered
-            try:
-                return index, self.reader(given)
-            except Hopeless:
-                raise
-            except UserError as error:
-                raise UserError(f"{name_of(given, None if one else index)}: {error}") from error
+            if isinstance(found := self._read(given), UserError):
+                raise UserError(f"{name_of(given, None if one else index)}: {found}") from found
+            return index, found
 
         items = [inputs] if one else self.reader.several(inputs, whole=True)
         size = parallel.round_up(batch_size, local=self._local)

@@ -31,7 +31,8 @@ def test_embeddings_of_pictures(reads_pixels: Captioner, source: Source) -> None
     images = np.stack([reads_pixels.reader(path) for path in paths])
     expected = reads_pixels.model.apply({"params": jax.device_get(reads_pixels.params)}, images, method="embed")
     found = reads_pixels.embed(map(str, paths), batch_size=4)
-    assert (found.shape, found.dtype) == ((6, 8), np.float32)
+    assert found.shape == (6, 8)
+    assert found.dtype == np.float32
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(reads_pixels.embed(paths[2]), expected[2], rtol=1e-5, atol=1e-5)
     assert reads_pixels.embed([]).shape == (0, 8)
@@ -48,7 +49,8 @@ def test_prefixes(reads_embeddings: Captioner, source: Source) -> None:
     params = jax.device_get(reads_embeddings.params)
     expected = reads_embeddings.model.apply({"params": params}, embeddings, method="prefix")
     found = reads_embeddings.prefix(embeddings)
-    assert (found.shape, found.dtype) == ((5, 2, 32), np.float32)
+    assert found.shape == (5, 2, 32)
+    assert found.dtype == np.float32
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(reads_embeddings.prefix(embeddings[4]), expected[4], rtol=1e-5, atol=1e-5)
 
