@@ -1,6 +1,7 @@
 """Whole jobs, as the commands and notebooks start them: prepare a data set, train a captioner, score a checkpoint."""
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ from rich.console import Console
 
 from clipcap_jax import config_files, files
 from clipcap_jax.errors import UserError
-from clipcap_jax.progress import screen
+from clipcap_jax.progress import screen, without_warnings
 
 if TYPE_CHECKING:
     from clipcap_jax.datasets import RecordsSource, Summary
@@ -72,6 +73,8 @@ def prepare(
     workers: dict[str, Any] = {"processes": processes, "beam": beam}
     if not 0 <= max_skipped <= 1:
         raise UserError(f"max_skipped is {max_skipped}: it has to be a share from 0 to 1")
+    if processes < 1:
+        raise UserError(f"processes is {processes}: it has to be a number from 1 on")
     if isinstance(source, str) and source in PUBLISHED:
         found = _published(source, manual_dir, captions=download, pictures=download_images)
         return datasets.prepare.prepare(found, data_dir, max_skipped=max_skipped, **workers)
@@ -117,7 +120,7 @@ def _published(name: str, manual_dir: str | Path, *, captions: bool, pictures: b
 
 
 def train(
-    config: str | Path | ConfigDict | None = None,
+    config: str | Path | ConfigDict | dict[str, Any] | None = None,
     workdir: str | Path | None = None,
     settings: Mapping[str, Any] | Sequence[str] = (),
     *,
@@ -143,7 +146,7 @@ def train(
         values = config_files.read(str(config))
         workdir = workdir or f"runs/{config_files.name_of(str(config))}"
     elif config is not None:
-        values = ConfigDict(config.to_dict())  # which is not the caller's
+        values = ConfigDict(config.to_dict() if isinstance(config, ConfigDict) else config)  # not the caller's
     if not workdir:
         raise UserError(
             f"name the run's folder, workdir, or a config that has a name: {', '.join(config_files.names())}"
@@ -168,7 +171,8 @@ def train(
     if chosen.data.name == "shapes":  # drawn rather than downloaded, so nobody needs to ask for it
         with cluster.in_turn():
             console.print(datasets.prepare_shapes(chosen.data.data_dir))
-    loop.train(chosen, run, console)
+    with without_warnings():
+        loop.train(chosen, run, console)
     return run
 
 
@@ -232,6 +236,8 @@ def evaluate(
     for name, count in (("beam_size", beam_size), ("batch_size", batch_size)):
         if count is not None:
             check_count(name, count)
+    if length_penalty is not None and not 0 <= length_penalty < math.inf:
+        raise UserError(f"length_penalty is {length_penalty}: it has to be a number from 0 on")
     run, console = store.run_folder(workdir), console or screen()
     captioner = Captioner.load(run, checkpoint)
     cluster.check_same("checkpoints", str(captioner.step))

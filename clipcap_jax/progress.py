@@ -1,8 +1,10 @@
 """What is shown on the screen: texts as they are, and how far a long piece of work is."""
 
-from collections.abc import Generator, Iterable
+import contextlib
+from collections.abc import Generator, Iterable, Iterator
 from typing import Any, TypeVar
 
+from absl import logging
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -35,3 +37,14 @@ def track(items: Iterable[T], description: str, *, total: int, done: int = 0, **
         for item in items:
             yield item
             shown.advance(task)
+
+
+@contextlib.contextmanager
+def without_warnings() -> Iterator[None]:
+    """Without Orbax's and TFDS's, which tell every step of a save and a restore, and what is meant so."""
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)

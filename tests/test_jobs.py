@@ -77,12 +77,14 @@ def test_results_are_not_replaced(embeddings_run: Path, tmp_path: Path) -> None:
         (lambda: clipcap_jax.train("gone", "run"), "there is no config file gone; by their names there are "),
         (lambda: clipcap_jax.train(), "name the run's folder, workdir, or a config that has a name: coco_mlp, "),
         (lambda: clipcap_jax.train(get_config()), "name the run's folder, workdir, or"),
+        (lambda: clipcap_jax.train({"data": {}}, "run"), "config lacks "),
         (lambda: clipcap_jax.train("shapes", "run", {"train.epoch": 3}), "did you mean config.train.epochs?"),
         (lambda: clipcap_jax.train("shapes", "run", {"train.epochs": "three"}), "three"),
         (lambda: clipcap_jax.train("flickr8k", "run", {"model.clip": None, "data.name": "gone"}), "gone"),
         (lambda: clipcap_jax.train(workdir="gone"), "gone holds no run to go on with"),
         (lambda: clipcap_jax.evaluate("gone"), "gone holds no checkpoints"),
         (lambda: clipcap_jax.evaluate("gone", beam_size=0), "beam_size is 0"),
+        (lambda: clipcap_jax.evaluate("gone", length_penalty=float("nan")), "length_penalty is nan"),
         (lambda: clipcap_jax.prepare("shape"), "there is no data set 'shape' to prepare: there are shapes, coco, "),
         (lambda: clipcap_jax.prepare("coco"), "coco is prepared from its owners' files: name the folder"),
         (
@@ -90,6 +92,7 @@ def test_results_are_not_replaced(embeddings_run: Path, tmp_path: Path) -> None:
             "download is of coco, flickr8k, flickr30k",
         ),
         (lambda: clipcap_jax.prepare("shapes", manual_dir="x"), "are of published data sets: coco, "),
+        (lambda: clipcap_jax.prepare("shapes", processes=0), "processes is 0: it has to be a number from 1 on"),
         (lambda: clipcap_jax.prepare("shapes", max_skipped=5), "max_skipped is 5: it has to be a share from 0 to 1"),
     ],
 )

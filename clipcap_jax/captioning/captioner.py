@@ -11,7 +11,6 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
 
 from clipcap_jax import files, parallel, pictures
 from clipcap_jax.captioning.batches import BatchCaptioner, BatchEmbedder, BatchSampler, Caption
@@ -26,7 +25,7 @@ from clipcap_jax.convert.assemble import open_original
 from clipcap_jax.errors import UserError
 from clipcap_jax.inputs.batches import fill
 from clipcap_jax.models.clipcap import ClipCap
-from clipcap_jax.progress import screen
+from clipcap_jax.progress import screen, without_warnings
 
 __all__ = ["Caption", "Captioner"]
 
@@ -105,7 +104,7 @@ class Captioner:
         if original:
             raise UserError(f"{', '.join(original)}: for the original's .pt files alone, and {run} is none")
         checkpoint = str(checkpoint)
-        with _without_warnings(), store.opened(run) as checkpoints:
+        with without_warnings(), store.opened(run) as checkpoints:
             steps = [checkpoints.find(checkpoint)]
             if not checkpoint.isdigit():
                 steps += [step for step in reversed(checkpoints.steps()) if step != steps[0]]
@@ -225,7 +224,7 @@ class Captioner:
           UserError: the model does not take such inputs or settings.
         """
         one = is_one(inputs)
-        items = [inputs] if one else list(self.reader.several(inputs, whole=False))
+        items = [inputs] if one else list(self.reader.several(inputs, whole=True))
         read = list(map(self._read, items))
         captions = iter(self.caption([given for given in read if isinstance(given, np.ndarray)], **settings))
         found = [given if isinstance(given, UserError) else next(captions) for given in read]
@@ -393,14 +392,3 @@ def _only(image: Any) -> Any:
     if not is_one(image):
         raise UserError("this takes one picture or embedding at a time, not several")
     return image
-
-
-@contextlib.contextmanager
-def _without_warnings() -> Iterator[None]:
-    """Orbax's, of what it does when it only reads."""
-    before = logging.get_verbosity()
-    logging.set_verbosity(logging.ERROR)
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)

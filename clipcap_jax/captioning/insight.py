@@ -16,6 +16,7 @@ from clipcap_jax.models.clipcap import ClipCap
 from clipcap_jax.text.tokenizer import Tokenizer
 
 _MULTIPLE = 8  # of tokens in a batch, so that few programs are compiled
+_SHOWN = 60  # characters of a caption in a message
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +59,14 @@ def _unit(vectors: np.ndarray) -> np.ndarray:
     return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), np.finfo(np.float32).tiny)
 
 
+def _short(caption: str) -> str:
+    return repr(caption) if len(caption) <= _SHOWN else f"{caption[:_SHOWN]!r}..."
+
+
+def _is_utf8(caption: str) -> bool:
+    return caption.encode(errors="ignore").decode() == caption
+
+
 class BatchScorer:
     """Scores captions of one picture in batches, on all devices."""
 
@@ -86,10 +95,12 @@ class BatchScorer:
         Raises:
           UserError: a caption has no tokens, or more than GPT-2 can read.
         """
+        if odd := [caption for caption in captions if not _is_utf8(caption)]:
+            raise UserError(f"{_short(odd[0])} is no text: it has halves of characters")
         ids = [tokens + self._end for tokens in self._tokenizer.encode(captions)]
         for caption, tokens in zip(captions, ids, strict=True):
             if not 0 < len(tokens) <= self._most:
-                raise UserError(f"{caption!r} has {len(tokens)} tokens: this model scores 1 to {self._most}")
+                raise UserError(f"{_short(caption)} has {len(tokens)} tokens: this model scores 1 to {self._most}")
         lengths = np.array([len(tokens) for tokens in ids], np.int32)
         longest = -(-lengths.max(initial=0) // _MULTIPLE) * _MULTIPLE
         matrix = np.zeros((len(ids), min(longest, self._most)), np.int32)

@@ -134,6 +134,8 @@ def test_captions_that_cannot_be_scored(reads_embeddings: Captioner, source: Sou
     longest = "!" * 21
     assert reads_embeddings.score(embeddings[0], longest).tokens == 22
     for captions, message in (
+        ("x" * 100, "^'x{60}'... has 1"),
+        ("a \udcff", r"^'a \\udcff' is no text"),
         (longest + "!", "has 23 tokens: this model scores 1 to 22"),
         ([1], "a caption is a text or a Caption, not a int"),
         (None, "a caption is a text or a Caption, not a NoneType"),
