@@ -13,19 +13,26 @@ Letters used in the shape comments throughout the package:
     S cache slots
 """
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from clipcap_jax.captioning.captioner import Caption, Captioner
+    from clipcap_jax.datasets import RecordsSource
+    from clipcap_jax.jobs import evaluate, prepare, train
 
-__all__ = ["Caption", "Captioner"]
+__all__ = ["Caption", "Captioner", "RecordsSource", "evaluate", "prepare", "train"]
 __version__ = "0.1.0"
+
+_PLACES = {
+    **dict.fromkeys(("Caption", "Captioner"), "captioning.captioner"),
+    "RecordsSource": "datasets",
+    **dict.fromkeys(("evaluate", "prepare", "train"), "jobs"),
+}
 
 
 def __getattr__(name: str) -> Any:
-    """`Captioner` and `Caption`, when they are asked for: it takes seconds to import what they stand on."""
-    if name not in ("Captioner", "Caption"):
+    """What `__all__` lists, when it is asked for: it takes seconds to import what that stands on."""
+    if name not in _PLACES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from clipcap_jax.captioning import captioner
-
-    return getattr(captioner, name)
+    return getattr(importlib.import_module(f"{__name__}.{_PLACES[name]}"), name)

@@ -24,16 +24,21 @@ class Picture:
     missing: str
 
 
+def render(template: str, **content: Any) -> str:
+    """Fill a template of `templates/`."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("clipcap_jax"), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
+    )
+    return environment.get_template(template).render(content)
+
+
 def write(path: str | Path, template: str, **content: Any) -> None:
     """Fill a template of `templates/` and write it, into a folder that is made.
 
     Raises:
       OSError: the file cannot be written.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("clipcap_jax"), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
-    )
-    page = environment.get_template(template).render(content)
+    page = render(template, **content)
     path = files.place(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(page.encode(errors="replace"))  # a file's name may be any bytes

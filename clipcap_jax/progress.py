@@ -6,6 +6,7 @@ import time
 from collections.abc import Generator, Iterable, Iterator
 from typing import Any, TypeVar
 
+from absl import logging
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -56,3 +57,14 @@ def told(what: str) -> Iterator[None]:
         timer.cancel()
     if (taken := time.perf_counter() - began) > _PATIENCE:
         console.print(f"{what}: {taken:.0f} s", soft_wrap=True)
+
+
+@contextlib.contextmanager
+def without_warnings() -> Iterator[None]:
+    """Without Orbax's and TFDS's, which tell every step of a save and a restore, and what is meant so."""
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)

@@ -2,6 +2,7 @@ import re
 from pathlib import Path
 
 import clipcap_jax
+from clipcap_jax import pages
 from clipcap_jax.commands import outputs
 from clipcap_jax.datasets.page import write_page as write_data_set
 from clipcap_jax.datasets.summary import Summary
@@ -21,6 +22,8 @@ def test_every_page_forbids_what_is_not_in_it(tmp_path: Path) -> None:
         tmp_path / "dataset.html", Summary("made", "there", {"train": 1}, {"train": 1}, {2: 1}, {}, (), (), {}), "", {}
     )
     outputs.write(tmp_path / "captions.html", iter([{"image": "1.jpg", "error": "broken"}]), [tmp_path / "1.jpg"])
+    shown, caption = pages.picture(None, "", ""), {"text": "a cat", "finished": True}
+    pages.write(tmp_path / "prefix.html", "prefix.html", title="1.jpg", shown=shown, caption=caption, words=[[]])
     templates = Path(clipcap_jax.__file__).parent / "templates"
     made = {path.name for path in tmp_path.iterdir()}
     assert made | {"layout.html"} == {path.name for path in templates.glob("*.html")}

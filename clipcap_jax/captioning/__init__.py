@@ -1,3 +1,3 @@
 """Pictures or embeddings become captions."""
 
-__all__ = ["batches", "captioner", "decode"]
+__all__ = ["batches", "captioner", "decode", "insight", "settings"]

@@ -2,19 +2,22 @@
 
 import contextlib
 import copy
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from absl import logging
 
 from clipcap_jax import files, parallel, pictures
 from clipcap_jax.captioning.batches import BatchCaptioner, BatchEmbedder, BatchSampler, Caption
 from clipcap_jax.captioning.inputs import Hopeless, InputReader, is_one, name_of
+from clipcap_jax.captioning.insight import BatchScorer, Likelihood, Word, nearest
 from clipcap_jax.captioning.settings import Settings, check_count, settings
+from clipcap_jax.captioning.sheet import Sheet, make_sheet
 from clipcap_jax.checkpoints import store
 from clipcap_jax.checkpoints.metadata import Metadata
 from clipcap_jax.config import DecodeConfig
@@ -22,7 +25,7 @@ from clipcap_jax.convert.assemble import open_original
 from clipcap_jax.errors import UserError
 from clipcap_jax.inputs.batches import fill
 from clipcap_jax.models.clipcap import ClipCap
-from clipcap_jax.progress import screen
+from clipcap_jax.progress import screen, without_warnings
 
 __all__ = ["Caption", "Captioner"]
 
@@ -30,8 +33,8 @@ __all__ = ["Caption", "Captioner"]
 class Captioner:
     """A trained model, ready to caption.
 
-    Where there are several processes, they caption a split together, with `generate` and `embed`; or each captions by
-    itself what it is given, with `caption` of a captioner that was made with `local`.
+    Where there are several processes, they caption a split together, with `generate` and `embedder`; or each captions
+    by itself what it is given, with `caption` of a captioner that was made with `local`.
 
     Attributes:
       metadata: what the checkpoint says about the model.
@@ -59,7 +62,11 @@ class Captioner:
         self._local = local
         self._programs: dict[Any, Any] = {}  # by what they do: they take long to compile
         self.generate: BatchCaptioner = self._program(BatchCaptioner, self.decode)
-        self.embed = BatchEmbedder(self.model)
+        self.embedder = BatchEmbedder(self.model)
+        self._embed, self._prefix = (
+            parallel.map_rows(functools.partial(_apply, self.model, part), local=local, name=name)
+            for part, name in (("embed", "the vision tower"), ("prefix", "what makes the prefix"))
+        )
 
     def __repr__(self) -> str:
         reads = [f"pictures of {self.image_size} x {self.image_size}"] * (self.image_size is not None)
@@ -98,7 +105,7 @@ class Captioner:
         if original:
             raise UserError(f"{', '.join(original)}: for the original's .pt files alone, and {run} is none")
         checkpoint = str(checkpoint)
-        with _without_warnings(), store.opened(run) as checkpoints:
+        with without_warnings(), store.opened(run) as checkpoints:
             steps = [checkpoints.find(checkpoint)]
             if not checkpoint.isdigit():
                 steps += [step for step in reversed(checkpoints.steps()) if step != steps[0]]
@@ -208,6 +215,127 @@ class Captioner:
 
     __call__ = caption
 
+    def show(self, inputs: Any, **settings: Any) -> Sheet:
+        """Caption one picture or several for a notebook, which shows them as the model sees them, with their captions.
+
+        Args:
+          inputs, **settings: see `caption`; a picture that cannot be read has its reason beside it.
+
+        Raises:
+          UserError: the model does not take such inputs or settings.
+        """
+        one = is_one(inputs)
+        items = [inputs] if one else list(self.reader.several(inputs, whole=True))
+        read = list(map(self._read, items))
+        captions = iter(self.caption([given for given in read if isinstance(given, np.ndarray)], **settings))
+        found = [given if isinstance(given, UserError) else next(captions) for given in read]
+        return make_sheet([name_of(given, None if one else i) for i, given in enumerate(items)], read, found)
+
+    def embed(self, inputs: Any, *, batch_size: int = 64, workers: int = 4) -> np.ndarray:
+        """The embedding that the vision tower makes of a picture, as `clipcap embed` does.
+
+        Args:
+          inputs: one or several, as `caption` takes them; embeddings come back as they are.
+          batch_size, workers: see `caption`.
+
+        Returns:
+          float32 `E`, not normalised, or `n E` of several.
+
+        Raises:
+          UserError: an input cannot be read, or the model does not take such.
+        """
+
+        def embed(rows: np.ndarray) -> np.ndarray:
+            return rows if rows.ndim == 2 else self._embed(self.params, rows)
+
+        return self._arrays(inputs, embed, (self.metadata.embedding_width,), batch_size, workers)
+
+    def prefix(self, inputs: Any, *, batch_size: int = 64, workers: int = 4) -> np.ndarray:
+        """What GPT-2 reads of a picture before it writes: as `embed`, but float32 `P D`, or `n P D` of several."""
+        config = self.model.config
+        shape = (config.mapper.prefix_length, config.gpt2.width)
+        return self._arrays(inputs, functools.partial(self._prefix, self.params), shape, batch_size, workers)
+
+    def prefix_words(self, image: Any, n: int = 5) -> list[list[Word]]:
+        """The prefix of one picture in words (the paper's section 4, "Prefix Interpretability").
+
+        Args:
+          image: one, as `caption` takes it.
+          n: words for each vector.
+
+        Returns:
+          For each of the P vectors the pieces of the vocabulary whose embeddings have the highest cosine with it, the
+          highest first.
+
+        Raises:
+          UserError: it cannot be read, or the model does not take such.
+        """
+        check_count("n", n)
+        table = jax.device_get(self.params["gpt2"]["token_embeddings"])
+        return nearest(self.prefix(_only(image)), table, self.metadata.tokenizer, n)
+
+    def score(self, image: Any, captions: Any, *, batch_size: int = 64) -> Any:
+        """How likely the model has captions of one picture.
+
+        A caption counts as a whole one: with the token that ends captions. Where the run's config names another end
+        (`evaluate.decode.stop`), such as the original's full stop, that is expected in the text.
+
+        Args:
+          image: one, as `caption` takes it.
+          captions: a text or a `Caption`, or several.
+          batch_size: captions per step, rounded up to a multiple of the devices.
+
+        Returns:
+          A `Likelihood`, or a list of them. Its log-likelihood, over its tokens to the power of the length penalty, is
+          what a search gives a caption of these tokens as its score.
+
+        Raises:
+          UserError: the picture cannot be read; a caption is no text, has no tokens, or more than GPT-2 can read.
+        """
+        check_count("batch_size", batch_size)
+        one = isinstance(captions, str | Caption)
+        texts = list(captions) if isinstance(captions, Iterable) and not one else [captions]
+        for text in texts:
+            if not isinstance(text, str | Caption):
+                raise UserError(f"a caption is a text or a Caption, not a {type(text).__name__}")
+        embedding, scorer = self.embed(_only(image)), self._program(BatchScorer, self.decode)
+        found: list[Likelihood] = scorer(self.params, embedding, list(map(str, texts)), batch_size)
+        return found[0] if one else found
+
+    def _read(self, given: Any) -> np.ndarray | UserError:
+        """An input, or why it cannot be read, unless that would be so of all others."""
+        try:
+            return self.reader(given)
+        except Hopeless:
+            raise
+        except UserError as error:
+            return error
+
+    def _arrays(
+        self,
+        inputs: Any,
+        function: Callable[[np.ndarray], np.ndarray],
+        shape: tuple[int, ...],
+        batch_size: int,
+        workers: int,
+    ) -> np.ndarray:
+        """A function of batches, of one input or several; `shape`: of its result for one."""
+        check_count("batch_size", batch_size)
+        check_count("workers", workers)
+        one = is_one(inputs)
+
+        def load(numbered: tuple[int, Any]) -> tuple[int, np.ndarray | UserError]:
+            index, given = numbered
+            if isinstance(found := self._read(given), UserError):
+                raise UserError(f"{name_of(given, None if one else index)}: {found}") from found
+            return index, found
+
+        items = [inputs] if one else self.reader.several(inputs, whole=True)
+        size = parallel.round_up(batch_size, local=self._local)
+        found = self._all(items, load, lambda rows, _: list(function(rows)), size, 0 if one else workers)
+        array = np.array(list(found), np.float32).reshape(-1, *shape)
+        return array[0] if one else array
+
     def _program(self, kind: Callable[..., Any], decode: DecodeConfig) -> Any:
         if (kind, decode) not in self._programs:
             self._programs[kind, decode] = kind(self.model, self.metadata.tokenizer, decode, local=self._local)
@@ -251,12 +379,17 @@ class Captioner:
                 yield from done.values()
 
 
-@contextlib.contextmanager
-def _without_warnings() -> Iterator[None]:
-    """Orbax's, of what it does when it only reads."""
-    before = logging.get_verbosity()
-    logging.set_verbosity(logging.ERROR)
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
+def _apply(model: ClipCap, part: str, params: Any, inputs: jax.Array) -> jax.Array:
+    """`embed` or `prefix` of a batch."""
+    return model.apply({"params": params}, inputs, method=part).astype(jnp.float32)
+
+
+def _only(image: Any) -> Any:
+    """One picture, rather than several.
+
+    Raises:
+      UserError: it is none.
+    """
+    if not is_one(image):
+        raise UserError("this takes one picture or embedding at a time, not several")
+    return image

@@ -4,21 +4,10 @@ import argparse
 import functools
 from typing import Any
 
+from clipcap_jax import jobs
 from clipcap_jax.commands.cli import add_cluster_options, cpus, positive, start_processes
 from clipcap_jax.errors import UserError
 from clipcap_jax.progress import screen
-
-# Data sets that are read from their owners' files; docs/ has a page for each.
-_PUBLISHED = {
-    "coco": "COCO Captions with Karpathy's splits",
-    "tfds-coco": "the same from TFDS's own coco_captions",
-    "flickr8k": "Flickr8k",
-    "flickr30k": "Flickr30k",
-    "cc3m": "Conceptual Captions, from img2dataset's output or the owners' list",
-    "cc12m": "Conceptual 12M, from img2dataset's output or the owners' list",
-    "nocaps": "nocaps val with its domains, and test",
-}
-_KARPATHY = ("coco", "flickr8k", "flickr30k")  # whose captions are in Karpathy's archive
 
 
 def add(commands: Any) -> None:
@@ -40,14 +29,14 @@ def add(commands: Any) -> None:
         "--split", help="the split of pictures that name none [shares drawn by a hash of the image id]"
     )
     records.add_argument("--max-skipped", type=_fraction, default=0.01, help="share of records that may be bad [0.01]")
-    for name, description in _PUBLISHED.items():
+    for name, description in jobs.PUBLISHED.items():
         published = kinds.add_parser(name, help=description)
         published.set_defaults(run=_prepare_published, name=name)
         published.add_argument("--manual-dir", required=True, help="the folder with the owners' files; see docs/")
         published.set_defaults(download=False, download_images=False)
-        if name in _KARPATHY:
+        if name in jobs.KARPATHY:
             published.add_argument("--download", action="store_true", help="fetch Karpathy's captions to it")
-        if name in ("coco", "nocaps"):
+        if name in jobs.WITH_PICTURES:
             published.add_argument("--download-images", action="store_true", help="fetch the pictures to it")
         published.add_argument(
             "--max-skipped", type=_fraction, default=0.01, help="share of pictures that may be bad [0.01]"
@@ -103,45 +92,28 @@ def _share(text: str) -> tuple[int, int]:
     return int(number), int(shares)
 
 
-def _workers(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Who writes the shards."""
-    return {"processes": arguments.processes, "beam": arguments.others if arguments.beam else None}
+def _prepare(arguments: argparse.Namespace, source: Any, **options: Any) -> None:
+    beam = arguments.others if arguments.beam else None
+    screen().print(jobs.prepare(source, arguments.data_dir, processes=arguments.processes, beam=beam, **options))
 
 
 def _prepare_published(arguments: argparse.Namespace) -> None:
-    from clipcap_jax.datasets import coco as karpathy
-    from clipcap_jax.datasets import conceptual, downloads, flickr, nocaps, prepare, tfds_coco
-    from clipcap_jax.datasets.source import first_problems
-
-    name, folder, console = arguments.name, arguments.manual_dir, screen()
-    if name in _KARPATHY and (arguments.download or arguments.download_images):
-        downloads.download_karpathy(folder, name, pictures=arguments.download_images)
-    if name == "nocaps" and arguments.download_images and (lost := downloads.download_nocaps(folder)):
-        raise UserError(
-            f"{len(lost):,} pictures could not be fetched. Run this again to try again, or without --download-images "
-            f"to go on without them. The first:\n{first_problems(lost)}"
-        )
-    if name == "coco":
-        source = karpathy.coco_source(folder)
-    elif name == "tfds-coco":
-        source = tfds_coco.tfds_coco_source(folder)
-    elif name == "nocaps":
-        source = nocaps.nocaps_source(folder)
-    elif name.startswith("flickr"):
-        source = flickr.flickr_source(name, folder)
-    else:
-        source = conceptual.conceptual_source(name, folder)
-    console.print(prepare.prepare(source, arguments.data_dir, max_skipped=arguments.max_skipped, **_workers(arguments)))
+    _prepare(
+        arguments,
+        arguments.name,
+        manual_dir=arguments.manual_dir,
+        download=arguments.download,
+        download_images=arguments.download_images,
+        max_skipped=arguments.max_skipped,
+    )
 
 
 def _prepare_shapes(arguments: argparse.Namespace) -> None:
-    from clipcap_jax import datasets  # importing it takes seconds, which `clipcap --help` should not
-
-    screen().print(datasets.prepare_shapes(arguments.data_dir, **_workers(arguments)))
+    _prepare(arguments, "shapes")
 
 
 def _prepare_records(arguments: argparse.Namespace) -> None:
-    from clipcap_jax import datasets
+    from clipcap_jax import datasets  # importing it takes seconds, which `clipcap --help` should not
 
     given = {"split": arguments.split} if arguments.split else {}
     source = datasets.RecordsSource(
@@ -154,8 +126,7 @@ def _prepare_records(arguments: argparse.Namespace) -> None:
         caption_field=arguments.caption_field,
         **given,
     )
-    summary = datasets.prepare_records(source, arguments.data_dir, arguments.max_skipped, **_workers(arguments))
-    screen().print(summary)
+    _prepare(arguments, source, max_skipped=arguments.max_skipped)
 
 
 def _embed(arguments: argparse.Namespace) -> None:

@@ -1,17 +1,13 @@
 """`clipcap evaluate`, which `evaluate.py` is too."""
 
 import argparse
-import dataclasses
 import functools
 import time
-from collections.abc import Callable
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from rich.console import Console
 from rich.text import Text
 
-from clipcap_jax import files
+from clipcap_jax import jobs
 from clipcap_jax.commands.cli import (
     add_cluster_options,
     add_overwrite_option,
@@ -20,11 +16,13 @@ from clipcap_jax.commands.cli import (
     start_processes,
 )
 from clipcap_jax.errors import UserError
-from clipcap_jax.metrics import SpiceConfig, unavailable, words
+from clipcap_jax.metrics import words
 
-if TYPE_CHECKING:
-    from clipcap_jax.evaluation.clipscore import ClipScorer
-
+# Of `jobs.evaluate`, which are options of the same names.
+_OPTIONS = (
+    *("data", "data_dir", "split", "beam_size", "length_penalty", "batch_size", "words", "meteor", "spice"),
+    *("spice_jars", "clipscore", "clip_tokenizer", "output", "overwrite"),
+)
 # Seconds between looks at a run that is followed.
 _PATIENCE = 5.0
 
@@ -79,14 +77,18 @@ def add(commands: Any) -> None:
 def _run(arguments: argparse.Namespace) -> None:
     from clipcap_jax import cluster
     from clipcap_jax.checkpoints import store
+    from clipcap_jax.evaluation.clipscore import ClipScorer
 
     console, workdir = start_processes(arguments), store.run_folder(arguments.workdir)
-    load_clip = functools.cache(lambda: _load_clip(arguments))  # once for all checkpoints that are followed
+    options = {name: getattr(arguments, name) for name in _OPTIONS}
+    score = functools.partial(jobs.evaluate, workdir, console=console, **options)
     if not arguments.follow:
-        _evaluate(arguments, console, workdir, arguments.checkpoint, load_clip)
+        score(checkpoint=arguments.checkpoint)
         return
     if cluster.joined():
         raise UserError("--follow works in one process, beside the training: start it so")
+    if arguments.clipscore:  # once for all checkpoints
+        score = functools.partial(score, clipscore=ClipScorer.load(arguments.clipscore, arguments.clip_tokenizer))
     with console.status(Text(f"Waiting for a run in {workdir}")):
         while not store.has_checkpoints(workdir):
             time.sleep(_PATIENCE)
@@ -101,71 +103,10 @@ def _run(arguments: argparse.Namespace) -> None:
             console.rule(f"step {step}")
             try:
                 ended = checkpoints.is_last(step)
-                _evaluate(arguments, console, workdir, str(step), load_clip)
+                score(checkpoint=step)
+            except jobs.HasResults as found:
+                console.print(f"{found.folder} holds results already", soft_wrap=True)
             except UserError:
                 if step in checkpoints.steps():
                     raise
                 console.print(f"The run has dropped step {step} for newer ones.")
-
-
-def _load_clip(arguments: argparse.Namespace) -> "ClipScorer | None":
-    from clipcap_jax.evaluation.clipscore import ClipScorer
-
-    return ClipScorer.load(arguments.clipscore, arguments.clip_tokenizer) if arguments.clipscore else None
-
-
-def _evaluate(
-    arguments: argparse.Namespace,
-    console: Console,
-    workdir: Path,
-    which: str,
-    load_clip: Callable[[], "ClipScorer | None"],
-) -> None:
-    from clipcap_jax import cluster
-    from clipcap_jax.captioning.captioner import Captioner
-    from clipcap_jax.evaluation import evaluate
-
-    captioner = Captioner.load(workdir, which)
-    cluster.check_same("checkpoints", str(captioner.step))
-    decode = captioner.decode
-    if arguments.beam_size:
-        decode = dataclasses.replace(decode, beam_size=arguments.beam_size)
-    if arguments.length_penalty is not None:
-        decode = dataclasses.replace(decode, length_penalty=arguments.length_penalty)
-    captioner = captioner.with_decode(decode)
-    data = evaluate.open_data(captioner, arguments.data, arguments.split, arguments.data_dir)
-    batch_size = arguments.batch_size or captioner.metadata.config.evaluate.batch_size
-    counted: Any = arguments.words or captioner.metadata.config.evaluate.words
-    folder = files.place(arguments.output or workdir / "evaluations" / evaluate.name_of(captioner, data, counted))
-    if evaluate.is_done(data, folder) and not arguments.overwrite:
-        if not arguments.follow:
-            raise UserError(f"{folder} holds results: name another folder by --output, or replace them by --overwrite")
-        console.print(f"{folder} holds results already", soft_wrap=True)
-        return
-    clip = load_clip()
-    spice = SpiceConfig(arguments.spice_jars) if arguments.spice else None
-    # METEOR is computed where it can be.
-    for name, reason in unavailable(meteor=False, spice=spice, words=counted).items():
-        console.print(f"{name} will not be computed: {reason}", style="yellow", soft_wrap=True)
-    data = evaluate.embed_all(captioner, data, batch_size=batch_size, console=console)
-    captions = evaluate.caption_all(captioner, data, batch_size=batch_size, console=console)
-    if cluster.is_main():
-        evaluate.write_captions(data, captions, folder)
-    if not any(data.captions):
-        console.print(
-            f"{data.name} has no references: nothing is scored. `clipcap submit` takes {folder / 'captions.json'}.",
-            soft_wrap=True,
-        )
-        return
-    result = evaluate.evaluate(
-        captioner,
-        data,
-        captions,
-        batch_size=batch_size,
-        words=counted,
-        meteor=arguments.meteor and cluster.is_main(),
-        spice=spice if cluster.is_main() else None,
-        clip=clip,
-    )
-    if cluster.is_main():
-        evaluate.write(result, captioner, folder, console)

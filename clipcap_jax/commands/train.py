@@ -3,6 +3,7 @@
 import argparse
 from typing import Any
 
+from clipcap_jax import config_files, jobs
 from clipcap_jax.commands.cli import add_cluster_options, refuse, start_processes
 from clipcap_jax.errors import UserError
 
@@ -26,32 +27,16 @@ def add(commands: Any) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> None:
-    from clipcap_jax import config_files
-
     if unknown := [other for other in arguments.others if other[:1] == "-" and not config_files.is_setting(other)]:
         refuse(arguments, unknown)
     if arguments.workdir == "":
         raise UserError("--workdir is empty: name the run's folder")
-    if arguments.config is None and arguments.workdir is None:
-        arguments.config = "shapes"
-    if arguments.config is not None:
-        values = config_files.read(arguments.config)
-        config_files.change(values, arguments.others)
-
-    from clipcap_jax import cluster, config, datasets  # which takes seconds
-    from clipcap_jax.checkpoints import settings, store
-    from clipcap_jax.training import loop
-
-    console = start_processes(arguments)
-    run = store.run_folder(arguments.workdir or f"runs/{config_files.name_of(arguments.config)}")
-    if arguments.config is None:
-        if (own := settings.read(run)) is None:
-            names = ", ".join(config_files.names())
-            raise UserError(f"{run} holds no run to go on with: name by --config what to train there, such as {names}")
-        values = config_files.as_read(own)
-        config_files.change(values, arguments.others)
-    chosen = config.from_dict(values.to_dict())
-    if chosen.data.name == "shapes":  # drawn rather than downloaded, so nobody needs to ask for it
-        with cluster.in_turn():
-            console.print(datasets.prepare_shapes(chosen.data.data_dir))
-    loop.train(chosen, run, console)
+    config, workdir, settings = arguments.config, arguments.workdir, arguments.others
+    if config is None and workdir is None:
+        config = "shapes"
+    if config is not None:  # a slip is told before all processes have found each other
+        workdir = workdir or f"runs/{config_files.name_of(config)}"
+        config = config_files.read(config)
+        config_files.change(config, settings)
+        settings = ()
+    jobs.train(config, workdir, settings, console=start_processes(arguments))

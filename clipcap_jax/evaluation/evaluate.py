@@ -66,7 +66,7 @@ def embed_all(captioner: Captioner, data: CaptionData, *, batch_size: int, conso
     if data.embedding_width is not None:
         return data
     indices, workers = np.arange(len(data)), captioner.metadata.config.data.workers
-    embeddings = captioner.embed.all(captioner.params, data, indices, batch_size, workers)
+    embeddings = captioner.embedder.all(captioner.params, data, indices, batch_size, workers)
     return data.embedded(indices, track(embeddings, f"Looking at {data.name}", total=len(data), console=console))
 
 

@@ -91,6 +91,10 @@ class Tokenizer:
             text = re.sub(r" (?=[.?!,]|n't|'(?:m|s|ve|re))", "", text.replace(" ' ", "'"))
         return text.strip()
 
+    def piece(self, token: int) -> str:
+        """What an id stands for, with its space; the end token by its name."""
+        return self._tokenizer.decode([token], skip_special_tokens=False)
+
     def stop_id(self, stop: str) -> int:
         """The id that ends a caption: the end of text, or the first of `stop`, as the original takes it for ".".
 

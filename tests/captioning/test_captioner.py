@@ -17,10 +17,11 @@ from clipcap_jax.captioning import inputs
 from clipcap_jax.captioning.batches import BatchCaptioner
 from clipcap_jax.captioning.captioner import Caption, Captioner
 from clipcap_jax.captioning.decode import beam_search
-from clipcap_jax.config import DecodeConfig
+from clipcap_jax.config import Config, DecodeConfig
 from clipcap_jax.datasets import open_split
 from clipcap_jax.errors import UserError
 from clipcap_jax.inputs.batches import CaptionData
+from clipcap_jax.training import loop
 
 PICTURES = sum(SPLITS.values())
 
@@ -151,7 +152,7 @@ def test_a_split_is_captioned_in_order(reads_embeddings: Captioner, data_dir: Pa
 def test_an_embedding_does_for_its_picture(reads_pixels: Captioner, data_dir: Path, workers: int) -> None:
     data = CaptionData(open_split("records/both", "test", str(data_dir)), IMAGE_SIZE)
     indices, params = np.array([5, 0, 3, 1, 2]), reads_pixels.params
-    embeddings = np.stack(list(reads_pixels.embed.all(params, data, indices, 4, workers)))
+    embeddings = np.stack(list(reads_pixels.embedder.all(params, data, indices, 4, workers)))
     model = reads_pixels.model
     expected = model.apply({"params": jax.device_get(params)}, data.inputs(indices), method="embed")
     np.testing.assert_allclose(embeddings, expected, rtol=1e-5, atol=1e-5)
@@ -250,10 +251,18 @@ def test_the_documentation(
     shutil.copy(source.pictures / "01.png", tmp_path / "photos" / "two.png")
     (tmp_path / "photos" / "broken.png").write_bytes(b"")
     shutil.copy(source.embeddings, tmp_path / "embeddings.npy")
+    (tmp_path / "captions.jsonl").write_text('{"image": "two.png", "caption": "green"}\n')
     page = (Path(__file__).parents[2] / "docs" / "python.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```python\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 6
+    assert len(blocks) == 10
     monkeypatch.chdir(tmp_path)
+    trained: list[Config] = []
+
+    def train(config: Config, folder: Path, _: Any) -> None:
+        trained.append(config)
+        shutil.copytree(pixels_run, folder)
+
+    monkeypatch.setattr(loop, "train", train)
     told: list[str] = []
     names: dict[str, Any] = {"print": lambda *parts: told.append(" ".join(map(str, parts)))}
     exec("".join(blocks), names)
@@ -261,3 +270,5 @@ def test_the_documentation(
     best = [line for line in told if re.fullmatch(r"-?[\d.e-]+ .+", line)]
     assert len(best) == 5
     assert best[0].endswith(told[0])
+    assert [(config.data.name, config.train.epochs) for config in trained] == [("records/mine", 3.0)]
+    assert re.fullmatch(r"CIDEr \d\.\d+, loss \d\.\d+", told[-1])
