@@ -219,7 +219,8 @@ class Captioner:
         """Caption one picture or several for a notebook, which shows them as the model sees them, with their captions.
 
         Args:
-          inputs, **settings: see `caption`; a picture that cannot be read has its reason beside it.
+          inputs: see `caption`; a picture that cannot be read has its reason beside it.
+          **settings: others of `caption`.
 
         Raises:
           UserError: the model does not take such inputs or settings.
