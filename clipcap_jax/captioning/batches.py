@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,9 +10,11 @@ import jax
 import numpy as np
 
 from clipcap_jax import cluster, parallel
+from clipcap_jax.captioning.constraints import FREE, Constraints
 from clipcap_jax.captioning.decode import Hypotheses, beam_search
 from clipcap_jax.captioning.sampling import Sampling, sample
 from clipcap_jax.config import DecodeConfig
+from clipcap_jax.errors import UserError
 from clipcap_jax.inputs.batches import CaptionData, input_batches
 from clipcap_jax.models.clipcap import ClipCap
 from clipcap_jax.text.tokenizer import Tokenizer
@@ -19,7 +22,7 @@ from clipcap_jax.text.tokenizer import Tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class Caption:
-    """A caption; `finished` is false where the length limit cut it; `score` ranks it (see `decode.DecodeConfig`)."""
+    """A caption; `finished` is false where the length limit cut it; `score` ranks it (see `config.DecodeConfig`)."""
 
     text: str
     finished: bool
@@ -29,11 +32,23 @@ class Caption:
         return self.text
 
 
-def _captions(tokenizer: Tokenizer, found: Any, count: int) -> list[list[Caption]]:
-    """Of each row of `Hypotheses` that are on the host, the first `count`."""
+def finite(captions: list[Caption], n: int | None) -> Any:
+    """Of one input's, those whose score is a number; with no `n` the first of them alone. If none is, an error."""
+    kept = [caption for caption in captions if math.isfinite(caption.score)]
+    if not kept:
+        return UserError(
+            "no caption has a finite score: the weights or the embedding lead beyond the numbers, or what is asked of "
+            "captions leaves none"
+        )
+    return kept[0] if n is None else kept
+
+
+def _captions(tokenizer: Tokenizer, found: Any, count: int, constraints: Constraints) -> list[list[Caption]]:
+    """Of each row of `Hypotheses` that are on the host, the first `count`, after the prompt."""
+    prompt = () if constraints.prompt is None else constraints.prompt
     return [
         [
-            Caption(tokenizer.decode(tokens[:length]), bool(finished), float(score))
+            Caption(tokenizer.decode([*prompt, *tokens[:length]]), bool(finished), float(score))
             for tokens, length, score, finished in itertools.islice(zip(*row, strict=True), count)
         ]
         for row in zip(*found, strict=True)
@@ -69,8 +84,9 @@ class BatchCaptioner:
         """`local`: on this process's devices alone."""
         self._tokenizer = tokenizer
 
-        def search(params: Any, inputs: jax.Array) -> Hypotheses:
-            return beam_search(model, params, inputs, decode, tokenizer.stop_id(decode.stop))
+        def search(constants: tuple[Any, Constraints], inputs: jax.Array) -> Hypotheses:
+            params, constraints = constants
+            return beam_search(model, params, inputs, decode, tokenizer.stop_id(decode.stop), constraints)
 
         self._search = parallel.map_rows(search, local=local, name="the search for captions")
 
@@ -78,9 +94,9 @@ class BatchCaptioner:
         """Caption one batch: a process gives its share of the rows, as many for each device, and gets all captions."""
         return [best for [best] in self.best(params, inputs, 1)]
 
-    def best(self, params: Any, inputs: np.ndarray, count: int) -> list[list[Caption]]:
-        """As a call, but the best `count` of the beam, best first."""
-        return _captions(self._tokenizer, self._search(params, inputs), count)
+    def best(self, params: Any, inputs: np.ndarray, count: int, constraints: Constraints = FREE) -> list[list[Caption]]:
+        """As a call, but the best `count` of the beam, best first, and as constrained."""
+        return _captions(self._tokenizer, self._search((params, constraints), inputs), count, constraints)
 
     def all(self, params: Any, data: CaptionData, indices: np.ndarray, batch_size: int) -> Iterator[Caption]:
         """Caption the given examples, in order, each once."""
@@ -95,19 +111,25 @@ class BatchSampler:
         """`local`: on this process's devices alone."""
         self._tokenizer, self._draws = tokenizer, decode.beam_size
 
-        def draw(constants: tuple[Any, Any, Sampling], batch: tuple[jax.Array, jax.Array]) -> Hypotheses:
-            params, seed, sampling = constants
+        def draw(constants: tuple[Any, Any, Sampling, Constraints], batch: tuple[jax.Array, jax.Array]) -> Hypotheses:
+            params, seed, sampling, constraints = constants
             key, end_token = jax.random.key(seed), tokenizer.stop_id(decode.stop)
-            return sample(model, params, *batch, key, decode, sampling, self._draws, end_token)
+            return sample(model, params, *batch, key, decode, sampling, self._draws, end_token, constraints)
 
         self._draw = parallel.map_rows(draw, local=local, name="the drawing of captions")
 
     def __call__(
-        self, params: Any, inputs: np.ndarray, rows: np.ndarray, seed: int, sampling: Sampling
+        self,
+        params: Any,
+        inputs: np.ndarray,
+        rows: np.ndarray,
+        seed: int,
+        sampling: Sampling,
+        constraints: Constraints = FREE,
     ) -> list[list[Caption]]:
         """Caption one batch, whose rows have the numbers `rows`, uint32 `B`."""
-        found = self._draw((params, np.uint32(seed), sampling), (inputs, rows))
-        return _captions(self._tokenizer, found, self._draws)
+        found = self._draw((params, np.uint32(seed), sampling, constraints), (inputs, rows))
+        return _captions(self._tokenizer, found, self._draws, constraints)
 
 
 def _batches(data: CaptionData, indices: np.ndarray, batch_size: int, workers: int = 0) -> Iterator[tuple[int, Any]]:

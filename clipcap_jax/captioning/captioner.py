@@ -4,7 +4,7 @@ import contextlib
 import copy
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from clipcap_jax import files, parallel, pictures
-from clipcap_jax.captioning.batches import BatchCaptioner, BatchEmbedder, BatchSampler, Caption
+from clipcap_jax.captioning.batches import BatchCaptioner, BatchEmbedder, BatchSampler, Caption, finite
 from clipcap_jax.captioning.inputs import Hopeless, InputReader, is_one, name_of
 from clipcap_jax.captioning.insight import BatchScorer, Likelihood, Word, nearest
-from clipcap_jax.captioning.settings import Settings, check_count, settings
+from clipcap_jax.captioning.settings import Settings, check_count, check_rows, settings
 from clipcap_jax.captioning.sheet import Sheet, make_sheet
 from clipcap_jax.checkpoints import store
 from clipcap_jax.checkpoints.metadata import Metadata
@@ -147,6 +147,11 @@ class Captioner:
         top_k: int | None = None,
         top_p: float | None = None,
         seed: int | None = None,
+        rows: Sequence[int] | None = None,
+        min_tokens: int | None = None,
+        repetition_penalty: float | None = None,
+        banned: Sequence[str] | None = None,
+        prompt: str | None = None,
     ) -> Any:
         """Caption one picture or several.
 
@@ -156,29 +161,40 @@ class Captioner:
         first is captioned.
 
         With `temperature`, `top_k`, `top_p` or `seed`, captions are drawn by their probability; otherwise the likeliest
-        are searched for.
+        are searched for. Both keep to `min_tokens`, `repetition_penalty`, `banned` and `prompt`.
 
         Args:
           inputs: one or several.
           n: captions of each picture: the best of the beam, best first, or as many drawn; None: one, not in a list.
-          errors: what becomes of a picture that cannot be read: "raise" a `UserError` that names it, or "return" one in
-            the place of its caption.
+            There are fewer where the beam holds fewer that the other settings leave.
+          errors: what becomes of a picture that cannot be read, or has no caption with a finite score: "raise" a
+            `UserError` that names it, or "return" one in the place of its caption.
           stream: give captions of several as they are made, with a batch in memory, instead of a list.
           batch_size: pictures per step, rounded up to a multiple of the devices.
           workers: threads that fetch and decode pictures, up to a batch ahead of the devices.
           beam_size, max_tokens, length_penalty: see `config.DecodeConfig`; None: as `decode` says, but a beam of at
-            least `n`.
+            least `n`. What is written after `prompt` counts.
           temperature, top_k, top_p: see `sampling.Sampling`; None: 1, and no such filter.
           seed: draws the same captions of the same inputs, whatever the batch size; None: others each time.
+          rows: the inputs' numbers, from 0 to 2**32 - 1, of which what is drawn depends; None: 0, 1 and so on.
+          min_tokens: no caption ends before so many tokens are written after `prompt`, the end token not among them.
+          repetition_penalty: above 1, tokens that the caption or `prompt` has already are less likely; see
+            `constraints.Constraints`.
+          banned: texts, words or phrases, that do not occur: as they are and with a capital letter, at the start of a
+            word and within one. It is the tokens that the tokenizer makes of these which do not follow each other;
+            where other tokens make up the same text, as they rarely do, it goes unnoticed.
+          prompt: text that captions go on from and begin with, as the tokenizer writes it, without white space around.
 
         Returns:
-          Of one picture a `Caption`, or with `n` a list of them. Of several a list of such, or an iterator.
+          Of one picture a `Caption`, or with `n` a list of them. Of several a list of such, or an iterator. Scores are
+          of what is written after `prompt`.
 
         Raises:
           UserError: see `errors`; the model does not take such inputs or settings; a disk does not answer.
         """
         chosen = settings(
             self.decode,
+            self.metadata.tokenizer,
             n=n,
             beam_size=beam_size,
             max_tokens=max_tokens,
@@ -187,27 +203,30 @@ class Captioner:
             top_k=top_k,
             top_p=top_p,
             seed=seed,
+            min_tokens=min_tokens,
+            repetition_penalty=repetition_penalty,
+            banned=banned,
+            prompt=prompt,
         )
         check_count("batch_size", batch_size)
         check_count("workers", workers)
+        numbers = None if rows is None else check_rows(rows)
         if errors not in ("raise", "return"):
             raise UserError(f'errors is {errors!r}: it can be "raise" or "return"')
         one = is_one(inputs)
 
         def load(numbered: tuple[int, Any]) -> tuple[int, np.ndarray | UserError]:
             index, given = numbered
-            try:
-                return index, self.reader(given)
-            except Hopeless:
-                raise
-            except UserError as error:
-                if errors == "return":
-                    return index, error
-                raise UserError(f"{name_of(given, None if one else index)}: {error}") from error
+            found = self._read(given)
+            if isinstance(found, UserError) and errors == "raise":
+                raise UserError(f"{name_of(given, None if one else index)}: {found}") from found
+            return index, found
 
         items = [inputs] if one else self.reader.several(inputs, whole=errors == "raise")
         size = parallel.round_up(batch_size, local=self._local)
-        found = self._all(items, load, self._generator(chosen, n), size, 0 if one else workers)
+        found = self._all(items, load, self._generator(chosen, n, numbers), size, 0 if one else workers)
+        if errors == "raise":
+            found = _raised(found, inputs if one else None)
         if one:
             [caption] = found
             return caption
@@ -342,17 +361,23 @@ class Captioner:
             self._programs[kind, decode] = kind(self.model, self.metadata.tokenizer, decode, local=self._local)
         return self._programs[kind, decode]
 
-    def _generator(self, chosen: Settings, n: int | None) -> Callable[[np.ndarray, np.ndarray], list[Any]]:
-        """What makes captions of a batch of inputs and its rows' numbers."""
+    def _generator(
+        self, chosen: Settings, n: int | None, numbers: np.ndarray | None
+    ) -> Callable[[np.ndarray, np.ndarray], list[Any]]:
+        """What makes captions, or an error in their place, of a batch of inputs and which of all these are."""
         kind = BatchCaptioner if chosen.sampling is None else BatchSampler
         program = self._program(kind, chosen.decode)
 
         def generate(inputs: np.ndarray, rows: np.ndarray) -> list[Any]:
             if chosen.sampling is None:
-                found = program.best(self.params, inputs, n or 1)
+                found = program.best(self.params, inputs, n or 1, chosen.constraints)
             else:
-                found = program(self.params, inputs, rows, chosen.seed, chosen.sampling)
-            return [captions[0] for captions in found] if n is None else found
+                if numbers is not None:
+                    if rows.max() >= len(numbers):
+                        raise UserError(f"rows has {len(numbers)} numbers, fewer than there are inputs")
+                    rows = numbers[rows]
+                found = program(self.params, inputs, rows, chosen.seed, chosen.sampling, chosen.constraints)
+            return [finite(captions, n) for captions in found]
 
         return generate
 
@@ -394,3 +419,11 @@ def _only(image: Any) -> Any:
     if not is_one(image):
         raise UserError("this takes one picture or embedding at a time, not several")
     return image
+
+
+def _raised(found: Iterable[Any], given: Any) -> Iterator[Any]:
+    """All before the first error, which is raised, named as of `given`, or by its number."""
+    for index, captions in enumerate(found):
+        if isinstance(captions, UserError):
+            raise UserError(f"{name_of(given, index if given is None else None)}: {captions}") from captions
+        yield captions

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from clipcap_jax.captioning.constraints import FREE, Constraints, constrained
 from clipcap_jax.config import DecodeConfig
 from clipcap_jax.errors import UserError
 from clipcap_jax.models.clipcap import ClipCap
@@ -50,20 +51,25 @@ def _take(array: jax.Array, beams: jax.Array) -> jax.Array:
     return jax.vmap(lambda row, index: row[index])(array, beams)
 
 
-def _likeliest(logits: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
-    """The highest log-probabilities of each row, float32 `R W`, and their tokens; of equals, the first.
+def _highest(scores: jax.Array, count: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The highest scores of each row, float32 `R W`, their tokens, and the highest, `R 1`; of equals, the first.
 
     They are among the groups of the vocabulary with the highest maxima, which are found in one pass and are short:
     `top_k` of the whole vocabulary takes longer than the product that made the logits.
     """
-    padding = ((0, 0), (0, -logits.shape[-1] % _GROUP))
-    groups = jnp.pad(logits, padding, constant_values=-jnp.inf).reshape(len(logits), -1, _GROUP)  # R G V/G
+    padding = ((0, 0), (0, -scores.shape[-1] % _GROUP))
+    groups = jnp.pad(scores, padding, constant_values=-jnp.inf).reshape(len(scores), -1, _GROUP)  # R G V/G
     maxima = groups.max(axis=-1)
     _, best = jax.lax.top_k(maxima, min(count, groups.shape[1]))
     best = jnp.sort(best)  # of equals in two groups, the first
-    found, index = jax.lax.top_k(_take(groups, best).reshape(len(logits), -1), count)  # R W
+    found, index = jax.lax.top_k(_take(groups, best).reshape(len(scores), -1), count)  # R W
     tokens = jnp.take_along_axis(best, index // _GROUP, axis=1) * _GROUP + index % _GROUP
-    highest = maxima.max(axis=-1, keepdims=True)
+    return found, tokens, maxima.max(axis=-1, keepdims=True)
+
+
+def _likeliest(logits: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+    """The highest log-probabilities of each row, float32 `R W`, and their tokens; of equals, the first."""
+    found, tokens, highest = _highest(logits, count)
     return found - highest - jnp.log(jnp.exp(logits - highest).sum(axis=-1, keepdims=True)), tokens
 
 
@@ -71,7 +77,14 @@ def _rank(log_probs: jax.Array, lengths: jax.Array, config: DecodeConfig) -> jax
     return log_probs / lengths**config.length_penalty
 
 
-def beam_search(model: ClipCap, params: Any, inputs: jax.Array, config: DecodeConfig, end_token: int) -> Hypotheses:
+def beam_search(
+    model: ClipCap,
+    params: Any,
+    inputs: jax.Array,
+    config: DecodeConfig,
+    end_token: int,
+    constraints: Constraints = FREE,
+) -> Hypotheses:
     """Search captions for a batch (original `predict.py`, `generate_beam`, on all images at once).
 
     Every step keeps the W best of all continuations of an image's hypotheses, finished ones included, and stops when
@@ -82,6 +95,11 @@ def beam_search(model: ClipCap, params: Any, inputs: jax.Array, config: DecodeCo
       inputs: uint8 images `B H W 3` or embeddings `B E`.
       config: beam size, length limit and ranking.
       end_token: the id that finishes a hypothesis.
+      constraints: what captions are held to.
+
+    Returns:
+      What is written after the prompt. A hypothesis whose score is not finite breaks the constraints, for want of one
+      that does not.
 
     Raises:
       UserError: the beam is larger than the vocabulary, or captions may be longer than GPT-2 can read.
@@ -94,14 +112,31 @@ def beam_search(model: ClipCap, params: Any, inputs: jax.Array, config: DecodeCo
     # A finished hypothesis has one continuation: itself, with nothing added.
     only_itself = jnp.where(jnp.arange(beam_size) == 0, 0.0, -jnp.inf)[None, None, :]  # 1 1 W
 
+    def likeliest(logits: jax.Array, written: jax.Array, step: Any) -> tuple[jax.Array, jax.Array]:
+        """Of logits `... V` after `written`, `... T`: log-probabilities and tokens, `R W`, that the constraints leave.
+
+        Of a beam, log-probabilities are penalised, and those are ranked. Of one hypothesis it is the logits, and its
+        score stays the model's own. Both as in transformers: a penalty means here what it means there.
+        """
+        logits = logits.reshape(-1, logits.shape[-1])
+        if not constraints.change_scores:
+            return _likeliest(logits, beam_size)
+        log_probs = jax.nn.log_softmax(logits)
+        scores = log_probs if beam_size > 1 else logits
+        scores = constrained(scores, written.reshape(-1, written.shape[-1]), step, end_token, constraints)
+        found, tokens, _ = _highest(scores, beam_size)
+        if beam_size == 1:
+            found = jnp.where(found == -jnp.inf, found, jnp.take_along_axis(log_probs, tokens, axis=-1))
+        return found, tokens
+
     def first(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return _likeliest(logits, beam_size)
+        return likeliest(logits, jnp.zeros((1, config.max_tokens), jnp.int32), 0)
 
     def choose(search: Search, logits: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         # The W best of all W * V continuations are among the W best of each hypothesis.
         batch = len(logits)
         top_log_probs, top_tokens = (
-            x.reshape(batch, beam_size, -1) for x in _likeliest(logits.reshape(batch * beam_size, -1), beam_size)
+            x.reshape(batch, beam_size, -1) for x in likeliest(logits, search.tokens, search.step)
         )  # B W W
         finished = search.finished[..., None]
         totals = search.log_probs[..., None] + jnp.where(finished, only_itself, top_log_probs)
@@ -113,7 +148,7 @@ def beam_search(model: ClipCap, params: Any, inputs: jax.Array, config: DecodeCo
         )  # B W
         return best // beam_size, tokens, log_probs
 
-    return decode(model, params, inputs, config, end_token, beam_size, first, choose)
+    return decode(model, params, inputs, config, end_token, beam_size, first, choose, constraints.prompt)
 
 
 def decode(
@@ -125,6 +160,7 @@ def decode(
     width: int,
     first: Callable[[jax.Array], tuple[jax.Array, jax.Array]],
     choose: Callable[[Search, jax.Array], tuple[jax.Array, jax.Array, jax.Array]],
+    prompt: jax.Array | None = None,
 ) -> Hypotheses:
     """Write captions for a batch, token by token, until all of them are finished.
 
@@ -135,15 +171,18 @@ def decode(
       first: from float32 logits `B V`, the log-probabilities and first tokens, `B W`.
       choose: from float32 logits `B W V` of what may follow, for each of the next hypotheses, `B W`: the one that it
         goes on with, its token, and its log-probability as a whole.
+      prompt: int32 `Q`, tokens that stand between the prefix and what is written; None: none.
 
     Raises:
       UserError: captions may be longer than GPT-2 can read.
     """
     max_tokens, prefix_length = config.max_tokens, model.config.mapper.prefix_length
+    if prompt is not None:
+        prefix_length += len(prompt)
     if prefix_length + max_tokens > model.config.gpt2.positions:
         raise UserError(
-            f"prefix and caption take up to {prefix_length + max_tokens} positions, but GPT-2 has "
-            f"{model.config.gpt2.positions}: a lower max_tokens is needed"
+            f"prefix{', prompt' * (prompt is not None)} and caption take up to {prefix_length + max_tokens} positions, "
+            f"but GPT-2 has {model.config.gpt2.positions}: a lower max_tokens is needed"
         )
     variables = {"params": params}
 
@@ -151,7 +190,7 @@ def decode(
     fed_tokens = max(max_tokens - 1, 1)
     slots = prefix_length + fed_tokens * width
     reader = model.apply(variables, method="reader")
-    logits, cache = model.apply(variables, inputs, slots, method="prefill")
+    logits, cache = model.apply(variables, inputs, slots, prompt, method="prefill")
     log_probs, tokens = first(logits)  # B W
     batch = tokens.shape[0]
     search = Search(

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from clipcap_jax.captioning.constraints import FREE, Constraints, constrained
 from clipcap_jax.captioning.decode import Hypotheses, Search, decode
 from clipcap_jax.config import DecodeConfig
 from clipcap_jax.models.clipcap import ClipCap
@@ -54,6 +55,7 @@ def sample(
     sampling: Sampling,
     draws: int,
     end_token: int,
+    constraints: Constraints = FREE,
 ) -> Hypotheses:
     """Draw captions for a batch.
 
@@ -68,10 +70,11 @@ def sample(
       sampling: how tokens are drawn.
       draws: W, captions of each image.
       end_token: the id that finishes a caption.
+      constraints: what captions are held to.
 
     Returns:
       In the order in which they were drawn. Scores are the model's own, as greedy decoding has them, without
-      temperature and filters.
+      temperature, filters and penalty; `-inf` where no token was allowed.
 
     Raises:
       UserError: captions may be longer than GPT-2 can read.
@@ -79,21 +82,25 @@ def sample(
     each = jnp.arange(draws)
     keys = jax.vmap(lambda row: jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(key, row), i))(each))(rows)
 
-    def draw(logits: jax.Array, step: Any) -> tuple[jax.Array, jax.Array]:
-        """Of logits `B W V`: log-probabilities and tokens, `B W`."""
+    def draw(logits: jax.Array, written: jax.Array, step: Any) -> tuple[jax.Array, jax.Array]:
+        """Of logits `B W V` after `written`, `B W T` or `1 1 T`: log-probabilities and tokens, `B W`."""
+        allowed = constrained(logits, written, step, end_token, constraints)
 
         def one(key: jax.Array, logits: jax.Array) -> jax.Array:
             return jax.random.categorical(jax.random.fold_in(key, step), filtered(logits, sampling))
 
-        tokens = jax.vmap(jax.vmap(one))(keys, logits)
+        tokens = jax.vmap(jax.vmap(one))(keys, allowed)
         chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
-        return chosen - jax.nn.logsumexp(logits, axis=-1), tokens
+        log_probs = chosen - jax.nn.logsumexp(logits, axis=-1)
+        if constraints.change_scores:  # which may have left no token
+            log_probs = jnp.where((allowed > -jnp.inf).any(axis=-1), log_probs, -jnp.inf)
+        return log_probs, tokens
 
     def first(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return draw(jnp.repeat(logits[:, None], draws, axis=1), 0)
+        return draw(jnp.repeat(logits[:, None], draws, axis=1), jnp.zeros((1, 1, config.max_tokens), jnp.int32), 0)
 
     def choose(search: Search, logits: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        log_probs, tokens = draw(logits, search.step)
+        log_probs, tokens = draw(logits, search.tokens, search.step)
         parents = jnp.broadcast_to(each, tokens.shape)
         return (
             parents,
@@ -101,4 +108,4 @@ def sample(
             search.log_probs + jnp.where(search.finished, 0.0, log_probs),
         )
 
-    return decode(model, params, inputs, config, end_token, draws, first, choose)
+    return decode(model, params, inputs, config, end_token, draws, first, choose, constraints.prompt)

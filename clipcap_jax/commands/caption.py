@@ -4,9 +4,9 @@ import argparse
 import collections
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import itertools
-import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -16,7 +16,7 @@ import numpy as np
 from rich.console import Console
 
 from clipcap_jax import files
-from clipcap_jax.commands import journal, outputs, sidecars
+from clipcap_jax.commands import decoding, journal, outputs, sidecars
 from clipcap_jax.commands.cli import add_cluster_options, add_overwrite_option, positive, start_processes
 from clipcap_jax.commands.convert import ORIGINAL_OPTIONS, add_original_options
 from clipcap_jax.commands.journal import Journal, Row
@@ -54,15 +54,13 @@ def add(commands: Any) -> None:
         choices=("skip", "overwrite", "append", "prepend"),
         help="what becomes of a text that is there already [an error]",
     )
-    caption.add_argument("--prefix", default="", help="text to put before each caption")
+    caption.add_argument("--prefix", default="", help="text to put before each caption, which it does not change")
     caption.add_argument("--suffix", default="", help="text to put after each caption")
     caption.add_argument("--checkpoint", default="best", help='"best", "latest" or a step [best]')
-    caption.add_argument(
-        "--beam-size", type=positive, help="hypotheses per picture, 1 for greedy [as the run's config says]"
-    )
     caption.add_argument("--batch-size", type=positive, default=64, help="pictures per step, over all devices [64]")
     caption.add_argument("--workers", type=positive, default=4, help="threads that decode pictures [4]")
 
+    decoding.add_options(caption)
     add_overwrite_option(caption)
     add_cluster_options(caption)
     add_original_options(caption)
@@ -70,7 +68,7 @@ def add(commands: Any) -> None:
 
 @dataclasses.dataclass
 class _Tally:
-    """How many pictures got a caption and how many did not, and the reasons of the first of these."""
+    """How many captions there are, how many pictures have none, and the reasons of the first of these."""
 
     captions: int = 0
     skipped: int = 0
@@ -79,8 +77,8 @@ class _Tally:
     def count(self, rows: Iterable[Row]) -> Iterator[Row]:
         """The rows, each counted."""
         for row in rows:
-            if "caption" in row:
-                self.captions += 1
+            if "captions" in row:
+                self.captions += len(row["captions"])
             else:
                 self.skipped += 1
                 self.reasons += [f"{row['image']}: {row['error']}"] * (self.skipped <= _NAMED)
@@ -93,8 +91,9 @@ def _caption(arguments: argparse.Namespace) -> None:
     console = start_processes(arguments, stderr=True)
     texts, output = _target(arguments)
     inputs, others = _inputs(arguments.inputs)
+    numbers: Sequence[int] = range(len(inputs))  # what is drawn depends on them
     if texts:
-        texts, inputs = _to_do(texts, arguments.inputs, inputs, console)
+        texts, inputs, numbers = _to_do(texts, arguments.inputs, inputs, console)
         if not inputs:
             return
     if output:
@@ -117,7 +116,7 @@ def _caption(arguments: argparse.Namespace) -> None:
         done = cluster.of_first(noted.done if noted else 0)
         if done:
             console.print(f"Going on after {done:,} of {counted(len(inputs), 'picture')}")
-        found = _shared(captioner, inputs, arguments, done)
+        found = _shared(captioner, inputs, arguments, done, numbers)
         bar = track(found, "Captioning", total=len(inputs), done=done, console=console, transient=True)
         rows: Iterator[Row] = stack.enter_context(contextlib.closing(bar))
         if not cluster.is_main():
@@ -147,7 +146,7 @@ def _target(arguments: argparse.Namespace) -> tuple[Sidecars | None, Path | None
         raise UserError("--existing is of the texts that --sidecar writes: give that too")
     if arguments.output is None or str(arguments.output) == "-":
         return None, None
-    outputs.check(arguments.output)
+    outputs.check(arguments.output, arguments.n or 1)
     check_new(arguments.output, overwrite=arguments.overwrite)
     return None, arguments.output
 
@@ -162,19 +161,22 @@ def _inputs(names: list[str]) -> tuple[Any, collections.Counter[str]]:
     return _load_matrix(matrices[0]), collections.Counter()
 
 
-def _to_do(texts: Sidecars, names: list[str], inputs: Any, console: Console) -> tuple[Sidecars, list[Path]]:
-    """The pictures that need a text."""
+def _to_do(
+    texts: Sidecars, names: list[str], inputs: Any, console: Console
+) -> tuple[Sidecars, list[Path], Sequence[int]]:
+    """The pictures that need a text, and which of all they are."""
     if isinstance(inputs, np.ndarray):
         raise UserError("--sidecar is for pictures, not for embeddings: name a file with --output")
     texts = sidecars.below(texts, names, inputs)
     texts.check(inputs)
     if texts.existing != "skip":
-        return texts, inputs
+        return texts, inputs, range(len(inputs))
     missing = texts.missing(inputs)
     console.print(
         f"{counted(len(inputs) - len(missing), 'picture')} of {len(inputs):,} skipped: they have a text already"
     )
-    return texts, missing
+    number_of = {picture: number for number, picture in enumerate(inputs)}
+    return texts, missing, [number_of[picture] for picture in missing]
 
 
 def _load(arguments: argparse.Namespace) -> Any:
@@ -184,10 +186,7 @@ def _load(arguments: argparse.Namespace) -> Any:
     if original and not Path(arguments.run_folder).is_file():
         names = ", ".join(f"--{name.replace('_', '-')}" for name in original)
         raise UserError(f"{names}: for the original's .pt files alone, and {arguments.run_folder} is none")
-    captioner = Captioner.load(arguments.run_folder, arguments.checkpoint, local=True, **original)
-    if arguments.beam_size:
-        captioner = captioner.with_decode(dataclasses.replace(captioner.decode, beam_size=arguments.beam_size))
-    return captioner
+    return Captioner.load(arguments.run_folder, arguments.checkpoint, local=True, **original)
 
 
 def _settings(captioner: Any, inputs: Any, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -195,7 +194,8 @@ def _settings(captioner: Any, inputs: Any, arguments: argparse.Namespace) -> dic
     digest = hashlib.sha256()
     for part in inputs:
         digest.update(part.tobytes() if isinstance(part, np.ndarray) else f"{part}\n".encode(errors="surrogateescape"))
-    settings = {"pictures": f"{len(inputs):,} ({digest.hexdigest()[:16]})", **dataclasses.asdict(captioner.decode)}
+    settings = {"pictures": f"{len(inputs):,} ({digest.hexdigest()[:16]})", "n": 1}
+    settings |= dataclasses.asdict(captioner.decode) | decoding.asked(arguments)
     return settings | {name: getattr(arguments, name) for name in ("prefix", "suffix", "existing")}
 
 
@@ -228,13 +228,17 @@ def _write_texts(
     texts.check_new(paths)
     if noted and last:
         *_, row = noted.rows()
-        if "caption" in row:
-            texts.write(last, row["caption"], again=True)
+        if "captions" in row:
+            texts.write(last, _texts(row), again=True)
     for path, row in zip(paths, rows, strict=True):
         if noted:
             noted.add(row)
-        if "caption" in row:
-            texts.write(path, row["caption"])
+        if "captions" in row:
+            texts.write(path, _texts(row))
+
+
+def _texts(row: Row) -> list[str]:
+    return [caption["caption"] for caption in row["captions"]]
 
 
 def _tell(tally: _Tally, output: Path | None, others: collections.Counter[str], console: Console) -> None:
@@ -251,14 +255,18 @@ def _tell(tally: _Tally, output: Path | None, others: collections.Counter[str], 
         raise UserError("none of the pictures could be read")
 
 
-def _shared(captioner: Any, inputs: Any, arguments: argparse.Namespace, done: int) -> Iterator[Row]:
+def _shared(
+    captioner: Any, inputs: Any, arguments: argparse.Namespace, done: int, numbers: Sequence[int]
+) -> Iterator[Row]:
     """The rows, in order, on process 0; of n processes each makes those of every n-th batch.
 
     Args:
       captioner: a local one.
       inputs: paths of pictures, or a matrix of embeddings.
-      arguments: the batch size over all processes, the threads of each that decode, and texts around captions.
+      arguments: the batch size over all processes, the threads of each that decode, what is asked of captions, and
+        texts around them.
       done: how many of the inputs are left out.
+      numbers: of the inputs, which stay the same in whatever parts they are captioned.
     """
     from clipcap_jax import cluster, parallel
 
@@ -271,23 +279,19 @@ def _shared(captioner: Any, inputs: Any, arguments: argparse.Namespace, done: in
     captions = zip(
         order if isinstance(inputs, np.ndarray) else [inputs[row] for row in order],
         captioner.caption(
-            (inputs[row] for row in order), batch_size=size, workers=arguments.workers, stream=True, errors="return"
+            (inputs[row] for row in order),
+            rows=[numbers[row] for row in order],
+            batch_size=size,
+            workers=arguments.workers,
+            stream=True,
+            errors="return",
+            **{"n": 1, **decoding.asked(arguments)},
         ),
         strict=True,
     )
-    around = (arguments.prefix, arguments.suffix)
-    told = ([_row(name, found, *around) for name, found in itertools.islice(captions, len(rows))] for rows in mine)
+    row = functools.partial(outputs.row, prefix=arguments.prefix, suffix=arguments.suffix)
+    told = ([row(name, found) for name, found in itertools.islice(captions, len(rows))] for rows in mine)
     yield from itertools.chain.from_iterable(cluster.collect(told))
-
-
-def _row(name: Path | int, found: Any, prefix: str, suffix: str) -> Row:
-    """As a process tells another of a caption, or of the error in its place."""
-    if not isinstance(found, UserError) and not math.isfinite(found.score):
-        found = UserError("no caption has a finite score: the weights or the embedding lead beyond the numbers")
-    if isinstance(found, UserError):
-        return {"image": str(name), "error": str(found)}
-    text = f"{prefix}{found.text}{suffix}"
-    return {"image": str(name), "caption": text, "score": found.score, "finished": found.finished}
 
 
 def _load_matrix(name: str) -> np.ndarray:

@@ -1,6 +1,7 @@
-"""What `clipcap caption` writes: a row for each picture, as files of several kinds or to the standard output.
+"""What `clipcap caption` writes, as files of several kinds or to the standard output.
 
-A row is `{"image", "caption", "score", "finished"}` or, of a picture without a caption, `{"image", "error"}`.
+It comes as a row for each picture: `{"image", "captions": [{"caption", "score", "finished"}, ...]}` or, without a
+caption, `{"image", "error"}`. It is written as a line for each caption, `{"image", "caption", "score", "finished"}`.
 """
 
 import csv
@@ -27,14 +28,27 @@ PAGE = 3000  # pictures of a page, which are some 15 KB each
 _AT_ONCE = 1000  # rows of a table on the screen, or of a group in a .parquet file
 
 
-def check(output: Path) -> None:
-    """That a file of this name can be written.
+def row(name: Path | int, found: Any, prefix: str, suffix: str) -> Row:
+    """A picture's row, of its `Caption`s or the error in their place, with texts around each."""
+    if isinstance(found, UserError):
+        return {"image": str(name), "error": str(found)}
+    captions = [
+        {"caption": f"{prefix}{caption.text}{suffix}", "score": caption.score, "finished": caption.finished}
+        for caption in found
+    ]
+    return {"image": str(name), "captions": captions}
+
+
+def check(output: Path, n: int) -> None:
+    """That a file of this name, with `n` captions of each picture, can be written.
 
     Raises:
-      UserError: it is of no kind that is known, or of one that needs a package.
+      UserError: it is of no kind that is known, or of one that needs a package or holds one caption of each.
     """
     if output.suffix not in _WRITERS:
         raise UserError(f"--output {output}: the name has to end in {', '.join(_WRITERS)}, or be - for JSON lines")
+    if output.suffix == ".json" and n > 1:
+        raise UserError(f"--output {output}: COCO's results have one caption of each picture: name a .jsonl file")
     if output.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
         raise UserError(f"--output {output}: this needs pyarrow: pip install pyarrow, or name a .jsonl file")
 
@@ -83,7 +97,8 @@ def write(output: Path, rows: Iterator[Row], inputs: Sequence[Any]) -> None:
 
 def show(rows: Iterator[Row], *, as_json: bool) -> None:
     """Print the rows as they come, as lines of JSON, or tables for a person; until nobody reads any more."""
-    while batch := list(itertools.islice(rows, 1 if as_json else _AT_ONCE)):
+    lines = _lines(rows)
+    while batch := list(itertools.islice(lines, 1 if as_json else _AT_ONCE)):
         if as_json:
             sys.stdout.write(to_json(batch[0]) + "\n")
         else:
@@ -92,18 +107,26 @@ def show(rows: Iterator[Row], *, as_json: bool) -> None:
             break
 
 
-def _print_table(rows: list[Row]) -> None:
-    table = Table("image", "caption")
+def _lines(rows: Iterator[Row]) -> Iterator[Row]:
     for row in rows:
-        if "caption" in row:
-            table.add_row(Text(row["image"], overflow="fold"), Text(row["caption"]))
+        if "error" in row:
+            yield row
+        else:
+            yield from ({"image": row["image"], **caption} for caption in row["captions"])
+
+
+def _print_table(lines: list[Row]) -> None:
+    table = Table("image", "caption")
+    for line in lines:
+        if "caption" in line:
+            table.add_row(Text(line["image"], overflow="fold"), Text(line["caption"]))
     if table.row_count:
         screen().print(table)
 
 
 def _write_jsonl(path: Path, rows: Iterator[Row], _: Sequence[Any]) -> None:
     with path.open("w", encoding="utf-8") as file:
-        file.writelines(to_json(row) + "\n" for row in rows)
+        file.writelines(to_json(line) + "\n" for line in _lines(rows))
 
 
 def _write_csv(path: Path, rows: Iterator[Row], _: Sequence[Any]) -> None:
@@ -111,11 +134,11 @@ def _write_csv(path: Path, rows: Iterator[Row], _: Sequence[Any]) -> None:
     with path.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
         table = csv.DictWriter(file, COLUMNS)
         table.writeheader()
-        table.writerows(rows)
+        table.writerows(_lines(rows))
 
 
 def _write_results(path: Path, rows: Iterator[Row], _: Sequence[Any]) -> None:
-    captions = {row["image"]: row["caption"] for row in rows if "caption" in row}
+    captions = {row["image"]: row["captions"][0]["caption"] for row in rows if "captions" in row}
     coco_files.write_results(path, coco_files.by_number(captions))
 
 
@@ -124,16 +147,17 @@ def _write_parquet(path: Path, rows: Iterator[Row], _: Sequence[Any]) -> None:
     parquet: Any = importlib.import_module("pyarrow.parquet")
     types = (arrow.string(), arrow.string(), arrow.float32(), arrow.bool_(), arrow.string())
     schema = arrow.schema(list(zip(COLUMNS, types, strict=True)))
+    lines = _lines(rows)
     with parquet.ParquetWriter(path, schema) as file:
-        while batch := list(itertools.islice(rows, 10 * _AT_ONCE)):
+        while batch := list(itertools.islice(lines, 10 * _AT_ONCE)):
             file.write_table(arrow.Table.from_pylist(list(map(_in_utf8, batch)), schema=schema))
 
 
-def _in_utf8(row: Row) -> Row:
+def _in_utf8(line: Row) -> Row:
     """With escapes for what UTF-8 does not have, as JSON has it."""
     return {
         key: value.encode(errors="backslashreplace").decode() if isinstance(value, str) else value
-        for key, value in row.items()
+        for key, value in line.items()
     }
 
 

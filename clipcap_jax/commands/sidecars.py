@@ -84,12 +84,12 @@ class Sidecars:
                 "skip, overwrite, append or prepend says what becomes of them"
             )
 
-    def write(self, picture: Path, caption: str, *, again: bool = False) -> None:
+    def write(self, picture: Path, captions: Sequence[str], *, again: bool = False) -> None:
         """Write the text of a picture; it is as before or whole, even if the process is killed.
 
         Args:
           picture: its path.
-          caption: the text, or what is added to it.
+          captions: the text, or what is added to it: one caption, or several, each on a line of its own.
           again: it may have been written already.
 
         Raises:
@@ -97,6 +97,7 @@ class Sidecars:
         """
         path = self.path(picture)
         temporary = path.with_name(f".{path.name}.tmp")  # not by `files.whole`, whose place may be the journal's
+        caption, between = "\n".join(captions), " " if len(captions) == 1 else "\n"
         try:
             before = ""
             if self.existing in ("append", "prepend") and path.exists():
@@ -106,7 +107,7 @@ class Sidecars:
             if again and before and has_it:
                 return
             path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(" ".join(filter(None, parts)) + "\n", "utf-8", "surrogateescape")
+            temporary.write_text(between.join(filter(None, parts)) + "\n", "utf-8", "surrogateescape")
             temporary.replace(path)
         except OSError as error:
             raise UserError(f"{path} cannot be written: {error.strerror}") from error

@@ -109,9 +109,14 @@ class ClipCap(nn.Module):
         return self.gpt2.logits(hidden[:, prefix.shape[1] - 1 :])  # B T V
 
     @_in_precision
-    def prefill(self, inputs: jax.Array, slots: int) -> tuple[jax.Array, Cache]:
-        """Logits of the first token, float32 `B V`, and a cache whose first P of `slots` slots hold the prefix."""
-        return self.gpt2.prefill(self.prefix(inputs), slots)
+    def prefill(self, inputs: jax.Array, slots: int, prompt: jax.Array | None = None) -> tuple[jax.Array, Cache]:
+        """Logits of the first token, float32 `B V`, and a cache whose first of `slots` slots hold the P vectors of the
+        prefix and, if there is one, the prompt's tokens, int `Q`, the same for all."""
+        prefix = self.prefix(inputs)
+        if prompt is not None:
+            words = self.gpt2.embed(prompt[None])  # 1 Q D
+            prefix = jnp.concatenate([prefix, jnp.repeat(words, len(prefix), axis=0)], axis=1)  # B P+Q D
+        return self.gpt2.prefill(prefix, slots)
 
     def reader(self) -> Reader:
         """GPT-2's parameters, for `extend`."""

@@ -14,7 +14,7 @@ from tiny import EMBEDDING_WIDTH, ENCODER, IMAGE_SIZE, SPLITS, Source
 
 from clipcap_jax import pictures
 from clipcap_jax.captioning import inputs
-from clipcap_jax.captioning.batches import BatchCaptioner
+from clipcap_jax.captioning.batches import BatchCaptioner, finite
 from clipcap_jax.captioning.captioner import Caption, Captioner
 from clipcap_jax.captioning.decode import beam_search
 from clipcap_jax.config import Config, DecodeConfig
@@ -128,9 +128,9 @@ def test_one_picture_costs_no_whole_batch(
     sizes = []
     best = BatchCaptioner.best
 
-    def noted(self: BatchCaptioner, params: Any, inputs: np.ndarray, count: int) -> list[list[Caption]]:
+    def noted(self: BatchCaptioner, params: Any, inputs: np.ndarray, *others: Any) -> list[list[Caption]]:
         sizes.append(len(inputs))
-        return best(self, params, inputs, count)
+        return best(self, params, inputs, *others)
 
     monkeypatch.setattr(BatchCaptioner, "best", noted)
     paths = sorted(source.pictures.iterdir())
@@ -221,6 +221,24 @@ def test_the_score_is_the_mean_log_probability(embeddings_run: Path, source: Sou
     assert caption.score == pytest.approx(log_probs[np.arange(len(tokens[0])), tokens[0]].mean(), rel=1e-5)
 
 
+def test_a_score_that_is_not_finite_makes_no_caption(reads_embeddings: Captioner, source: Source) -> None:
+    """But it costs no other caption; weights that are broken have none at all."""
+    good, bad = Caption("a dog", True, -1.0), Caption("", True, float("nan"))
+    assert finite([bad, good], None) == good
+    assert finite([good, bad, good], 3) == [good, good]
+    assert isinstance(finite([bad, bad], 2), UserError)
+    broken = Captioner(reads_embeddings.metadata, jax.tree.map(lambda leaf: leaf * np.nan, reads_embeddings.params), 1)
+    embeddings = np.load(source.embeddings)[:2]
+    settings: list[dict[str, Any]] = [{}, {"seed": 1}, {"n": 2}]
+    for asked in settings:
+        found = broken.caption(embeddings, errors="return", **asked)
+        assert all("no caption has a finite score" in str(error) for error in found)
+        with pytest.raises(UserError, match=r"^input 0 \(counted from 0\): no caption has a finite score"):
+            broken.caption(embeddings, **asked)
+    with pytest.raises(UserError, match=r"^the input: no caption has a finite score"):
+        broken.caption(embeddings[1])
+
+
 def test_a_damaged_checkpoint_is_passed_over(
     embeddings_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -254,7 +272,7 @@ def test_the_documentation(
     (tmp_path / "captions.jsonl").write_text('{"image": "two.png", "caption": "green"}\n')
     page = (Path(__file__).parents[2] / "docs" / "python.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```python\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 10
+    assert len(blocks) == 11
     monkeypatch.chdir(tmp_path)
     trained: list[Config] = []
 

@@ -1,6 +1,7 @@
 import csv
 import dataclasses
 import io
+import itertools
 import json
 import os
 import signal
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 from tiny import SPLITS, Clipcap, Source
 
-from clipcap_jax.captioning.captioner import Caption, Captioner
+from clipcap_jax.captioning.captioner import Captioner
 from clipcap_jax.commands import caption, outputs
 from clipcap_jax.commands.sidecars import Sidecars
 from clipcap_jax.errors import UserError
@@ -98,7 +99,8 @@ def test_captions_are_not_lost(
     output.write_text("earlier")
 
     def interrupted(*_: Any) -> Iterator[dict[str, Any]]:
-        yield {"image": str(source.pictures / "01.png"), "caption": "A picture.", "score": -1.0, "finished": True}
+        captions = [{"caption": "A picture.", "score": -1.0, "finished": True}]
+        yield {"image": str(source.pictures / "01.png"), "captions": captions}
         raise KeyboardInterrupt
 
     pictures = [source.pictures / name for name in ("01.png", "02.png")]
@@ -109,7 +111,7 @@ def test_captions_are_not_lost(
         patch.setattr(caption, "_shared", interrupted)
         assert clipcap(*command, "--overwrite") == 130
     assert output.read_text() == "earlier"
-    assert rows_of(partial)[1]["caption"] == "A picture."
+    assert rows_of(partial)[1]["captions"][0]["caption"] == "A picture."
     assert f"What is done is in {partial}" in capsys.readouterr().err.replace("\n", "")
     output.unlink()
     best = Captioner.load(pixels_run).step
@@ -119,6 +121,9 @@ def test_captions_are_not_lost(
         ((source.pictures / "03.png",), "pictures: 2 ("),
         (("--checkpoint", other), f"checkpoint: step {best}, "),
         (("--prefix", "x "), "prefix: , now x "),
+        (("--n", "2"), "n: 1, now 2"),
+        (("--banned", "red", "--banned", "a dog"), "banned: None, now ['red', 'a dog']"),
+        (("--top-k", "5"), "top_k: None, now 5; seed: None, now 0"),
     ):
         assert clipcap(*command, *changed) == 2
         assert told in capsys.readouterr().err
@@ -175,7 +180,9 @@ def test_every_kind_of_file(
 def test_what_a_file_cannot_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install pyarrow"):
-        outputs.check(tmp_path / "c.parquet")
+        outputs.check(tmp_path / "c.parquet", 1)
+    with pytest.raises(UserError, match="COCO's results have one caption of each picture"):
+        outputs.check(tmp_path / "c.json", 2)
     with pytest.raises(UserError, match="up to 3,000 pictures, not 3,001"):
         outputs.check_inputs(tmp_path / "c.html", [tmp_path] * (outputs.PAGE + 1))
 
@@ -214,8 +221,11 @@ def test_a_text_is_not_added_twice(tmp_path: Path) -> None:
     for existing, expected in (("append", "a dog a cat\n"), ("prepend", "a bird a dog a cat\n")):
         texts = Sidecars(".txt", existing)
         for again in (False, True):
-            texts.write(picture, "a cat" if existing == "append" else "a bird", again=again)
+            texts.write(picture, ["a cat" if existing == "append" else "a bird"], again=again)
             assert (tmp_path / "a.txt").read_text() == expected
+    for again in (False, True):
+        Sidecars(".txt", "append").write(picture, ["two", "lines"], again=again)
+        assert (tmp_path / "a.txt").read_text() == "a bird a dog a cat\ntwo\nlines\n"
 
 
 def test_lists_and_tars(
@@ -298,28 +308,69 @@ def test_a_job_that_is_killed_goes_on(pixels_run: Path, source: Source, tmp_path
     rows = rows_of(output)
     assert [row["image"] for row in rows] == names.splitlines()
     assert [Path(row["image"]).name for row in rows if "error" in row] == broken
-    assert output.read_bytes().splitlines(keepends=True)[: len(kept) - 1] == kept[1:]
+    done = list(outputs._lines(map(json.loads, kept[1:])))
+    assert rows[: len(done)] == done
     assert len(kept) < 200
 
 
-def test_a_score_that_is_not_finite_makes_no_caption(
-    clipcap: Clipcap,
-    pixels_run: Path,
-    source: Source,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+def test_several_captions_of_each_picture(
+    clipcap: Clipcap, pixels_run: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def captions(*_: Any, **__: Any) -> Iterator[Caption]:
-        return iter([Caption("", True, float("nan")), Caption("A picture.", True, -1.0)])
+    """A line each, wherever they go."""
+    run = ("caption", pixels_run, photos, "--n", "3", "--prompt", "a", "--max-tokens", "6")
+    assert clipcap(*run) == 0
+    printed = capsys.readouterr()
+    rows = [json.loads(line) for line in printed.out.splitlines()]
+    assert f"{3 * PICTURES} captions, 1 picture skipped" in printed.err
+    captions: dict[str, list[str]] = {}
+    for row in rows:
+        captions.setdefault(row["image"], []).extend([row["caption"]] if "caption" in row else [])
+    captioner = Captioner.load(pixels_run)
+    for image in list(captions)[:2]:
+        best = captioner.caption(image, n=3, prompt="a", max_tokens=6)
+        assert captions[image] == [caption.text for caption in best]
+    assert all(len({*texts}) == 3 for image, texts in captions.items() if "broken" not in image)
+    assert all(text.startswith("a") for texts in captions.values() for text in texts)
+    assert clipcap(*run, "--output", tmp_path / "c.csv") == 0
+    with (tmp_path / "c.csv").open(newline="") as file:
+        assert [row["caption"] for row in csv.DictReader(file)] == [row.get("caption", "") for row in rows]
+    assert clipcap(*run, "--output", tmp_path / "c.html") == 0
+    page = (tmp_path / "c.html").read_text()
+    assert page.count("data:image/png") == PICTURES
+    assert page.count('class="caption"') == 3 * PICTURES
+    assert clipcap(*run, "--sidecar", ".txt") == 0
+    assert (photos / "05.txt").read_text().splitlines() == captions[str(photos / "05.png")]
+    assert clipcap(*run, "--output", tmp_path / "c.json") == 2
+    assert clipcap("score", tmp_path / "c.csv", tmp_path / "c.csv") == 2
+    assert "images with more than one caption" in capsys.readouterr().err
 
-    monkeypatch.setattr(Captioner, "caption", captions)
-    pictures = [source.pictures / name for name in ("01.png", "02.png")]
-    assert clipcap("caption", pixels_run, *pictures, "--output", tmp_path / "captions.jsonl") == 0
-    rows = [json.loads(line) for line in (tmp_path / "captions.jsonl").read_text().splitlines()]
-    assert [row.get("score") for row in rows] == [None, -1.0]
-    assert "no caption has a finite score" in rows[0]["error"]
-    assert "1 caption, 1 picture skipped" in capsys.readouterr().err
+
+def test_what_is_drawn_goes_on(
+    clipcap: Clipcap, embeddings_run: Path, source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if it had never stopped, and without a seed too."""
+    output = tmp_path / "c.jsonl"
+    run = ("caption", embeddings_run, source.embeddings, "--temperature", "3", "--batch-size", "4", "--output", output)
+    assert clipcap(*run) == 0
+    whole = rows_of(output)
+    assert len({row["caption"] for row in whole}) > 10
+    captioner = Captioner.load(embeddings_run)
+    drawn = captioner.caption(np.load(source.embeddings), temperature=3.0, seed=0)
+    assert [row["caption"] for row in whole] == [caption.text for caption in drawn]
+    assert clipcap(*run, "--overwrite", "--seed", "1") == 0
+    assert rows_of(output) != whole
+    output.unlink()
+    made = caption._shared
+
+    def interrupted(*arguments: Any) -> Iterator[dict[str, Any]]:
+        yield from itertools.islice(made(*arguments), 7)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(caption, "_shared", interrupted)
+        assert clipcap(*run) == 130
+    assert clipcap(*run) == 0
+    assert rows_of(output) == whole
 
 
 def test_a_matrix_of_embeddings(
