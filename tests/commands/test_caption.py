@@ -224,8 +224,8 @@ def test_a_text_is_not_added_twice(tmp_path: Path) -> None:
             texts.write(picture, ["a cat" if existing == "append" else "a bird"], again=again)
             assert (tmp_path / "a.txt").read_text() == expected
     for again in (False, True):
-        Sidecars(".txt", "append").write(picture, ["two", "lines"], again=again)
-        assert (tmp_path / "a.txt").read_text() == "a bird a dog a cat\ntwo\nlines\n"
+        Sidecars(".txt", "append").write(picture, ["two", "li\nnes"], again=again)
+        assert (tmp_path / "a.txt").read_text() == "a bird a dog a cat\ntwo\nli nes\n"
 
 
 def test_lists_and_tars(
