@@ -97,6 +97,8 @@ class Sidecars:
         """
         path = self.path(picture)
         temporary = path.with_name(f".{path.name}.tmp")  # not by `files.whole`, whose place may be the journal's
+        if len(captions) > 1:  # one that is drawn may have a line's end
+            captions = [" ".join(caption.split()) for caption in captions]
         caption, between = "\n".join(captions), " " if len(captions) == 1 else "\n"
         try:
             before = ""

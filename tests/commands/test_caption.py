@@ -224,8 +224,8 @@ def test_a_text_is_not_added_twice(tmp_path: Path) -> None:
             texts.write(picture, ["a cat" if existing == "append" else "a bird"], again=again)
             assert (tmp_path / "a.txt").read_text() == expected
     for again in (False, True):
-        Sidecars(".txt", "append").write(picture, ["two", "lines"], again=again)
-        assert (tmp_path / "a.txt").read_text() == "a bird a dog a cat\ntwo\nlines\n"
+        Sidecars(".txt", "append").write(picture, ["two", "li\nnes"], again=again)
+        assert (tmp_path / "a.txt").read_text() == "a bird a dog a cat\ntwo\nli nes\n"
 
 
 def test_lists_and_tars(
@@ -340,6 +340,12 @@ def test_several_captions_of_each_picture(
     assert page.count('class="caption"') == 3 * PICTURES
     assert clipcap(*run, "--sidecar", ".txt") == 0
     assert (photos / "05.txt").read_text().splitlines() == captions[str(photos / "05.png")]
+    drawn = ("caption", pixels_run, photos, "--temperature", "3", "--sidecar", ".drawn")
+    assert clipcap(*drawn) == 0
+    text = (photos / "05.drawn").read_text()
+    (photos / "05.drawn").unlink()
+    assert clipcap(*drawn, "--existing", "skip") == 0
+    assert (photos / "05.drawn").read_text() == text  # as of the sixth picture, not of the first
     assert clipcap(*run, "--output", tmp_path / "c.json") == 2
     assert clipcap("score", tmp_path / "c.csv", tmp_path / "c.csv") == 2
     assert "images with more than one caption" in capsys.readouterr().err
