@@ -3,7 +3,7 @@
 import dataclasses
 import html
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -31,19 +31,18 @@ class Sheet:
 def make_sheet(names: Sequence[str], read: Sequence[np.ndarray | UserError], found: Sequence[Any]) -> Sheet:
     """Of names, what the model reads of each (uint8 `H W 3`, or an embedding), and its caption or captions."""
     cards = [
-        ({"image": name, **row}, pages.Picture(None, False, row["error"]) if "error" in row else _picture(given))
+        _card(name, given, captions if isinstance(captions, list) else [captions])
         for name, given, captions in zip(names, read, found, strict=True)
-        for row in _rows(captions)
     ]
     return Sheet(list(found), pages.render("captions.html", title="Captions", cards=cards))
 
 
-def _rows(captions: Any) -> Iterator[dict[str, Any]]:
-    for caption in captions if isinstance(captions, list) else [captions]:
-        if isinstance(caption, UserError):
-            yield {"error": str(caption)}
-        else:
-            yield {"caption": caption.text, "finished": caption.finished}
+def _card(name: str, given: np.ndarray | UserError, captions: list[Any]) -> tuple[dict[str, Any], pages.Picture]:
+    """As `captions.html` takes it."""
+    if isinstance(captions[0], UserError):
+        return {"image": name}, pages.Picture(None, False, str(captions[0]))
+    found = [{"caption": caption.text, "finished": caption.finished} for caption in captions]
+    return {"image": name, "captions": found}, _picture(given)
 
 
 def _picture(given: Any) -> pages.Picture:

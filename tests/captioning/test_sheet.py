@@ -50,7 +50,8 @@ def test_one_picture_with_several_captions(reads_pixels: Captioner, source: Sour
     sheet = reads_pixels.show(source.pictures / "00.png", n=3, seed=1)
     [captions] = sheet.captions
     assert captions == reads_pixels.caption(source.pictures / "00.png", n=3, seed=1)
-    assert sheet.page.count("<figure>") == 3
+    assert sheet.page.count("<figure>") == 1
+    assert sheet.page.count('<p class="caption">') == 3
     assert reads_pixels.show([]).captions == []
 
 
