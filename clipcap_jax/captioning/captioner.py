@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from clipcap_jax import files, parallel, pictures
+from clipcap_jax import files, hub, parallel, pictures
 from clipcap_jax.captioning.batches import BatchCaptioner, BatchEmbedder, BatchSampler, Caption
 from clipcap_jax.captioning.inputs import Hopeless, InputReader, is_one, name_of
 from clipcap_jax.captioning.settings import Settings, check_count, settings
@@ -19,6 +19,7 @@ from clipcap_jax.checkpoints import store
 from clipcap_jax.checkpoints.metadata import Metadata
 from clipcap_jax.config import DecodeConfig
 from clipcap_jax.convert.assemble import open_original
+from clipcap_jax.convert.package import open_hub
 from clipcap_jax.errors import UserError
 from clipcap_jax.inputs.batches import fill
 from clipcap_jax.models.clipcap import ClipCap
@@ -83,7 +84,8 @@ class Captioner:
         """Load a checkpoint; where the best or latest one is damaged, the newest that is not, with a warning.
 
         Args:
-          run: the folder that training wrote to, or the original's `.pt` file.
+          run: the folder that training wrote to; the original's `.pt` file; or, as a text, a repository that `clipcap
+            push` wrote on the Hugging Face hub, "user/name" or "user/name@REVISION", where nothing here has that name.
           checkpoint: "best" (by CIDEr on the validation subset), "latest" or a step.
           decode: how to search; None: as the run's config says.
           local: whether to use this process's devices alone.
@@ -91,13 +93,17 @@ class Captioner:
             the original's file does not say about itself (see `convert.assemble.open_original`).
 
         Raises:
-          UserError: there is no such checkpoint, or this version cannot read it.
+          UserError: there is no such checkpoint, or this version cannot read it; the hub does not give it.
         """
         if not files.is_remote(run) and files.place(run).is_file():
             return cls(*open_original(files.place(run), **original), step=0, decode=decode, local=local)
         if original:
             raise UserError(f"{', '.join(original)}: for the original's .pt files alone, and {run} is none")
         checkpoint = str(checkpoint)
+        if isinstance(run, str) and hub.is_name(run) and not files.place(run).exists():
+            if checkpoint != "best":
+                raise UserError(f"{run} is on the Hugging Face hub, which has one checkpoint: name a {run}@REVISION")
+            return cls(*open_hub(run), step=0, decode=decode, local=local)
         with _without_warnings(), store.opened(run) as checkpoints:
             steps = [checkpoints.find(checkpoint)]
             if not checkpoint.isdigit():
