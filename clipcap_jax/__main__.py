@@ -6,7 +6,7 @@ import sys
 
 from absl import logging
 
-from clipcap_jax.commands import caption, cli, convert, data, doctor, evaluate, info, prefix, score, train
+from clipcap_jax.commands import caption, cli, convert, data, doctor, evaluate, info, prefix, score, share, train
 
 # One for each verb, which its --help shows.
 EXAMPLES = {
@@ -20,6 +20,8 @@ EXAMPLES = {
     "score": "clipcap score captions.json references.json --output page.html --images photos/",
     "submit": "clipcap submit nocaps --test captions.json nocaps_test_image_info.json --output results.json",
     "convert": "clipcap convert to-gpt2 runs/mine gpt2-mine/",
+    "push": "clipcap push runs/mine user/name --license apache-2.0",
+    "pull": "clipcap pull user/name runs/theirs",
     "doctor": "clipcap doctor",
 }
 
@@ -42,12 +44,12 @@ def make_parser() -> argparse.ArgumentParser:
     """What reads its arguments."""
     parser = argparse.ArgumentParser(
         prog="clipcap",
-        description="Train and evaluate captioners; caption pictures; prepare data sets; score captions.",
+        description="Train, evaluate and share captioners; caption pictures; prepare data sets; score captions.",
         epilog="It ends with 0; with 2 for a mistake, which it names; with 130 for Ctrl-C.",
     )
     parser.add_argument("--version", action="version", version=importlib.metadata.version("clipcap_jax"))
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for module in (data, train, evaluate, caption, prefix, info, score, convert, doctor):
+    for module in (data, train, evaluate, caption, prefix, info, score, convert, share, doctor):
         module.add(commands)
     for name, command in commands.choices.items():
         command.epilog = f"Example: {EXAMPLES[name]}"

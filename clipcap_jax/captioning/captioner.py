@@ -12,20 +12,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clipcap_jax import files, parallel, pictures
+from clipcap_jax import parallel, pictures
 from clipcap_jax.captioning.batches import BatchCaptioner, BatchEmbedder, BatchSampler, Caption, finite
 from clipcap_jax.captioning.inputs import Hopeless, InputReader, is_one, name_of
 from clipcap_jax.captioning.insight import BatchScorer, Likelihood, Word, nearest
+from clipcap_jax.captioning.opening import open_model
 from clipcap_jax.captioning.settings import Settings, check_count, check_rows, settings
 from clipcap_jax.captioning.sheet import Sheet, make_sheet
-from clipcap_jax.checkpoints import store
 from clipcap_jax.checkpoints.metadata import Metadata
 from clipcap_jax.config import DecodeConfig
-from clipcap_jax.convert.assemble import open_original
 from clipcap_jax.errors import UserError
 from clipcap_jax.inputs.batches import fill
 from clipcap_jax.models.clipcap import ClipCap
-from clipcap_jax.progress import screen, without_warnings
 
 __all__ = ["Caption", "Captioner"]
 
@@ -90,7 +88,8 @@ class Captioner:
         """Load a checkpoint; where the best or latest one is damaged, the newest that is not, with a warning.
 
         Args:
-          run: the folder that training wrote to, or the original's `.pt` file.
+          run: the folder that training wrote to; the original's `.pt` file; or, as a text, a repository that `clipcap
+            push` wrote on the Hugging Face hub, "user/name" or "user/name@REVISION", where nothing here has that name.
           checkpoint: "best" (by CIDEr on the validation subset), "latest" or a step.
           decode: how to search; None: as the run's config says.
           local: whether to use this process's devices alone.
@@ -98,26 +97,9 @@ class Captioner:
             the original's file does not say about itself (see `convert.assemble.open_original`).
 
         Raises:
-          UserError: there is no such checkpoint, or this version cannot read it.
+          UserError: there is no such checkpoint, or this version cannot read it; the hub does not give it.
         """
-        if not files.is_remote(run) and files.place(run).is_file():
-            return cls(*open_original(files.place(run), **original), step=0, decode=decode, local=local)
-        if original:
-            raise UserError(f"{', '.join(original)}: for the original's .pt files alone, and {run} is none")
-        checkpoint = str(checkpoint)
-        with without_warnings(), store.opened(run) as checkpoints:
-            steps = [checkpoints.find(checkpoint)]
-            if not checkpoint.isdigit():
-                steps += [step for step in reversed(checkpoints.steps()) if step != steps[0]]
-            while True:
-                step = steps.pop(0)
-                try:
-                    return cls(checkpoints.metadata(step), checkpoints.params(step), step, decode, local=local)
-                except store.Damaged as error:
-                    if not steps:
-                        raise
-                    told = f"Warning: {error} The one of step {steps[0]} is tried."
-                    screen(stderr=True).print(told, style="yellow", soft_wrap=True)
+        return cls(*open_model(run, str(checkpoint), **original), decode, local=local)
 
     def with_decode(self, decode: DecodeConfig) -> "Captioner":
         """The same model, searching differently unless told otherwise."""

@@ -1,3 +1,16 @@
 """The `clipcap` command, one file for each group of verbs: arguments in, one library call."""
 
-__all__ = ["caption", "cli", "convert", "data", "doctor", "evaluate", "info", "prefix", "score", "train"]
+__all__ = [
+    "caption",
+    "card",
+    "cli",
+    "convert",
+    "data",
+    "doctor",
+    "evaluate",
+    "info",
+    "prefix",
+    "score",
+    "share",
+    "train",
+]

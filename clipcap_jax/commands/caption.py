@@ -33,7 +33,9 @@ def add(commands: Any) -> None:
     """Add it to the parser's commands."""
     caption = commands.add_parser("caption", help="caption picture files, folders of them, or a matrix of embeddings")
     caption.set_defaults(run=_caption)
-    caption.add_argument("run_folder", help="the folder of a run, which train.py wrote to, or the original's .pt file")
+    caption.add_argument(
+        "run_folder", help="the folder of a run, the original's .pt file, or user/name on the Hugging Face hub"
+    )
     caption.add_argument(
         "inputs",
         nargs="+",

@@ -66,23 +66,30 @@ def load_original(file: Path, arguments: argparse.Namespace) -> tuple[Any, Any]:
     return open_original(file, **{name: getattr(arguments, name) for name in ORIGINAL_OPTIONS})
 
 
-def _check_new_folder(folder: Path) -> None:
+def check_new_folder(folder: Path) -> None:
+    """Raise a UserError if there is anything of this name."""
     if folder.exists():
         raise UserError(f"{folder} is there already: name another folder")
+
+
+def write_run(folder: Path, metadata: Any, params: Any) -> None:
+    """Write a run's folder for weights that it did not train."""
+    from clipcap_jax.checkpoints import store
+
+    with contextlib.closing(store.Checkpoints(folder, keep=1)) as checkpoints:
+        checkpoints.save_weights(params, metadata)
 
 
 def _convert_from_original(arguments: argparse.Namespace) -> None:
     from clipcap_jax.checkpoints import store
 
     folder = store.run_folder(arguments.run_folder)
-    _check_new_folder(folder)
-    metadata, params = load_original(arguments.file, arguments)
-    with contextlib.closing(store.Checkpoints(folder, keep=1)) as checkpoints:
-        checkpoints.save_weights(params, metadata)
+    check_new_folder(folder)
+    write_run(folder, *load_original(arguments.file, arguments))
     screen().print(f"{arguments.file} is now in {folder}", soft_wrap=True)
 
 
-def _load_run(arguments: argparse.Namespace) -> tuple[Any, Any]:
+def load_run(arguments: argparse.Namespace) -> tuple[Any, Any]:
     """Metadata and parameters of a run."""
     from clipcap_jax.checkpoints import store
 
@@ -95,7 +102,7 @@ def _convert_to_original(arguments: argparse.Namespace) -> None:
     from clipcap_jax.convert.original import save_original
 
     check_new(arguments.file, overwrite=arguments.overwrite)
-    metadata, params = _load_run(arguments)
+    metadata, params = load_run(arguments)
     save_original(metadata.config.model, params, arguments.file)
     screen().print(f"{arguments.run_folder} is now in {arguments.file}", soft_wrap=True)
 
@@ -103,8 +110,8 @@ def _convert_to_original(arguments: argparse.Namespace) -> None:
 def _convert_to_gpt2(arguments: argparse.Namespace) -> None:
     from clipcap_jax.convert.gpt2 import save_gpt2
 
-    _check_new_folder(arguments.folder)
-    metadata, params = _load_run(arguments)
+    check_new_folder(arguments.folder)
+    metadata, params = load_run(arguments)
     save_gpt2(metadata.config.model.gpt2, params["gpt2"], metadata.tokenizer, arguments.folder)
     screen().print(f"GPT-2 and its tokenizer are now in {arguments.folder}", soft_wrap=True)
 

@@ -24,7 +24,7 @@ def _info(arguments: argparse.Namespace) -> None:
     from clipcap_jax.checkpoints import store
 
     run = store.run_folder(arguments.run_folder)
-    found = _read(run, arguments.checkpoint)
+    found = describe(run, arguments.checkpoint)
     console = screen()
     if arguments.json:
         console.print(files.to_json(found, indent=2), soft_wrap=True)
@@ -33,7 +33,12 @@ def _info(arguments: argparse.Namespace) -> None:
         console.print(f"{name}: {value}", soft_wrap=True)
 
 
-def _read(run: Path, which: str) -> dict[str, Any]:
+def describe(run: Path, which: str) -> dict[str, Any]:
+    """All that `--json` shows of a checkpoint.
+
+    Raises:
+      UserError: there is no such checkpoint, or it or the run's evaluations cannot be read.
+    """
     import jax
 
     from clipcap_jax.checkpoints import store
@@ -59,30 +64,52 @@ def _read(run: Path, which: str) -> dict[str, Any]:
         "embedding_width": metadata.embedding_width,
         "tokenizer_pieces": metadata.tokenizer.size,
         "validation": validation,
-        "evaluations": _evaluations(run),
+        "evaluations": {name: found["scores"] for name, found in evaluations(run).items()},
         "config": dataclasses.asdict(config),
     }
 
 
-def _evaluations(run: Path) -> dict[str, dict[str, float]]:
-    """The scores of the run's evaluations, by the names of their folders."""
+def evaluations(run: Path) -> dict[str, dict[str, Any]]:
+    """What `scores.json` of each of a run's evaluations holds, by the names of their folders.
+
+    Raises:
+      UserError: one of them cannot be read.
+    """
     try:
         with files.reached(run):
             folder = run / "evaluations"
             found = sorted(path / "scores.json" for path in folder.iterdir()) if folder.is_dir() else []
-            return {path.parent.name: json.loads(path.read_text())["scores"] for path in found if path.is_file()}
+            read = {path.parent.name: json.loads(path.read_text()) for path in found if path.is_file()}
+            for content in read.values():
+                content["scores"].items()
+            return read
     except OSError as error:
         raise UserError(f"{run} cannot be read: {error.strerror}") from error
-    except (ValueError, LookupError, TypeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"{folder} holds a scores.json that evaluate did not write: {error}") from error
 
 
 def _lines(found: dict[str, Any]) -> list[tuple[str, str]]:
-    config = found["config"]
-    model, train, data = config["model"], config["train"], config["data"]
     steps = f"{found['step']} of {found['total_steps']}" if found["total_steps"] else "converted weights, not trained"
     lines = [("Run", found["run"]), ("Step", steps)]
     lines.append(("Checkpoints", f"{', '.join(map(str, found['steps']))}; best {found['best_step']}, by CIDEr"))
+    lines += made_of(found)
+    for name, scores in ({"validation": found["validation"]} | found["evaluations"]).items():
+        if scores:
+            lines.append(
+                (
+                    f"Scores, {name}",
+                    ", ".join(f"{score} {value:.3f}" for score, value in scores.items() if value is not None),
+                )
+            )
+    return lines
+
+
+def made_of(found: dict[str, Any]) -> list[tuple[str, str]]:
+    """What the model of a checkpoint is and how it was trained, as names and texts, of what `describe` gave."""
+    config = found["config"]
+    model, train, data = config["model"], config["train"], config["data"]
+    lines = []
     for part, size in found["parameters"].items():
         learnt = "trained" if part in train["trainable"] else "frozen"
         sizes = ", ".join(f"{name} {value}" for name, value in model[part].items())
@@ -99,12 +126,4 @@ def _lines(found: dict[str, Any]) -> list[tuple[str, str]]:
             f"{train['seed']}" + (f", from {train['init_from']}" if train["init_from"] else ""),
         )
     )
-    for name, scores in ({"validation": found["validation"]} | found["evaluations"]).items():
-        if scores:
-            lines.append(
-                (
-                    f"Scores, {name}",
-                    ", ".join(f"{score} {value:.3f}" for score, value in scores.items() if value is not None),
-                )
-            )
     return lines

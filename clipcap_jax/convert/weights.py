@@ -62,7 +62,7 @@ def _read(path: Path) -> Arrays:
     if path.suffix == ".json":
         return _read_shards(path)
     if path.suffix == ".safetensors":
-        return _read_safetensors(path)
+        return read_safetensors(path)
     return _read_torch(path)
 
 
@@ -96,13 +96,18 @@ def _read_shards(index: Path) -> Arrays:
     return arrays
 
 
-def _read_safetensors(path: Path) -> Arrays:
+def read_safetensors(path: Path) -> Arrays:
+    """The tensors of a `.safetensors` file, under their own names.
+
+    Raises:
+      UserError: it is not whole.
+    """
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
     try:
         return dict(load_file(path))
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, AttributeError) as error:  # the last of types that NumPy has not
         raise UserError(f"{path} is not a whole safetensors file: {error}. Copy or download it again.") from error
 
 
