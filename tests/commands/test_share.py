@@ -5,6 +5,7 @@ import io
 import json
 import os
 import shutil
+import struct
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -238,6 +239,7 @@ def weights(content: bytes, dtype: Any = np.float32, **others: np.ndarray) -> by
     return save({**{name: array.astype(dtype) for name, array in load(content).items()}, **others})
 
 
+FLOAT8 = json.dumps({"mapper/in/bias": {"dtype": "F8_E4M3", "shape": [2], "data_offsets": [0, 2]}}).encode()
 BROKEN: dict[str, tuple[str, Callable[[bytes], bytes | None], str]] = {
     "another's": ("config.json", lambda content: b'{"model_type": "gpt2"}', "holds no captioner of clipcap_jax"),
     "no config": ("config.json", lambda content: None, "holds no captioner of clipcap_jax"),
@@ -262,6 +264,11 @@ BROKEN: dict[str, tuple[str, Callable[[bytes], bytes | None], str]] = {
         "model.safetensors",
         lambda content: weights(content, np.float16),
         "weights of another model: gpt2/final_norm/bias: float16",
+    ),
+    "types that NumPy has not": (
+        "model.safetensors",
+        lambda content: struct.pack("<Q", len(FLOAT8)) + FLOAT8 + b"ab",
+        "is not a whole safetensors file",
     ),
     "wider": (
         "config.json",
