@@ -17,11 +17,14 @@ _DRAWING_SIDE = 128  # a picture no larger than this is kept exact and shown wit
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """A picture as a data URI, or None with `missing` saying why."""
+    """A picture as a data URI, or None with `missing` saying why; "" where there was none to show."""
 
     uri: str | None
     is_drawing: bool
     missing: str
+
+
+NO_PICTURE = Picture(None, False, "")
 
 
 def render(template: str, **content: Any) -> str:
@@ -45,7 +48,7 @@ def write(path: str | Path, template: str, **content: Any) -> None:
 
 
 def picture(image: bytes | None, path: str, name: str, digest: str = "") -> Picture:
-    """A picture from its bytes or, where these are None, from its file; it is shrunk.
+    """A picture from its bytes or, where these are None, from its file, shrunk; `NO_PICTURE` where there is neither.
 
     Args:
       image: as encoded.
@@ -54,7 +57,7 @@ def picture(image: bytes | None, path: str, name: str, digest: str = "") -> Pict
       digest: see `pictures.read_same`.
     """
     if image is None and not path:
-        return Picture(None, False, "There is no picture to show.")
+        return NO_PICTURE
     try:
         return Picture(*_data_uri(pictures.read_same(path, digest) if image is None else image), "")
     except FileNotFoundError:

@@ -62,6 +62,11 @@ def write_page(
     ranked = sorted(rows, key=lambda row: (-row.scores["CIDEr"], row.image_id))
     left_out = range(pictures - pictures // 2, len(ranked) - pictures // 2)
     bar = track(ranked, "Writing the page", total=len(ranked), console=screen(stderr=True), transient=True)
+    shown = [
+        None if place in left_out else pages.picture(row.read_image(), row.image_path, row.image_id, row.picture)
+        for place, row in enumerate(bar)
+    ]
+    given = any(row.image_path for row in rows) or any(picture not in (None, pages.NO_PICTURE) for picture in shown)
     pages.write(
         path,
         "page.html",
@@ -70,13 +75,8 @@ def write_page(
         metrics=list(scorecard.scores.measures),
         unfinished=sum(not row.finished for row in rows),
         cards=[
-            (
-                row,
-                _left_out(row)
-                if place in left_out
-                else pages.picture(row.read_image(), row.image_path, row.image_id, row.picture),
-            )
-            for place, row in enumerate(bar)
+            (row, picture or (_left_out(row) if given else pages.NO_PICTURE))
+            for row, picture in zip(ranked, shown, strict=True)
         ],
     )
 

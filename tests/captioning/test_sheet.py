@@ -59,6 +59,6 @@ def test_embeddings_have_no_picture(embeddings_run: Path, source: Source) -> Non
     captioner = Captioner.load(embeddings_run)
     sheet = captioner.show(np.load(source.embeddings)[:2])
     assert sheet.captions == captioner.caption(np.load(source.embeddings)[:2])
-    assert sheet.page.count("There is no picture to show.") == 2
+    assert "<img" not in sheet.page
     with pytest.raises(UserError, match="not on pictures"):
         captioner.show(np.zeros((IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8))

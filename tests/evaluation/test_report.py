@@ -201,9 +201,18 @@ def test_missing_and_broken_pictures_are_named(tmp_path: Path) -> None:
     page = write(tmp_path / "page.html", rows)
     assert not page.pictures()
     assert "There is no picture at photos/gone.jpg" in page.texts
-    assert "There is no picture to show." in page.texts
     assert any(text.startswith("photos/broken.jpg: The image is truncated or broken") for text in page.texts)
     assert any(text.startswith("4: Not an image") for text in page.texts)
+
+
+def test_where_no_picture_was_given_nothing_stands_for_one(tmp_path: Path) -> None:
+    for count, named in ((3, 0), (2000, 0), (2000, 1)):
+        rows = [make_row(str(row), image=None) for row in range(count - named)]
+        rows += [make_row("named", image=None, score=9.0, image_path="photos/gone.jpg")] * named
+        write(tmp_path / "page.html", rows)
+        page = (tmp_path / "page.html").read_text()
+        assert page.count('class="missing"') == (1001 if named else 0)
+        assert page.count("<figure") == count
 
 
 def test_terminal_tables() -> None:
