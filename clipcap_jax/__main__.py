@@ -4,8 +4,10 @@ import argparse
 import importlib.metadata
 import sys
 
+import argcomplete
 from absl import logging
 
+from clipcap_jax import progress
 from clipcap_jax.commands import caption, cli, convert, data, doctor, evaluate, info, prefix, score, share, train
 
 # One for each verb, which its --help shows.
@@ -30,6 +32,7 @@ def main(*verb: str) -> None:
     """Run it; `verb`: the first of its arguments, where the command line has the others alone."""
     logging.set_verbosity(logging.ERROR)  # Orbax tells every step of a save and a restore
     parser, given = make_parser(), [*verb, *sys.argv[1:]]
+    argcomplete.autocomplete(parser)  # ends here where a shell asks
     if not given:
         parser.print_help()
         return
@@ -37,7 +40,9 @@ def main(*verb: str) -> None:
     arguments.others = others
     if others and not getattr(arguments, "beam", getattr(arguments, "settings", False)):
         cli.refuse(arguments, others)
-    cli.run_script(lambda: arguments.run(arguments))
+    if arguments.quiet:
+        progress.hide()
+    cli.run_script(lambda: arguments.run(arguments), debug=arguments.debug)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -53,17 +58,20 @@ def make_parser() -> argparse.ArgumentParser:
         module.add(commands)
     for name, command in commands.choices.items():
         command.epilog = f"Example: {EXAMPLES[name]}"
-        _name_itself(command)
+        _complete(command)
     return parser
 
 
-def _name_itself(command: argparse.ArgumentParser) -> None:
-    """So that a mistake is told with how the command itself is called."""
+def _complete(command: argparse.ArgumentParser) -> None:
+    """Give a command what all have; and its name, so that a mistake is told with how the command itself is called."""
     command.set_defaults(parser=command)
-    for action in command._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            for part in action.choices.values():
-                _name_itself(part)
+    parts = [action for action in command._actions if isinstance(action, argparse._SubParsersAction)]
+    for part in parts:
+        for below in part.choices.values():
+            _complete(below)
+    if not parts:
+        command.add_argument("--quiet", action="store_true", help="show no progress")
+        command.add_argument("--debug", action="store_true", help="show where in the code a mistake was noticed")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 T = TypeVar("T")
 
+_hidden = threading.Event()
 _PATIENCE = 2.0  # seconds that need no explanation
+
+
+def hide() -> None:
+    """Show no bars from now on, and nothing of what is waited for."""
+    _hidden.set()
+
+
+def is_hidden() -> bool:
+    """Whether `hide` was called."""
+    return _hidden.is_set()
 
 
 def screen(**options: Any) -> Console:
@@ -20,7 +31,7 @@ def screen(**options: Any) -> Console:
     return Console(markup=False, emoji=False, highlight=False, **options)
 
 
-def bar(console: Console | None = None, **options: Any) -> Progress:
+def bar(console: Console | None = None, *, disable: bool = False, **options: Any) -> Progress:
     """A bar with how many are done of how many, the time taken and the time left; with options of rich's."""
     return Progress(
         TextColumn("{task.description}", markup=False),
@@ -30,6 +41,7 @@ def bar(console: Console | None = None, **options: Any) -> Progress:
         TextColumn("left"),
         TimeRemainingColumn(),
         console=console or screen(),
+        disable=disable or is_hidden(),
         **options,
     )
 
@@ -46,7 +58,7 @@ def track(items: Iterable[T], description: str, *, total: int, done: int = 0, **
 @contextlib.contextmanager
 def told(what: str) -> Iterator[None]:
     """Say on the standard error what is waited for, if that takes more than two seconds, and in the end how long."""
-    console = screen(stderr=True)  # while a bar is shown, rich puts it above that
+    console = screen(stderr=True, quiet=is_hidden())  # while a bar is shown, rich puts it above that
     timer = threading.Timer(_PATIENCE, lambda: console.print(f"{what} ...", soft_wrap=True))
     timer.daemon = True
     timer.start()

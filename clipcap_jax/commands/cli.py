@@ -7,6 +7,7 @@ import io
 import os
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
@@ -116,12 +117,17 @@ def _outputs() -> Iterator[None]:
             raise UserError(f"not all was written to {name}: {output.fault.strerror}")
 
 
-def run_script(main: Callable[[], Any]) -> None:
-    """Run a program; a `UserError` ends it with its message alone and status 2, a signal with 128 and its number."""
+def run_script(main: Callable[[], Any], *, debug: bool = False) -> None:
+    """Run a program; a `UserError` ends it with its message alone and status 2, a signal with 128 and its number.
+
+    `debug`: with its traceback before the message.
+    """
     try:
         with signals.end(), _others(), _outputs():
             main()
     except UserError as error:
+        if debug:
+            traceback.print_exc()
         screen(stderr=True).print(Text.assemble(("Error:", "red"), f" {error}"), soft_wrap=True)
         if any(type(thread).__module__.startswith("orbax.") for thread in threading.enumerate()):
             os._exit(2)  # after a save that failed, they wait ten minutes for what it was to make

@@ -33,7 +33,7 @@ from clipcap_jax.datasets import nocaps
 from clipcap_jax.datasets.readers import find_file, not_there
 from clipcap_jax.datasets.source import Problem
 from clipcap_jax.errors import UserError
-from clipcap_jax.progress import track
+from clipcap_jax.progress import is_hidden, track
 
 TRIES = 5
 PAUSE = 2.0  # seconds before the second try; doubled for each further one
@@ -292,4 +292,5 @@ def _progress() -> Progress:
         DownloadColumn(),
         TransferSpeedColumn(),
         TimeRemainingColumn(),
+        disable=is_hidden(),
     )

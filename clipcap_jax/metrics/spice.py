@@ -13,7 +13,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from clipcap_jax import files
 from clipcap_jax.metrics import java
 from clipcap_jax.metrics.measure import Measure, mean
-from clipcap_jax.progress import screen
+from clipcap_jax.progress import is_hidden, screen
 
 # What a caption costs that is not in the cache yet: 0.03 seconds on two cores.
 _START_SECONDS = 300.0
@@ -94,7 +94,8 @@ def spice(captions: Sequence[str], references: Sequence[Sequence[str]], config: 
             seconds=_START_SECONDS + _CAPTION_SECONDS * count,
         )
         columns = (SpinnerColumn(), TextColumn("SPICE {task.description}", markup=False), TimeElapsedColumn())
-        with contextlib.closing(lines), Progress(*columns, console=screen(stderr=True), transient=True) as progress:
+        shown = Progress(*columns, console=screen(stderr=True), transient=True, disable=is_hidden())
+        with contextlib.closing(lines), shown as progress:
             task = progress.add_task(f"starts: {count:,} captions, those parsed before are in {kept}")
             for line in lines:
                 progress.update(task, description=line.lower())

@@ -2,13 +2,14 @@ import os
 import shlex
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tiny import SPLITS, Clipcap, Source
 
-from clipcap_jax import datasets
+from clipcap_jax import datasets, progress
 from clipcap_jax.__main__ import EXAMPLES, make_parser
 from clipcap_jax.commands import cli
 from clipcap_jax.datasets import open_split
@@ -24,6 +25,39 @@ def test_mistakes_are_told_without_a_traceback(
     printed = capsys.readouterr()
     assert "gone.jsonl" in printed.err.replace("\n", " ")
     assert "Traceback" not in printed.err
+
+
+def test_quiet_and_debug(
+    clipcap: Clipcap,
+    source: Source,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(progress, "_hidden", threading.Event())
+    prepare = ("prepare", "records", "--captions", source.captions, "--data-dir", tmp_path, "--images")
+    assert clipcap(*prepare, source.pictures, "--name", "loud") == 0
+    assert "Preparing" in capsys.readouterr().out
+    assert clipcap(*prepare, source.pictures, "--name", "quiet", "--quiet") == 0
+    shown = capsys.readouterr()
+    assert "Preparing" not in shown.out + shown.err
+    assert "records/quiet is prepared" in shown.out
+    assert clipcap(*prepare, tmp_path / "gone", "--name", "x", "--debug") == 2
+    told = capsys.readouterr().err
+    assert told.startswith("Traceback")
+    assert "\nError: " in told
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [("pre", ["prefix", "prepare"]), ("caption --beam", ["--beam-size"]), ("submit co", ["coco"])],
+)
+def test_the_shell_is_told_what_may_follow(typed: str, offered: list[str], tmp_path: Path) -> None:
+    line = f"clipcap {typed}"
+    asked = {"_ARGCOMPLETE": "1", "COMP_LINE": line, "COMP_POINT": str(len(line)), "_ARGCOMPLETE_IFS": "|"}
+    asked |= {"_ARGCOMPLETE_STDOUT_FILENAME": str(tmp_path / "told")}
+    subprocess.run([sys.executable, "-m", "clipcap_jax"], env=os.environ | asked, check=True)
+    assert sorted(word.strip() for word in (tmp_path / "told").read_text().split("|")) == offered
 
 
 def test_prepare_records(clipcap: Clipcap, source: Source, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
