@@ -184,6 +184,7 @@ def _fetch(url: str) -> bytes:
             length = response.headers.get("Content-Length", "")
             return pictures.read_stream(_Until(response, until), int(length) if length.isdecimal() else 0)
     except urllib.error.HTTPError as error:
+        error.close()  # it is the response, too
         raise UserError(f"cannot be fetched: the server answers {error.code} {error.reason}") from None
     except TimeoutError:
         raise UserError(
