@@ -6,7 +6,7 @@ import sys
 
 from absl import logging
 
-from clipcap_jax.commands import caption, cli, convert, data, doctor, evaluate, info, score, train
+from clipcap_jax.commands import caption, cli, convert, data, demo, doctor, evaluate, info, score, train
 
 # One for each verb, which its --help shows.
 EXAMPLES = {
@@ -15,6 +15,7 @@ EXAMPLES = {
     "train": "clipcap train --config flickr8k:pixels --workdir runs/mine --config.train.epochs=3",
     "evaluate": "clipcap evaluate --workdir runs/mine --split test",
     "caption": "clipcap caption runs/mine photos/ --output captions.jsonl",
+    "demo": "clipcap demo runs/mine",
     "info": "clipcap info runs/mine --json",
     "score": "clipcap score captions.json references.json --output page.html --images photos/",
     "submit": "clipcap submit nocaps --test captions.json nocaps_test_image_info.json --output results.json",
@@ -46,7 +47,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=importlib.metadata.version("clipcap_jax"))
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for module in (data, train, evaluate, caption, info, score, convert, doctor):
+    for module in (data, train, evaluate, caption, demo, info, score, convert, doctor):
         module.add(commands)
     for name, command in commands.choices.items():
         command.epilog = f"Example: {EXAMPLES[name]}"
