@@ -8,7 +8,20 @@ import argcomplete
 from absl import logging
 
 from clipcap_jax import progress
-from clipcap_jax.commands import caption, cli, convert, data, doctor, evaluate, info, prefix, score, share, train
+from clipcap_jax.commands import (
+    caption,
+    cli,
+    convert,
+    data,
+    demo,
+    doctor,
+    evaluate,
+    info,
+    prefix,
+    score,
+    share,
+    train,
+)
 
 # One for each verb, which its --help shows.
 EXAMPLES = {
@@ -18,6 +31,7 @@ EXAMPLES = {
     "evaluate": "clipcap evaluate --workdir runs/mine --split test",
     "caption": "clipcap caption runs/mine photos/ --output captions.jsonl",
     "prefix": "clipcap prefix runs/mine one.png --output prefix.html",
+    "demo": "clipcap demo runs/mine",
     "info": "clipcap info runs/mine --json",
     "score": "clipcap score captions.json references.json --output page.html --images photos/",
     "submit": "clipcap submit nocaps --test captions.json nocaps_test_image_info.json --output results.json",
@@ -54,7 +68,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=importlib.metadata.version("clipcap_jax"))
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for module in (data, train, evaluate, caption, prefix, info, score, convert, share, doctor):
+    for module in (data, train, evaluate, caption, demo, prefix, info, score, convert, share, doctor):
         module.add(commands)
     for name, command in commands.choices.items():
         command.epilog = f"Example: {EXAMPLES[name]}"

@@ -17,20 +17,22 @@ HOW = {
     "chromium": "Chromium on the PATH",
     "gcp_storage_emulator": "pip install gcp-storage-emulator",
     "gcsfs": "the extra gcs",
+    "gradio": "the extra demo",
     "java": "a Java runtime on the PATH",
     "libtpu": "the extra tpu",
-    "playwright": "pip install playwright",
     "open_clip": "pip install --no-deps open_clip_torch==3.3.0",
+    "playwright": "pip install playwright",
     "pycocoevalcap": "the extra java",
     "tensorflow": "the extra tensorflow",
     "torch": "the extra torch",
 }
+_PROGRAMS = ("chromium", "java")
 
 
 def lacks(name: str) -> bool:
     """Whether one of `HOW` is not there."""
     assert name in HOW
-    return (shutil.which(name) if name in ("java", "chromium") else importlib.util.find_spec(name)) is None
+    return (shutil.which(name) if name in _PROGRAMS else importlib.util.find_spec(name)) is None
 
 
 def skip_without(*names: str) -> None:

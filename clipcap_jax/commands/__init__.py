@@ -6,6 +6,7 @@ __all__ = [
     "cli",
     "convert",
     "data",
+    "demo",
     "doctor",
     "evaluate",
     "info",

@@ -22,6 +22,7 @@ _EXTRAS = {
     "tensorflow": ("tensorflow", "TFDS's coco_captions as tfrecord"),
     "beam": ("apache_beam", "preparing on many machines"),
     "gcs": ("gcsfs", "data sets and runs on gs://"),
+    "demo": ("gradio", "the page of clipcap demo"),
     "gpu": ("jax_cuda12_plugin jax_cuda13_plugin", "NVIDIA GPUs"),
     "tpu": ("libtpu", "TPUs"),
 }
