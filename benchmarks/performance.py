@@ -1,4 +1,4 @@
-"""Fill the tables of docs/performance.md from the lines that `device.py`, `tpu_compile.py` and `scaling.py` printed.
+"""Fill the tables of docs/performance.md from what `device.py`, `jobs.py`, `tpu_compile.py` and `scaling.py` printed.
 
     python benchmarks/performance.py
 
@@ -22,6 +22,11 @@ PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
 NOT_MEASURED = "not measured"
 LAYOUTS = ("data", "fsdp")
 COMPILERS = {"cpu": "CPUs", "tpu": "TPU v5e"}
+JOBS = {
+    "caption": "`clipcap caption`, photos, beams of 5",
+    "embed": "`clipcap embed`, photos, ViT-B/32",
+    "train": "`clipcap train`, MLP mapper and GPT-2, batch 40",
+}
 VARIANTS = {"mlp": "MLP mapper and GPT-2", "transformer": "transformer mapper, GPT-2 frozen"}
 
 
@@ -78,11 +83,11 @@ def machine(lines: Lines) -> Iterator[str]:
     about = lines["device"]
     versions = about["versions"]
     driver = f", driver {about['driver']}" if about["driver"] else ""
-    yield f"### {about['device']}"
+    yield f"### {about['device']}, {about['date']}"
     yield ""
     commits = [line["commit"] for line in (*about["before"], about)]
     yield (
-        f"{about['date']}, commit {', then '.join(commits)}; {about['cores']} CPU cores{driver}, "
+        f"Commit {', then '.join(commits)}; {about['cores']} CPU cores{driver}, "
         f"Python {about['python']}, "
         + ", ".join(f"{name} {versions[name]}" for name in ("jax", "flax", "torch", "transformers") if name in versions)
         + f". In {about['dtype']}, a large product runs at {about['product'] / 1e12:.3g} TFLOP/s; a copy moves "
@@ -91,24 +96,33 @@ def machine(lines: Lines) -> Iterator[str]:
     yield from table(
         "training, pairs/s|batch|ours|of the floor|PyTorch, as the original|ratio|PyTorch, compiled|ratio|"
         "ours: compile|ours: memory",
-        (training_row(lines, kind, batch) for kind in VARIANTS for batch in (40, 256, 1024)),
+        (
+            training_row(lines, kind, batch)
+            for kind in VARIANTS
+            for batch in (40, 256, 1024)
+            if f"training/{kind}/{batch}/ours" in lines
+        ),
     )
     yield from table(
         "captioning, captions/s|ours|of the floor|the original, one at a time|ratio|transformers' generate|ratio|"
         "ours: compile|ours: memory",
-        (captioning_row(lines, count) for count in (1, 32, 128, 512)),
+        (captioning_row(lines, count) for count in (1, 32, 128, 512) if f"captioning/{count}/ours" in lines),
     )
     yield from table(
         "pixels to embeddings, pictures/s|ours|of the floor|PyTorch|ratio|ours: compile",
-        (tower_row(lines, tower) for tower in ("ViT-B-32", "RN50x4")),
+        (tower_row(lines, tower) for tower in ("ViT-B-32", "RN50x4") if f"towers/{tower}/ours" in lines),
     )
     yield from table("another form of a step, batch 256|at commit|ms a step|times as fast", variant_rows(lines))
     yield from table("captions padded to, MLP mapper and GPT-2, batch 256|pairs/s|of the floor", length_rows(lines))
     yield from table(
         "difference from the original's own outputs|logits|loss|gradients|beams that are the same", parity_rows(lines)
     )
+    yield from table(
+        "whole jobs|a second|fewest and most|decoding alone|the program alone|of the slower", job_rows(lines)
+    )
     yield from history(lines, list(dict.fromkeys(commits)))
     yield ""
+    yield from starts(lines)
     yield from repeated(lines)
     yield ""
 
@@ -167,8 +181,8 @@ def tower_row(lines: Lines, tower: str) -> list[str]:
 
 def length_rows(lines: Lines) -> Iterator[list[str]]:
     for tokens in (12, 16, 20, 48, 64):
-        line = lines.get(f"lengths/mlp/{tokens}", {})
-        yield [f"{tokens} tokens", rate(line), share(line)]
+        if line := lines.get(f"lengths/mlp/{tokens}"):
+            yield [f"{tokens} tokens", rate(line), share(line)]
 
 
 def variant_rows(lines: Lines) -> Iterator[list[str]]:
@@ -184,9 +198,27 @@ def variant_rows(lines: Lines) -> Iterator[list[str]]:
 def parity_rows(lines: Lines) -> Iterator[list[str]]:
     for dtype in ("float32", "bfloat16"):
         for kind in VARIANTS:
-            line = lines.get(f"parity/{kind}/{dtype}", {})
-            found = [f"{line[name]:.1e}" if name in line else NOT_MEASURED for name in ("logits", "loss", "gradients")]
-            yield [f"{VARIANTS[kind]}, {dtype}", *found, line.get("beams", NOT_MEASURED)]
+            if line := lines.get(f"parity/{kind}/{dtype}"):
+                found = [
+                    f"{line[name]:.1e}" if name in line else line["error"] for name in ("logits", "loss", "gradients")
+                ]
+                yield [f"{VARIANTS[kind]}, {dtype}", *found, line.get("beams", NOT_MEASURED)]
+
+
+def job_rows(lines: Lines) -> Iterator[list[str]]:
+    """What `jobs.py` says of processes beside their parts."""
+    for name, what in JOBS.items():
+        if name in lines:
+            line, parts = lines[name], dict(lines[name]["parts"])
+            decoding = number(parts.pop("decoding")) if "decoding" in parts else ""
+            spread = " to ".join(map(number, line["spread"]))
+            yield [what, number(line["rate"]), spread, decoding, *map(number, parts.values()), share(line)]
+
+
+def starts(lines: Lines) -> Iterator[str]:
+    if "start/first" in lines:
+        first, second = (f"{lines[f'start/{name}']['seconds']:.1f} s" for name in ("first", "second"))
+        yield f"`clipcap caption` of one photo, ViT-B/32 and GPT-2, took {first}, and {second} with its programs kept."
 
 
 def history(lines: Lines, commits: Sequence[str]) -> Iterator[str]:
@@ -202,9 +234,9 @@ def history(lines: Lines, commits: Sequence[str]) -> Iterator[str]:
 
 
 def repeated(lines: Lines) -> Iterator[str]:
-    same = lines.get("captioning/same", {})
-    found = f"{same['same']} of {same['of']}" if "same" in same else same.get("error", NOT_MEASURED)
-    yield f"Captions in float32 that are the original's, token by token: {found}."
+    if same := lines.get("captioning/same"):
+        found = f"{same['same']} of {same['of']}" if "same" in same else same["error"]
+        yield f"Captions in float32 that are the original's, token by token: {found}."
     for name, how in (("", "Three steps"), ("/deterministic", "With `--xla_gpu_deterministic_ops`, three steps")):
         if "losses_equal" in (line := lines.get(f"parity/repeated{name}", {})):
             bits = "the same bits" if line["losses_equal"] and not line["parameters_differing"] else "other bits"

@@ -48,6 +48,26 @@ def test_a_row(tmp_path: Path) -> None:
     assert filled.endswith("\nafter\n")
 
 
+def test_jobs() -> None:
+    line: performance.Line = {
+        "rate": 6.266,
+        "spread": [4.525, 8.009],
+        "parts": {"decoding": 427.8, "search": 8.247},
+        "share": 0.7598,
+    }
+    trained: performance.Line = {"rate": 13.54, "spread": [13.2, 13.8], "parts": {"step": 14.53}, "share": 0.9319}
+    lines: performance.Lines = {
+        "caption": line,
+        "train": trained,
+        "start/first": {"seconds": 12.14},
+        "start/second": {"seconds": 7.51},
+    }
+    caption, train = performance.job_rows(lines)
+    assert caption[1:] == ["6.27", "4.53 to 8.01", "428", "8.25", "76%"]
+    assert train[1:] == ["13.5", "13.2 to 13.8", "", "14.5", "93%"]
+    assert "took 12.1 s, and 7.5 s with" in "".join(performance.starts(lines))
+
+
 def test_history(tmp_path: Path) -> None:
     """What an earlier commit reached is told beside the last, and what only it reached by its name."""
     later = {**LINES[0], "commit": "abc1234"}, {"case": "training/mlp/40/ours", "rate": 2 * 4524.256}
