@@ -56,6 +56,8 @@ def test_what_is_served(tmp_path: Path, path: str, status: int) -> None:
 def test_only_uploaded_pictures_may_be_named(tmp_path: Path) -> None:
     uploads = tmp_path / "uploads"
     (uploads / "a").mkdir(parents=True)
+    (uploads / "a" / "picture.png").touch()
+    (tmp_path / "outside.png").touch()
     (uploads / "link.png").symlink_to(tmp_path / "outside.png")
 
     def status(path: Any) -> int:
@@ -67,6 +69,8 @@ def test_only_uploaded_pictures_may_be_named(tmp_path: Path) -> None:
         "/etc/passwd",
         f"{uploads}/a/../../outside.png",
         str(uploads / "link.png"),
+        str(uploads / "a"),
+        str(uploads / "a" / "gone.png"),
         "http://elsewhere/picture.png",
         "uploads/a/picture.png",
         f"{uploads}\0",
@@ -77,6 +81,7 @@ def test_only_uploaded_pictures_may_be_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", ["/gradio_api/queue/join", "/gradio_api/run/predict"])
 def test_bodies(tmp_path: Path, path: str) -> None:
+    (tmp_path / "picture.png").touch()
     inside = json.dumps(str(tmp_path / "picture.png"))
     good = f'{{"data": [{{"path": {inside}}}]}}'.encode()
     assert asked(tmp_path, path, good) == (200, good)
