@@ -29,7 +29,7 @@ _SERVED = re.compile(
 )
 _ASKED = re.compile(r"/gradio_api/(queue/join|run/\w+)")  # with paths of pictures
 
-# Nothing from elsewhere, which the page of Gradio asks for although it does without; it does need the "unsafe" ones.
+# Nothing from elsewhere, whatever the page of Gradio may come to ask for; it needs what is called unsafe here.
 _HEADERS = (
     (
         b"content-security-policy",
