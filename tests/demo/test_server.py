@@ -1,11 +1,16 @@
 import asyncio
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import IMAGE_SIZE, SPLITS
 
-from clipcap_jax.demo.server import Gate
+from clipcap_jax import pictures
+from clipcap_jax.captioning.captioner import Captioner
+from clipcap_jax.datasets import shapes
+from clipcap_jax.demo import server
 
 
 def asked(uploads: Path, path: str, body: bytes = b"") -> tuple[int, bytes]:
@@ -28,7 +33,7 @@ def asked(uploads: Path, path: str, body: bytes = b"") -> tuple[int, bytes]:
     async def send(message: Any) -> None:
         sent.append(message)
 
-    asyncio.run(Gate(behind, uploads)({"type": "http", "path": path}, receive, send))
+    asyncio.run(server.Gate(behind, uploads)({"type": "http", "path": path}, receive, send))
     assert dict(sent[0]["headers"])[b"content-security-policy"].startswith(b"default-src 'self'")
     return sent[0]["status"], bytes(arrived)
 
@@ -94,3 +99,14 @@ def test_bodies(tmp_path: Path, path: str) -> None:
         b"[" + b" " * 70_000 + b"]",
     ):
         assert asked(tmp_path, path, bad) == (403, b"")
+
+
+def test_examples(pixels_run: Path, tmp_path: Path) -> None:
+    captioner = Captioner.load(pixels_run)
+    own = server._write_examples(captioner, tmp_path)
+    assert [pictures.decode(path.read_bytes()).size for path in own] == [(IMAGE_SIZE, IMAGE_SIZE)] * SPLITS["val"]
+    config = captioner.metadata.config
+    elsewhere = dataclasses.replace(config, data=dataclasses.replace(config.data, data_dir=str(tmp_path)))
+    captioner.metadata = dataclasses.replace(captioner.metadata, config=elsewhere)
+    drawn = server._write_examples(captioner, tmp_path)
+    assert [pictures.decode(path.read_bytes()).size for path in drawn] == [(shapes.SIDE, shapes.SIDE)] * 6
