@@ -97,7 +97,7 @@ def make(captioners: Mapping[str, Captioner], examples: Sequence[Path]) -> Any:
 
         return answer
 
-    with gradio.Blocks(title="clipcap demo", analytics_enabled=False, delete_cache=(_KEPT, _KEPT)) as page:
+    with gradio.Blocks(title="clipcap demo", analytics_enabled=False, delete_cache=(60, _KEPT)) as page:
         gradio.Markdown("# Captions of your pictures\n\nPictures go no further than the machine that shows this page.")
         with gradio.Row():
             with gradio.Column():

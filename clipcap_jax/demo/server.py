@@ -29,7 +29,7 @@ _SERVED = re.compile(
 )
 _ASKED = re.compile(r"/gradio_api/(queue/join|run/\w+)")  # with paths of pictures
 
-# Nothing from elsewhere, which the page of Gradio asks for although it does without; it does need the "unsafe" ones.
+# Nothing from elsewhere, whatever the page of Gradio may come to ask for; it needs what is called unsafe here.
 _HEADERS = (
     (
         b"content-security-policy",
@@ -60,10 +60,10 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family)
-    except OSError as error:
-        raise UserError(
-            f"cannot listen on {host}, port {port}: {error.strerror}. Name another with --port or --host."
-        ) from error
+    except (OSError, UnicodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        message = f"cannot listen on {host}, port {port}: {reason}. Name another with --port or --host."
+        raise UserError(message) from error
 
 
 def address(listening: socket.socket) -> str:
@@ -84,7 +84,9 @@ def serve(captioners: Mapping[str, Captioner], listening: socket.socket) -> None
         import gradio  # it makes folders in that of uploads when it is imported
         import uvicorn
 
-        made = page.make(captioners, _write_examples(next(iter(captioners.values())), uploads))
+        examples = _write_examples(next(iter(captioners.values())), uploads)
+        gradio.set_static_paths(examples)  # which stay as long as the page, unlike uploads
+        made = page.make(captioners, examples)
         app = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
         gradio.mount_gradio_app(
             app,
@@ -149,7 +151,7 @@ class Gate:
         if _ASKED.fullmatch(scope["path"]):
             body = await _read(receive)
             if not self._may_be_asked(body):
-                await _refuse(send_guarded, 403, "This is not asked by the page.")
+                await _refuse(send_guarded, 403, "The picture is not here any more: upload it again.")
                 return
             receive = _again(body, receive)
         elif not _SERVED.fullmatch(scope["path"]):
@@ -170,7 +172,7 @@ class Gate:
         return True
 
     def _is_upload(self, path: Any) -> bool:
-        return isinstance(path, str) and Path(path).resolve().is_relative_to(self._uploads)
+        return isinstance(path, str) and Path(path).is_file() and Path(path).resolve().is_relative_to(self._uploads)
 
 
 async def _read(receive: Any) -> bytes:

@@ -1,11 +1,16 @@
 import asyncio
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import IMAGE_SIZE, SPLITS
 
-from clipcap_jax.demo.server import Gate
+from clipcap_jax import pictures
+from clipcap_jax.captioning.captioner import Captioner
+from clipcap_jax.datasets import shapes
+from clipcap_jax.demo import server
 
 
 def asked(uploads: Path, path: str, body: bytes = b"") -> tuple[int, bytes]:
@@ -28,7 +33,7 @@ def asked(uploads: Path, path: str, body: bytes = b"") -> tuple[int, bytes]:
     async def send(message: Any) -> None:
         sent.append(message)
 
-    asyncio.run(Gate(behind, uploads)({"type": "http", "path": path}, receive, send))
+    asyncio.run(server.Gate(behind, uploads)({"type": "http", "path": path}, receive, send))
     assert dict(sent[0]["headers"])[b"content-security-policy"].startswith(b"default-src 'self'")
     return sent[0]["status"], bytes(arrived)
 
@@ -56,6 +61,8 @@ def test_what_is_served(tmp_path: Path, path: str, status: int) -> None:
 def test_only_uploaded_pictures_may_be_named(tmp_path: Path) -> None:
     uploads = tmp_path / "uploads"
     (uploads / "a").mkdir(parents=True)
+    (uploads / "a" / "picture.png").touch()
+    (tmp_path / "outside.png").touch()
     (uploads / "link.png").symlink_to(tmp_path / "outside.png")
 
     def status(path: Any) -> int:
@@ -67,6 +74,8 @@ def test_only_uploaded_pictures_may_be_named(tmp_path: Path) -> None:
         "/etc/passwd",
         f"{uploads}/a/../../outside.png",
         str(uploads / "link.png"),
+        str(uploads / "a"),
+        str(uploads / "a" / "gone.png"),
         "http://elsewhere/picture.png",
         "uploads/a/picture.png",
         f"{uploads}\0",
@@ -77,6 +86,7 @@ def test_only_uploaded_pictures_may_be_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", ["/gradio_api/queue/join", "/gradio_api/run/predict"])
 def test_bodies(tmp_path: Path, path: str) -> None:
+    (tmp_path / "picture.png").touch()
     inside = json.dumps(str(tmp_path / "picture.png"))
     good = f'{{"data": [{{"path": {inside}}}]}}'.encode()
     assert asked(tmp_path, path, good) == (200, good)
@@ -89,3 +99,14 @@ def test_bodies(tmp_path: Path, path: str) -> None:
         b"[" + b" " * 70_000 + b"]",
     ):
         assert asked(tmp_path, path, bad) == (403, b"")
+
+
+def test_examples(pixels_run: Path, tmp_path: Path) -> None:
+    captioner = Captioner.load(pixels_run)
+    own = server._write_examples(captioner, tmp_path)
+    assert [pictures.decode(path.read_bytes()).size for path in own] == [(IMAGE_SIZE, IMAGE_SIZE)] * SPLITS["val"]
+    config = captioner.metadata.config
+    elsewhere = dataclasses.replace(config, data=dataclasses.replace(config.data, data_dir=str(tmp_path)))
+    captioner.metadata = dataclasses.replace(captioner.metadata, config=elsewhere)
+    drawn = server._write_examples(captioner, tmp_path)
+    assert [pictures.decode(path.read_bytes()).size for path in drawn] == [(shapes.SIDE, shapes.SIDE)] * 6
