@@ -102,7 +102,7 @@ class BatchScorer:
             if not 0 < len(tokens) <= self._most:
                 raise UserError(f"{_short(caption)} has {len(tokens)} tokens: this model scores 1 to {self._most}")
         lengths = np.array([len(tokens) for tokens in ids], np.int32)
-        longest = -(-lengths.max(initial=0) // _MULTIPLE) * _MULTIPLE
+        longest = -(-max(map(len, ids), default=0) // _MULTIPLE) * _MULTIPLE
         matrix = np.zeros((len(ids), min(longest, self._most)), np.int32)
         for row, tokens in zip(matrix, ids, strict=True):
             row[: len(tokens)] = tokens
