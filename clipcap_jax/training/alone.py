@@ -106,6 +106,7 @@ class Lease(Hold):
         console.print(
             f"{self._run} is or was another training's ({_holder(found)}). Looking for {WATCHED:.0f} seconds whether "
             "that still runs.",
+            soft_wrap=True,
         )
         end = time.monotonic() + WATCHED
         while time.monotonic() < end:

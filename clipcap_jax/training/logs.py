@@ -194,7 +194,7 @@ class Monitor:
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
         self._since, self._last = time.perf_counter(), start
         self._progress = progress.bar(console=console, disable=not console.is_terminal)
-        self._task = self._progress.add_task("training", total=total, completed=start)
+        self._task = self._progress.add_task("training", total=total, completed=start, start=False)
         self.stop = False  # whether a process was asked to stop, as all have agreed by now
         self._progress.start()
 
@@ -237,6 +237,8 @@ class Monitor:
             if not self._console.is_terminal:
                 self._console.print(f"step {step}  loss {loss:.3f}  {rate:.0f} pairs/s")
         self._progress.update(self._task, completed=step)
+        # Not before the first step, once: what compiles for that says nothing of the time of others.
+        self._progress.start_task(self._task)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:

@@ -156,7 +156,8 @@ def _begin_to_compile(
 
 def _answer(console: Console) -> None:
     console.print(
-        "Stopping after the step that is under way, with a checkpoint. A second Ctrl-C stops at once, without."
+        "Stopping after the step that is under way, with a checkpoint. A second Ctrl-C stops at once, without.",
+        soft_wrap=True,
     )
 
 
@@ -233,5 +234,6 @@ def _validate(run: Run, step: int, state: TrainState, log: NoLog, console: Conso
             f"Warning: only {validation.distinct} different captions for {len(validation.captions)} pictures. "
             "Early in training that is normal; if it lasts, the model does not use its pictures.",
             style="yellow",
+            soft_wrap=True,
         )
     return metrics

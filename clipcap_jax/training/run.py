@@ -199,6 +199,7 @@ def _pairs(config: Config, data: CaptionData, tokenizer: Tokenizer, console: Con
             f"{pairs.cut} of the {len(pairs)} captions of {data.name} are longer than config.data.max_tokens="
             f"{config.data.max_tokens} and were cut.",
             style="yellow",
+            soft_wrap=True,
         )
     if tokenizer.unknown_id is not None:
         _tell_unknown(pairs.holding(tokenizer.unknown_id), pairs, data, tokenizer, console)
@@ -250,6 +251,7 @@ def _check_encoder(config: Config, data: CaptionData, params: Params, console: C
             f"{data.name} does not say which weights made its embeddings: that they are those of "
             f"config.train.pretrained.clip cannot be checked.",
             style="yellow",
+            soft_wrap=True,
         )
 
 
@@ -275,6 +277,7 @@ def _describe(run: Run, trained: Params, frozen: Params, console: Console) -> No
             f"Warning: {', '.join(random)} will stay random: named neither in config.train.trainable nor in "
             "config.train.pretrained.",
             style="yellow",
+            soft_wrap=True,
         )
     if run.start:
         console.print(f"Going on after step {run.start} of {run.total}.")
