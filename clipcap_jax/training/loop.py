@@ -1,6 +1,7 @@
 """The training loop."""
 
 import contextlib
+import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent import futures
@@ -24,7 +25,7 @@ from clipcap_jax.training.logs import Monitor, NoLog, open_log
 from clipcap_jax.training.run import Run, open_run
 from clipcap_jax.training.step import Params, TrainState, make_step
 
-_COMPILERS = 4  # each may take gigabytes
+_COMPILERS = min(8, max(1, (os.cpu_count() or 1) // 2))  # a compiler has threads of its own, and may take gigabytes
 
 
 def train(config: Config, folder: str | Path, console: Console | None = None) -> None:

@@ -324,7 +324,8 @@ def test_one_device_learns_what_four_learn(data_dir: Path, tmp_path: Path) -> No
 
 def initial(config: Config, inputs: np.ndarray) -> dict[str, Any]:
     """Fresh parameters."""
-    params = jax.jit(ClipCap(config.model).init)(jax.random.key(0), inputs, np.zeros((1, 1), np.int32))["params"]
+    init = parallel.once(ClipCap(config.model).init)  # by whose compiler's level the last bits are
+    params = init(jax.random.key(0), inputs, np.zeros((1, 1), np.int32))["params"]
     return named({"params": jax.device_get(params)})
 
 
