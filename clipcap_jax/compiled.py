@@ -42,7 +42,7 @@ class Compiled:
     def begin(self, executor: futures.Executor, *arguments: Any) -> None:
         """Begin to compile for arguments, or shapes, as they lie on devices; the first call with such waits for it.
 
-        Of several processes each still compiles when it is called, as JAX's pmap takes no shapes there.
+        Of several processes each still compiles when it is called: shapes cannot be given there.
         """
         shapes = _shapes(arguments[-1])
         if cluster.count() == 1 and shapes not in self._known:

@@ -18,7 +18,7 @@ from rich.console import Console
 from clipcap_jax import files
 from clipcap_jax.commands import decoding, journal, outputs, sidecars
 from clipcap_jax.commands.cli import add_cluster_options, add_overwrite_option, positive, start_processes
-from clipcap_jax.commands.convert import ORIGINAL_OPTIONS, add_original_options
+from clipcap_jax.commands.convert import add_original_options, original_options
 from clipcap_jax.commands.journal import Journal, Row
 from clipcap_jax.commands.sidecars import Sidecars
 from clipcap_jax.errors import UserError, counted
@@ -184,7 +184,7 @@ def _to_do(
 def _load(arguments: argparse.Namespace) -> Any:
     from clipcap_jax.captioning.captioner import Captioner
 
-    original = {name: value for name in ORIGINAL_OPTIONS if (value := getattr(arguments, name))}
+    original = original_options(arguments)
     if original and not Path(arguments.run_folder).is_file():
         names = ", ".join(f"--{name.replace('_', '-')}" for name in original)
         raise UserError(f"{names}: for the original's .pt files alone, and {arguments.run_folder} is none")

@@ -56,14 +56,19 @@ def add_original_options(command: argparse.ArgumentParser) -> None:
     options.add_argument("--clip-heads", type=positive, help="of the tower [as its config says, or the width over 64]")
 
 
-ORIGINAL_OPTIONS = ("published", "clip", "normalize", "tokenizer", "mapper_heads", "gpt2_heads", "clip_heads")
+_ORIGINAL = ("published", "clip", "normalize", "tokenizer", "mapper_heads", "gpt2_heads", "clip_heads")
 
 
 def load_original(file: Path, arguments: argparse.Namespace) -> tuple[Any, Any]:
     """Metadata and parameters of the original's file."""
     from clipcap_jax.convert.assemble import open_original
 
-    return open_original(file, **{name: getattr(arguments, name) for name in ORIGINAL_OPTIONS})
+    return open_original(file, **{name: getattr(arguments, name) for name in _ORIGINAL})
+
+
+def original_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Those of `add_original_options` that are given."""
+    return {name: value for name in _ORIGINAL if (value := getattr(arguments, name))}
 
 
 def check_new_folder(folder: Path) -> None:

@@ -5,7 +5,7 @@ import ipaddress
 from pathlib import Path
 from typing import Any
 
-from clipcap_jax.commands.convert import ORIGINAL_OPTIONS, add_original_options
+from clipcap_jax.commands.convert import add_original_options, original_options
 from clipcap_jax.errors import UserError
 from clipcap_jax.progress import screen
 
@@ -54,7 +54,7 @@ def _demo(arguments: argparse.Namespace) -> None:
 def _load(run: str, checkpoint: str, arguments: argparse.Namespace) -> Any:
     from clipcap_jax.captioning.captioner import Captioner
 
-    original = {name: value for name in ORIGINAL_OPTIONS if (value := getattr(arguments, name))}
+    original = original_options(arguments)
     captioner = Captioner.load(run, checkpoint, **(original if Path(run).is_file() else {}))
     if captioner.image_size is None:
         raise UserError(

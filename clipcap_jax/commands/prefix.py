@@ -9,7 +9,7 @@ from rich.text import Text
 
 from clipcap_jax import files
 from clipcap_jax.commands.cli import add_overwrite_option, positive
-from clipcap_jax.commands.convert import ORIGINAL_OPTIONS, add_original_options
+from clipcap_jax.commands.convert import add_original_options, original_options
 from clipcap_jax.errors import UserError
 from clipcap_jax.progress import screen
 
@@ -41,8 +41,7 @@ def _prefix(arguments: argparse.Namespace) -> None:
         if output.suffix != ".html":
             raise UserError(f"--output {output}: the name has to end in .html")
         files.check_new(output, overwrite=arguments.overwrite)
-    original = {name: value for name in ORIGINAL_OPTIONS if (value := getattr(arguments, name))}
-    captioner = Captioner.load(arguments.run_folder, arguments.checkpoint, local=True, **original)
+    captioner = Captioner.load(arguments.run_folder, arguments.checkpoint, local=True, **original_options(arguments))
     caption = captioner.caption(picture)
     words = captioner.prefix_words(picture, arguments.words)
     console = screen()
