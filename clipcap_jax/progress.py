@@ -67,6 +67,7 @@ def told(what: str) -> Iterator[None]:
         yield
     finally:
         timer.cancel()
+        timer.join()  # what it may be saying comes before what follows
     if (taken := time.perf_counter() - began) > _PATIENCE:
         console.print(f"{what}: {taken:.0f} s", soft_wrap=True)
 
