@@ -47,7 +47,10 @@ def bar(console: Console | None = None, *, disable: bool = False, **options: Any
 
 
 def track(items: Iterable[T], description: str, *, total: int, done: int = 0, **options: Any) -> Generator[T]:
-    """The items, which a bar counts, from `done` on; with options of rich's."""
+    """The items, which a bar counts, from `done` on; with options of rich's.
+
+    A loop over them that can fail closes it (`contextlib.closing`), or the bar goes on under the message.
+    """
     with bar(**options) as shown:
         task = shown.add_task(description, total=total, completed=done)
         for item in items:

@@ -270,15 +270,16 @@ def unpack(archive: Path, folder: Path) -> None:
                     raise UserError(
                         f"{archive} would write outside {folder}: {member.filename!r}. Nothing was unpacked."
                     )
-            for member in track(members, f"Unpacking {archive.name}", total=len(members)):
-                target = folder / member.filename
-                if target.is_file() and target.stat().st_size == member.file_size:
-                    continue
-                target.parent.mkdir(parents=True, exist_ok=True)
-                part = target.with_name(f"{target.name}.part")
-                with file.open(member) as source, part.open("wb") as sink:
-                    shutil.copyfileobj(source, sink, _CHUNK)  # zipfile checks the CRC at the end
-                os.replace(part, target)
+            with contextlib.closing(track(members, f"Unpacking {archive.name}", total=len(members))) as shown:
+                for member in shown:
+                    target = folder / member.filename
+                    if target.is_file() and target.stat().st_size == member.file_size:
+                        continue
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    part = target.with_name(f"{target.name}.part")
+                    with file.open(member) as source, part.open("wb") as sink:
+                        shutil.copyfileobj(source, sink, _CHUNK)  # zipfile checks the CRC at the end
+                    os.replace(part, target)
     except UserError:
         raise
     except Exception as error:  # on a damaged zip zipfile raises nearly anything

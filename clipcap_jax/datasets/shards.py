@@ -318,11 +318,12 @@ def upload(folder: Path, target: Any) -> None:
     (target / "dataset_info.json").unlink(missing_ok=True)  # of a data set that is replaced
     mark.write_text(digest)
     paths = sorted(folder.iterdir(), key=lambda path: path.name == "dataset_info.json")
-    for path in track(paths, f"Copying to {target}", total=len(paths)):
-        copy = target / path.name
-        is_shard = f".{schema.FILE_FORMAT}-" in path.name
-        if not (begun and is_shard and copy.exists() and copy.stat().length == path.stat().st_size):
-            tfds.core.Path(path).copy(copy, overwrite=True)
+    with contextlib.closing(track(paths, f"Copying to {target}", total=len(paths))) as shown:
+        for path in shown:
+            copy = target / path.name
+            is_shard = f".{schema.FILE_FORMAT}-" in path.name
+            if not (begun and is_shard and copy.exists() and copy.stat().length == path.stat().st_size):
+                tfds.core.Path(path).copy(copy, overwrite=True)
     mark.unlink(missing_ok=True)  # another machine may have copied the same
 
 

@@ -6,6 +6,7 @@ cosine with the references is not below 0; where both parts of RefCLIPScore are 
 NaN there. The weight of 2.5 was chosen for ViT-B/32: scores of different CLIPs do not compare.
 """
 
+import contextlib
 import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -149,11 +150,12 @@ class ClipScorer:
         embeddings = np.empty((len(names), self.vision.embedding_width), np.float32)
         shape = size // cluster.count(), self.vision.image_size, self.vision.image_size, 3
         pixels = np.zeros(shape, np.uint8)  # one shape
-        for start, share in zip(_track(starts, "CLIPScore: pictures"), mine, strict=True):
-            for i in range(len(share)):
-                pixels[i] = next(loaded)
-            rows = embeddings[start : start + size]
-            rows[:] = self._see(self.vision_params, pixels)[: len(rows)]
+        with contextlib.closing(loaded), contextlib.closing(_track(starts, "CLIPScore: pictures")) as shown:
+            for start, share in zip(shown, mine, strict=True):
+                for i in range(len(share)):
+                    pixels[i] = next(loaded)
+                rows = embeddings[start : start + size]
+                rows[:] = self._see(self.vision_params, pixels)[: len(rows)]
         return embeddings
 
     def _embed_texts(self, texts: Sequence[str], batch_size: int) -> np.ndarray:
