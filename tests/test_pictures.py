@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import EpsImagePlugin, Image
+from tiny import assert_ended
 
 from clipcap_jax import pictures
 from clipcap_jax.errors import UserError
@@ -423,7 +424,7 @@ def test_what_is_closed_early_leaves_no_threads(workers: int) -> None:
     assert [next(loaded) for _ in range(3)] == [0, 1, 2]
     assert bool(set(threading.enumerate()) - before) == (workers > 0)
     loaded.close()
-    assert not set(threading.enumerate()) - before
+    assert_ended(before)
 
 
 def test_an_error_ends_loading_ahead() -> None:

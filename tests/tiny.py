@@ -12,7 +12,8 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Mapping, Set
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -268,6 +269,13 @@ def in_process(function: Callable[..., T], *args: Any, devices: int = 4) -> T:
     environment = mock.patch.dict(os.environ, JAX_NUM_CPU_DEVICES=str(devices))
     with environment, ProcessPoolExecutor(1, get_context("spawn")) as pool:
         return pool.submit(function, *args).result()
+
+
+def assert_ended(before: Set[threading.Thread]) -> None:
+    """No thread is left but those; one that was told to end, as those of bars are, may take a moment."""
+    for thread in set(threading.enumerate()) - before:
+        thread.join(10)
+        assert not thread.is_alive(), thread
 
 
 def saved(run: Path, step: int) -> dict[str, Any]:

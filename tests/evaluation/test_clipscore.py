@@ -21,7 +21,7 @@ from hypothesis.extra.numpy import arrays
 from original import load_clip
 from PIL import Image
 from pytorch import import_torch, whole_clip
-from tiny import in_process
+from tiny import assert_ended, in_process
 
 from clipcap_jax import pictures
 from clipcap_jax.errors import UserError
@@ -240,7 +240,7 @@ def test_pictures_that_cannot_be_scored(scorer: ClipScorer, pictures: Any, messa
     before = set(threading.enumerate())
     with pytest.raises(UserError, match=message):
         scorer.score(NAMES, pictures, CAPTIONS, batch_size=2, workers=2)
-    assert not set(threading.enumerate()) - before
+    assert_ended(before)
 
 
 def test_lists_that_do_not_fit(scorer: ClipScorer) -> None:

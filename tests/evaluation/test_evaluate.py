@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from by_hand import mean_loss, tokenizer_with_a_word_at_0
 from clip_files import write_clip
-from tiny import ENCODER, SPLITS, Source
+from tiny import ENCODER, SPLITS, Source, assert_ended
 
 from clipcap_jax import pictures
 from clipcap_jax.captioning.captioner import Caption, Captioner
@@ -179,7 +179,7 @@ def test_pictures_are_decoded_and_looked_at_once(pixels_run: Path, monkeypatch: 
         assert decode.call_count == SPLITS["test"]
         anew = evaluate_all(captioner, pixels)
     assert decode.call_count > 5 * SPLITS["test"]
-    assert not set(threading.enumerate()) - threads
+    assert_ended(threads)
     assert [caption.text for caption in once.captions] == [caption.text for caption in anew.captions]
     np.testing.assert_allclose([once.loss, once.loss_permuted], [anew.loss, anew.loss_permuted], rtol=1e-6)
     assert evaluate.embed_all(captioner, seen, batch_size=4, console=console) is seen

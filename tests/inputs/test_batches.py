@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from tiny import Source
+from tiny import Source, assert_ended
 
 from clipcap_jax import pictures as pictures_module
 from clipcap_jax.datasets import open_split
@@ -263,7 +263,7 @@ def test_training_that_stops_leaves_no_threads(embeddings: CaptionData, pairs: P
     next(read)
     assert bool(set(threading.enumerate()) - before) == (workers > 0)
     read.close()
-    assert not set(threading.enumerate()) - before
+    assert_ended(before)
 
 
 @pytest.mark.parametrize("hosts", [1, 2, 4, 8])

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from by_hand import mean_loss
 from random_models import random_params
-from tiny import IMAGE_SIZE, make_config, train_until
+from tiny import IMAGE_SIZE, assert_ended, make_config, train_until
 
 from clipcap_jax import pictures
 from clipcap_jax.captioning.batches import BatchCaptioner
@@ -132,7 +132,7 @@ def test_pictures_are_decoded_and_looked_at_once(
     with mock.patch.object(pictures, "decode", wraps=pictures.decode) as decode:
         validation = validate(params)
     assert decode.call_count == seen
-    assert not set(threading.enumerate()) - threads
+    assert_ended(threads)
 
     chosen = np.linspace(0, 4, images).round().astype(int)
     some, loss = pairs.select(np.isin(pairs.examples, chosen)), LossMeter(model)
