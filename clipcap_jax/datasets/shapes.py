@@ -16,7 +16,7 @@ import itertools
 import math
 import random
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from PIL import Image, ImageDraw
 
@@ -221,28 +221,27 @@ def scene_of(image_id: str) -> tuple[Pair, ...]:
     return tuple((colour, shape) for colour, shape in (name.split("_") for name in names.split("+")))
 
 
-def draw(split: str, scenes: Sequence[tuple[str, int]]) -> Iterator[Example]:
-    """The scenes with these numbers, each with its image_id."""
-    for image_id, index in scenes:
-        figures = draw_scene(split, index)
-        yield Example(
-            image=render(figures, random.Random(image_id)),
-            embedding=None,
-            image_path="",
-            image_id=image_id,
-            captions=write_captions(figures),
-            domain="1 shape" if len(figures) == 1 else f"{len(figures)} shapes",
-        )
+def draw(image_id: str, figures: Sequence[Figure]) -> Example:
+    """A scene with its picture."""
+    return Example(
+        image=render(figures, random.Random(image_id)),
+        embedding=None,
+        image_path="",
+        image_id=image_id,
+        captions=write_captions(figures),
+        domain="1 shape" if len(figures) == 1 else f"{len(figures)} shapes",
+    )
 
 
 def _parts(split: str, count: int) -> list[Part]:
     scenes = []
     for index in range(count):
-        named = "+".join(f"{figure.colour}_{figure.shape}" for figure in draw_scene(split, index))
-        scenes.append((f"{split}-{index:05}-{named}", index))
+        figures = draw_scene(split, index)
+        named = "+".join(f"{figure.colour}_{figure.shape}" for figure in figures)
+        scenes.append((f"{split}-{index:05}-{named}", figures))
     shuffled = by_hash(scenes, split, lambda scene: scene[0])
     return [
-        Part(split, functools.partial(draw, split, shuffled[start : start + PICTURES_PER_SHARD]))
+        Part(split, functools.partial(itertools.starmap, draw, shuffled[start : start + PICTURES_PER_SHARD]))
         for start in range(0, count, PICTURES_PER_SHARD)
     ]
 
