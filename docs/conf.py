@@ -8,6 +8,7 @@ project = "clipcap_jax"
 version = release = clipcap_jax.__version__
 html_theme = "furo"
 html_title = f"clipcap_jax {version}"
+html_show_copyright = False
 
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 myst_heading_anchors = 4  # those that GitHub makes, so that the pages' links hold in both places
