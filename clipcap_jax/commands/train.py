@@ -3,6 +3,8 @@
 import argparse
 from typing import Any
 
+from argcomplete.completers import FilesCompleter
+
 from clipcap_jax import config_files, jobs
 from clipcap_jax.commands.cli import add_cluster_options, refuse, start_processes
 from clipcap_jax.errors import UserError
@@ -17,13 +19,18 @@ def add(commands: Any) -> None:
         "Every setting of its config can be changed, as by --config.train.epochs=3.",
     )
     train.set_defaults(run=_train, settings=True)
-    train.add_argument(
+    config = train.add_argument(
         "--config",
         help="what to train, and how: a config by name, such as flickr8k or flickr8k:pixels, or a .py file [the one of "
         "the run in --workdir; without that, shapes]",
     )
+    config.completer = _complete_config
     train.add_argument("--workdir", help="the run's folder [runs/<name of the config>]")
     add_cluster_options(train)
+
+
+def _complete_config(prefix: str, **_: Any) -> list[str]:
+    return [*config_files.names(), *FilesCompleter("py")(prefix)]
 
 
 def _train(arguments: argparse.Namespace) -> None:

@@ -50,7 +50,12 @@ def test_quiet_and_debug(
 
 @pytest.mark.parametrize(
     ("typed", "offered"),
-    [("pre", ["prefix", "prepare"]), ("caption --beam", ["--beam-size"]), ("submit co", ["coco"])],
+    [
+        ("pre", ["prefix", "prepare"]),
+        ("caption --beam", ["--beam-size"]),
+        ("submit co", ["coco"]),
+        ("train --config coco_t", ["coco_transformer"]),
+    ],
 )
 def test_the_shell_is_told_what_may_follow(typed: str, offered: list[str], tmp_path: Path) -> None:
     line = f"clipcap {typed}"
