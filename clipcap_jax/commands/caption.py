@@ -31,7 +31,7 @@ _NAMED = 20  # pictures without a caption whose reasons are shown
 
 def add(commands: Any) -> None:
     """Add it to the parser's commands."""
-    caption = commands.add_parser("caption", help="caption picture files, folders of them, or a matrix of embeddings")
+    caption = commands.add_parser("caption", help="caption pictures, in files or on the web, or a matrix of embeddings")
     caption.set_defaults(run=_caption)
     caption.add_argument(
         "run_folder", help="the folder of a run, the original's .pt file, or user/name on the Hugging Face hub"
@@ -39,8 +39,8 @@ def add(commands: Any) -> None:
     caption.add_argument(
         "inputs",
         nargs="+",
-        help="pictures, folders (with all below them), globs, .tar files, @FILE or - for a list of files, one a line, "
-        "or one .npy matrix",
+        help="pictures, folders (with all below them), globs, .tar files, http(s) addresses, @FILE or - for a list of "
+        "these, one a line, or one .npy matrix",
     )
     caption.add_argument(
         "--output",
@@ -60,7 +60,7 @@ def add(commands: Any) -> None:
     caption.add_argument("--suffix", default="", help="text to put after each caption")
     caption.add_argument("--checkpoint", default="best", help='"best", "latest" or a step [best]')
     caption.add_argument("--batch-size", type=positive, default=64, help="pictures per step, over all devices [64]")
-    caption.add_argument("--workers", type=positive, default=4, help="threads that decode pictures [4]")
+    caption.add_argument("--workers", type=positive, default=4, help="threads that fetch and decode pictures [4]")
 
     decoding.add_options(caption)
     add_overwrite_option(caption)
@@ -154,7 +154,7 @@ def _target(arguments: argparse.Namespace) -> tuple[Sidecars | None, Path | None
 
 
 def _inputs(names: list[str]) -> tuple[Any, collections.Counter[str]]:
-    """Paths of pictures, or a matrix of embeddings, and what lies beside the pictures."""
+    """Paths and addresses of pictures, or a matrix of embeddings, and what lies beside the pictures."""
     matrices = [name for name in names if name.endswith(".npy")]
     if not matrices:
         return find_pictures(names)
@@ -167,8 +167,10 @@ def _to_do(
     texts: Sidecars, names: list[str], inputs: Any, console: Console
 ) -> tuple[Sidecars, list[Path], Sequence[int]]:
     """The pictures that need a text, and which of all they are."""
-    if isinstance(inputs, np.ndarray):
-        raise UserError("--sidecar is for pictures, not for embeddings: name a file with --output")
+    if not all(isinstance(picture, Path) for picture in inputs):
+        raise UserError(
+            "--sidecar is for pictures on a disk, not for embeddings or addresses: name a file with --output alone"
+        )
     texts = sidecars.below(texts, names, inputs)
     texts.check(inputs)
     if texts.existing != "skip":
@@ -264,7 +266,7 @@ def _shared(
 
     Args:
       captioner: a local one.
-      inputs: paths of pictures, or a matrix of embeddings.
+      inputs: paths and addresses of pictures, or a matrix of embeddings.
       arguments: the batch size over all processes, the threads of each that decode, what is asked of captions, and
         texts around them.
       done: how many of the inputs are left out.

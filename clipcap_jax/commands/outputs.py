@@ -20,15 +20,18 @@ from clipcap_jax.commands import cli
 from clipcap_jax.commands.journal import Row
 from clipcap_jax.errors import UserError
 from clipcap_jax.files import is_remote, on_disk, to_json
+from clipcap_jax.inputs import addresses
+from clipcap_jax.inputs.addresses import Picture
 from clipcap_jax.metrics import coco_files
 from clipcap_jax.progress import screen
 
 COLUMNS = ("image", "caption", "score", "finished", "error")
 PAGE = 3000  # pictures of a page, which are some 15 KB each
+_WORKERS = 4  # threads that read the pictures of a page
 _AT_ONCE = 1000  # rows of a table on the screen, or of a group in a .parquet file
 
 
-def row(name: Path | int, found: Any, prefix: str, suffix: str) -> Row:
+def row(name: Picture | int, found: Any, prefix: str, suffix: str) -> Row:
     """A picture's row, of its `Caption`s or the error in their place, with texts around each."""
     if isinstance(found, UserError):
         return {"image": str(name), "error": str(found)}
@@ -61,7 +64,7 @@ def check_inputs(output: Path, inputs: Sequence[Any]) -> None:
     """
     if output.suffix != ".html":
         return
-    if not isinstance(inputs[0], Path):
+    if not isinstance(inputs[0], Picture):
         raise UserError(f"--output {output}: a page shows pictures, not embeddings: name a .jsonl file")
     if len(inputs) > PAGE:
         raise UserError(
@@ -76,7 +79,7 @@ def write(output: Path, rows: Iterator[Row], inputs: Sequence[Any]) -> None:
     Args:
       output: the file.
       rows: as above.
-      inputs: what they are of, in the same order: paths of pictures, or rows of a matrix.
+      inputs: what they are of, in the same order: paths and addresses of pictures, or rows of a matrix.
 
     Raises:
       UserError: it cannot be written.
@@ -164,15 +167,16 @@ def _in_utf8(line: Row) -> Row:
 def _write_page(path: Path, rows: Iterator[Row], inputs: Sequence[Any]) -> None:
     from clipcap_jax import pages, pictures
 
-    def shown(picture: Path, row: Row) -> pages.Picture:
+    def card(picture: Picture, row: Row) -> tuple[Row, pages.Picture]:
         if "error" in row:
-            return pages.Picture(None, False, row["error"])
+            return row, pages.Picture(None, False, row["error"])
         try:
-            return pages.picture(pictures.read(picture), str(picture), row["image"])
+            return row, pages.picture(addresses.read(picture), str(picture), row["image"])
         except (OSError, UserError) as error:
-            return pages.Picture(None, False, str(error))
+            return row, pages.Picture(None, False, str(error))
 
-    cards = [(row, shown(picture, row)) for picture, row in zip(inputs, rows, strict=True)]
+    pairs = zip(inputs, rows, strict=True)
+    cards = list(pictures.load_ahead(lambda pair: card(*pair), pairs, workers=_WORKERS, ahead=_WORKERS))
     pages.write(path, "captions.html", title=path.name.partition(".")[0], cards=cards)
 
 

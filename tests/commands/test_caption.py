@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from tiny import SPLITS, Clipcap, Source
+from web import Web
 
 from clipcap_jax.captioning.captioner import Captioner
 from clipcap_jax.commands import caption, outputs
@@ -256,6 +257,48 @@ def test_lists_and_tars(
     assert "have no place beside them" in capsys.readouterr().err
     assert clipcap("caption", pixels_run, tmp_path / "0.tar", "--sidecar", ".txt", "--output", tmp_path / "t") == 0
     assert {path.name for path in (tmp_path / "t").iterdir()} == {f"{picture.stem}.txt" for picture in pictures[:5]}
+
+
+def test_addresses(
+    clipcap: Clipcap,
+    pixels_run: Path,
+    source: Source,
+    web: Web,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Captioned like files, under the names that were given, from where a job was stopped."""
+    pictures = sorted(source.pictures.iterdir())
+    web.files = {picture.name: picture.read_bytes() for picture in pictures[:3]} | {"page": b"<html>"}
+    urls = [web.url(name) for name in ("00.png#here", "gone.png", "01.png", "page", "?to=file:///etc/passwd", "02.png")]
+    (tmp_path / "list").write_text("\n".join(urls[1:]))
+    output = tmp_path / "c.jsonl"
+    run = ("caption", pixels_run, urls[0], f"@{tmp_path / 'list'}", pictures[3], "--batch-size", "4")
+    made = caption._shared
+
+    def interrupted(*arguments: Any) -> Iterator[dict[str, Any]]:
+        yield from itertools.islice(made(*arguments), 3)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(caption, "_shared", interrupted)
+        assert clipcap(*run, "--output", output) == 130
+    del web.files["01.png"]
+    assert clipcap(*run, "--output", output) == 0
+    assert "4 captions, 3 pictures skipped" in capsys.readouterr().err
+    rows = rows_of(output)
+    assert [row["image"] for row in rows] == [*urls, str(pictures[3])]
+    assert [row["caption"] for row in rows if "caption" in row] == expected_captions(pixels_run, source)[:4]
+    for row, reason in zip([rows[i] for i in (1, 3, 4)], ("answers 404", "a web page", "302 Found"), strict=True):
+        assert reason in row["error"]
+    assert clipcap(*run, "--output", tmp_path / "c.html") == 0
+    assert (tmp_path / "c.html").read_text().count("data:image/png") == 3
+    capsys.readouterr()
+    assert clipcap(*run, "--sidecar", ".txt", "--output", tmp_path / "t") == 2
+    assert "--sidecar is for pictures on a disk, not for embeddings or addresses" in capsys.readouterr().err
+    assert clipcap("caption", pixels_run, tmp_path / "list") == 2
+    assert "it is a list of addresses, which `clipcap caption` reads if @ stands" in capsys.readouterr().err
 
 
 def break_some(folder: Path, picture: bytes) -> list[str]:
