@@ -2,6 +2,7 @@
 
 It comes as a row for each picture: `{"image", "captions": [{"caption", "score", "finished"}, ...]}` or, without a
 caption, `{"image", "error"}`. It is written as a line for each caption, `{"image", "caption", "score", "finished"}`.
+Either may have `"duplicate_of"`, the name of an earlier picture.
 """
 
 import csv
@@ -25,7 +26,7 @@ from clipcap_jax.inputs.addresses import Picture
 from clipcap_jax.metrics import coco_files
 from clipcap_jax.progress import screen
 
-COLUMNS = ("image", "caption", "score", "finished", "error")
+COLUMNS = ("image", "caption", "score", "finished", "error", "duplicate_of")
 PAGE = 3000  # pictures of a page, which are some 15 KB each
 _WORKERS = 4  # threads that read the pictures of a page
 _AT_ONCE = 1000  # rows of a table on the screen, or of a group in a .parquet file
@@ -42,8 +43,8 @@ def row(name: Picture | int, found: Any, prefix: str, suffix: str) -> Row:
     return {"image": str(name), "captions": captions}
 
 
-def check(output: Path, n: int) -> None:
-    """That a file of this name, with `n` captions of each picture, can be written.
+def check(output: Path, n: int, *, duplicates: bool = False) -> None:
+    """That a file of this name, with `n` captions of each picture, or marks of duplicates, can be written.
 
     Raises:
       UserError: it is of no kind that is known, or of one that needs a package or holds one caption of each.
@@ -52,6 +53,8 @@ def check(output: Path, n: int) -> None:
         raise UserError(f"--output {output}: the name has to end in {', '.join(_WRITERS)}, or be - for JSON lines")
     if output.suffix == ".json" and n > 1:
         raise UserError(f"--output {output}: COCO's results have one caption of each picture: name a .jsonl file")
+    if output.suffix == ".json" and duplicates:
+        raise UserError(f"--output {output}: COCO's results have no place for duplicates: name a .jsonl file")
     if output.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
         raise UserError(f"--output {output}: this needs pyarrow: pip install pyarrow, or name a .jsonl file")
 
@@ -112,10 +115,8 @@ def show(rows: Iterator[Row], *, as_json: bool) -> None:
 
 def _lines(rows: Iterator[Row]) -> Iterator[Row]:
     for row in rows:
-        if "error" in row:
-            yield row
-        else:
-            yield from ({"image": row["image"], **caption} for caption in row["captions"])
+        others = {name: value for name, value in row.items() if name != "captions"}
+        yield from ({**others, **caption} for caption in row.get("captions", [{}]))
 
 
 def _print_table(lines: list[Row]) -> None:
@@ -148,7 +149,7 @@ def _write_results(path: Path, rows: Iterator[Row], _: Sequence[Any]) -> None:
 def _write_parquet(path: Path, rows: Iterator[Row], _: Sequence[Any]) -> None:
     arrow: Any = importlib.import_module("pyarrow")
     parquet: Any = importlib.import_module("pyarrow.parquet")
-    types = (arrow.string(), arrow.string(), arrow.float32(), arrow.bool_(), arrow.string())
+    types = (arrow.string(), arrow.string(), arrow.float32(), arrow.bool_(), arrow.string(), arrow.string())
     schema = arrow.schema(list(zip(COLUMNS, types, strict=True)))
     lines = _lines(rows)
     with parquet.ParquetWriter(path, schema) as file:

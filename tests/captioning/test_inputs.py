@@ -148,3 +148,14 @@ def test_what_a_captioner_says_of_itself(captioner: Any, embeddings_captioner: A
         Captioner.load(pixels_run, published="coco-mlp")
     with pytest.raises(AttributeError, match="no attribute 'Captoiner'"):
         _ = clipcap_jax.Captoiner
+
+
+def test_embeddings_beside_captions(captioner: Any, path: Path, expected: Caption) -> None:
+    embedding = captioner.embed(path)
+    caption, own = captioner.caption(path, embeddings=True)
+    assert caption == expected
+    np.testing.assert_array_equal(own, embedding)
+    broken, ([best, _], own) = captioner.caption([b"text", path], n=2, embeddings=True, errors="return")
+    assert isinstance(broken, UserError)
+    assert best.text == captioner.caption(path, n=2)[0].text
+    np.testing.assert_allclose(own, embedding, rtol=0, atol=1e-5)
