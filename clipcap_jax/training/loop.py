@@ -120,7 +120,7 @@ def _take_steps(
             validate = run.validator is not None and (last or step % config.evaluate.every == 0)
             if validate or last or stopping or step % config.checkpoint.every == 0:
                 with monitor.paused():  # which first waits for the step, and stops here if it was not finite
-                    scores = _validate(run, step, state, log, console) if validate else {}
+                    scores = _validate(run, step, state, log, console, monitor) if validate else {}
                     hold.look()
                     hold.check()
                     log.keep()
@@ -213,11 +213,15 @@ def _save(
     )
 
 
-def _validate(run: Run, step: int, state: TrainState, log: NoLog, console: Console) -> dict[str, float]:
+def _validate(
+    run: Run, step: int, state: TrainState, log: NoLog, console: Console, monitor: Monitor
+) -> dict[str, float]:
     if run.validator is None:
         return {}
     # Whole parameters on every device, for that long: what does not fit so is to be trained without validation.
-    validation = run.validator(run.layout.on_every_device({**run.frozen, **state.best}))
+    params = run.layout.on_every_device({**run.frozen, **state.best})
+    with monitor.beside("validating", run.validator.total) as advance:
+        validation = run.validator(params, advance)
     metrics = validation.metrics
     log.write(step, {f"val/{name}": value for name, value in metrics.items()})
     chosen = list(validation.captions.items())[:: max(1, len(validation.captions) // 4)]
