@@ -53,7 +53,7 @@ class WandbLog(NoLog):
     def __init__(self, log: NoLog, project: str, run: Path, config: Config, console: Console):
         self._log, self._console = log, console
         self._run: Any = None
-        wandb: Any = importlib.import_module("wandb")
+        self._wandb = wandb = importlib.import_module("wandb")
         options = {
             "project": project,
             "id": _identity(run),
@@ -68,9 +68,9 @@ class WandbLog(NoLog):
                 self._run = wandb.init(**options, mode=mode)
                 break
             except Exception as error:
-                self._warn(error)
+                self._give_up(error)
         if self._run and self._run.offline:
-            console.print(f"W&B: offline; `wandb sync {self._folder}` sends the numbers", soft_wrap=True)
+            console.print(f"W&B: offline; `wandb sync {_folder(self._run)}` sends the numbers", soft_wrap=True)
         elif self._run:
             console.print(f"W&B: {self._run.url}", soft_wrap=True)
 
@@ -79,9 +79,8 @@ class WandbLog(NoLog):
         if self._run:
             try:
                 self._run.log(dict(values), step=step)
-            except Exception as error:  # its process is gone, and does not come back
-                self._warn(error)
-                self._run = None
+            except Exception as error:  # W&B's own process is gone, and does not come back
+                self._give_up(error)
 
     def text(self, step: int, name: str, text: str) -> None:
         self._log.text(step, name, text)
@@ -91,24 +90,27 @@ class WandbLog(NoLog):
 
     def close(self) -> None:
         self._log.close()
-        if self._run:
+        if run := self._run:
             # In a thread, as a service that is away is waited for without an end.
-            finish = threading.Thread(target=self._finish, args=(self._run,), daemon=True)
+            finish = threading.Thread(target=self._finish, args=(run,), daemon=True)
             finish.start()
             finish.join(_PATIENCE)
             if finish.is_alive():
-                self._warn(f"not all was sent within {_PATIENCE:.0f} s; `wandb sync {self._folder}` sends the rest")
+                self._warn(f"not all was sent within {_PATIENCE:.0f} s; `wandb sync {_folder(run)}` sends the rest")
+            self._run = None
 
     def _finish(self, run: Any) -> None:
         try:
             run.finish()
         except Exception as error:
-            self._warn(error)
+            if self._run:  # else it is waited for no more
+                self._give_up(error)
 
-    @property
-    def _folder(self) -> Path:
-        """Where W&B keeps the numbers of this start of the training."""
-        return Path(self._run.dir).parent
+    def _give_up(self, error: Exception) -> None:
+        self._warn(error)
+        self._run = None
+        with contextlib.suppress(Exception):
+            self._wandb.teardown()  # or W&B's own process holds the run, and its end is waited for, and told, once more
 
     def _warn(self, reason: Any) -> None:
         first_line = str(reason).partition("\n")[0] or type(reason).__name__
@@ -123,3 +125,8 @@ def _identity(run: Path) -> str:
             return known
         path.write_text(identity + "\n")
     return identity
+
+
+def _folder(run: Any) -> Path:
+    """Where W&B keeps the numbers of this start of the training."""
+    return Path(run.dir).parent

@@ -32,6 +32,7 @@ class Service:
         self.away: set[str] = set()
         self.runs: dict[str, list[tuple[int, dict[str, float]]]] = {}
         self.asked: list[dict[str, Any]] = []
+        self.begun = False
         self.errors = SimpleNamespace(UsageError=UsageError)
 
     def Settings(self, **settings: Any) -> dict[str, Any]:  # noqa: N802
@@ -43,8 +44,13 @@ class Service:
         if "login" in self.away:
             raise ConnectionError("nobody there")
 
+    def teardown(self) -> None:
+        self.begun = False
+
     def init(self, **options: Any) -> Any:
         self.asked.append(options)
+        assert not self.begun
+        self.begun = True
         if "init" in self.away and options["mode"] != "offline":
             raise ConnectionError("nobody there\nand more")
         lines = self.runs.setdefault(options["id"], [])
@@ -55,6 +61,7 @@ class Service:
             lines.append((step, values))
 
         def finish() -> None:
+            self.begun = False
             if "finish" in self.away:
                 threading.Event().wait()
 
