@@ -124,6 +124,7 @@ def train(
     workdir: str | Path | None = None,
     settings: Mapping[str, Any] | Sequence[str] = (),
     *,
+    wandb: str = "",
     console: Console | None = None,
 ) -> Path:
     """Train a captioner, or go on where the run in its folder stopped; `clipcap train` is the same.
@@ -133,6 +134,7 @@ def train(
         None: that of the run in `workdir`.
       workdir: the run's folder; None: runs/<name of the config>.
       settings: what to change of the config, such as {"train.epochs": 3}; or as a command line has it.
+      wandb: the project at Weights & Biases that gets the numbers too; "" for none.
       console: where progress is shown, as `progress.screen` makes one; None: on the screen.
 
     Returns:
@@ -172,7 +174,7 @@ def train(
         with cluster.in_turn():
             console.print(datasets.prepare_shapes(chosen.data.data_dir))
     with without_warnings():
-        loop.train(chosen, run, console)
+        loop.train(chosen, run, console, wandb)
     return run
 
 

@@ -97,6 +97,8 @@ _OTHERS = (  # in lower case, where they stand, and what they mean
     (b"<?xml", 0, "it is XML, an SVG drawing perhaps: save it as PNG"),
     (b"<!doctype html", 0, "it is a web page"),
     (b"<html", 0, "it is a web page"),
+    (b"http://", 0, "it is a list of addresses, which `clipcap caption` reads if @ stands before its name"),
+    (b"https://", 0, "it is a list of addresses, which `clipcap caption` reads if @ stands before its name"),
     (b"\0\0\0\0", 0, "it begins with zeros: a download or copy that was not finished, perhaps"),
 )
 
@@ -137,11 +139,25 @@ def read(path: Path) -> bytes:
       TimeoutError: the disk or the network that it lies on does not answer.
       OSError: it cannot be read.
     """
+    return in_time(lambda: _read(path), "the file system", str(path))
+
+
+def in_time(read: Callable[[], bytes], whose: str, name: str) -> bytes:
+    """What is read from where there may never be an answer.
+
+    Args:
+      read: gives it.
+      whose: answer it is, for the message.
+      name: of what is read, for the message.
+
+    Raises:
+      TimeoutError: it takes longer than `limit(MAX_SECONDS)`.
+    """
     answer: Future[bytes] = Future()
 
     def fill() -> None:
         try:
-            answer.set_result(_read(path))
+            answer.set_result(read())
         except BaseException as error:
             answer.set_exception(error)
 
@@ -150,12 +166,12 @@ def read(path: Path) -> bytes:
     try:
         return answer.result(limit(MAX_SECONDS))
     except TimeoutError:
-        if answer.done():  # it is the file system's own
+        if answer.done():  # it is the one of `read`
             raise
     raise TimeoutError(
         errno.ETIMEDOUT,
-        f"the file system has not answered for {limit(MAX_SECONDS)} seconds (the environment variable {MAX_SECONDS})",
-        str(path),
+        f"{whose} has not answered for {limit(MAX_SECONDS)} seconds (the environment variable {MAX_SECONDS})",
+        name,
     )
 
 

@@ -19,7 +19,7 @@ _CACHE = Path(__file__).parents[1] / ".pytest_cache" / "jax" / os.environ.get("P
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
-pytest_plugins = ["tiny", "buckets"]
+pytest_plugins = ["tiny", "buckets", "web"]
 
 # No time limit, as an example may compile something; the same examples in every run, so that green stays green.
 hypothesis.settings.register_profile("clipcap", deadline=None, derandomize=True)

@@ -140,13 +140,13 @@ def _nocaps(folder: Path, _: Path) -> None:
 
 
 def _tar(folder: Path, _: Path) -> None:
-    from clipcap_jax import pictures
     from clipcap_jax.datasets.conceptual import conceptual_source
+    from clipcap_jax.inputs import addresses
     from clipcap_jax.inputs.folders import find_pictures
 
     with contextlib.suppress(UserError):
         for picture in find_pictures([str(folder / "00000.tar")]).paths:
-            pictures.read(picture)
+            addresses.read(picture)
     _read_parts(conceptual_source("cc12m", folder))
 
 

@@ -25,6 +25,7 @@ HOW = {
     "pycocoevalcap": "the extra java",
     "tensorflow": "the extra tensorflow",
     "torch": "the extra torch",
+    "wandb": "the extra wandb",
 }
 _PROGRAMS = ("chromium", "java")
 

@@ -1,3 +1,3 @@
 """Pictures or embeddings become captions."""
 
-__all__ = ["batches", "captioner", "decode", "insight", "settings"]
+__all__ = ["batches", "captioner", "decode", "duplicates", "insight", "settings"]

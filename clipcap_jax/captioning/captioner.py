@@ -134,6 +134,7 @@ class Captioner:
         repetition_penalty: float | None = None,
         banned: Sequence[str] | None = None,
         prompt: str | None = None,
+        embeddings: bool = False,
     ) -> Any:
         """Caption one picture or several.
 
@@ -166,6 +167,7 @@ class Captioner:
             word and within one. It is the tokens that the tokenizer makes of these which do not follow each other;
             where other tokens make up the same text, as they rarely do, it goes unnoticed.
           prompt: text that captions go on from and begin with, as the tokenizer writes it, without white space around.
+          embeddings: whether to give pairs of what is said below and the picture's embedding (see `embed`).
 
         Returns:
           Of one picture a `Caption`, or with `n` a list of them. Of several a list of such, or an iterator. Scores are
@@ -206,7 +208,10 @@ class Captioner:
 
         items = [inputs] if one else self.reader.several(inputs, whole=errors == "raise")
         size = parallel.round_up(batch_size, local=self._local)
-        found = self._all(items, load, self._generator(chosen, n, numbers), size, 0 if one else workers)
+        generate = self._generator(chosen, n, numbers)
+        if embeddings:
+            generate = self._with_embeddings(generate)
+        found = self._all(items, load, generate, size, 0 if one else workers)
         if errors == "raise":
             found = _raised(found, inputs if one else None)
         if one:
@@ -247,10 +252,7 @@ class Captioner:
           UserError: an input cannot be read, or the model does not take such.
         """
 
-        def embed(rows: np.ndarray) -> np.ndarray:
-            return rows if rows.ndim == 2 else self._embed(self.params, rows)
-
-        return self._arrays(inputs, embed, (self.metadata.embedding_width,), batch_size, workers)
+        return self._arrays(inputs, self._embedded, (self.metadata.embedding_width,), batch_size, workers)
 
     def prefix(self, inputs: Any, *, batch_size: int = 64, workers: int = 4) -> np.ndarray:
         """What GPT-2 reads of a picture before it writes: as `embed`, but float32 `P D`, or `n P D` of several."""
@@ -362,6 +364,22 @@ class Captioner:
             return [finite(captions, n) for captions in found]
 
         return generate
+
+    def _with_embeddings(
+        self, generate: Callable[[np.ndarray, np.ndarray], list[Any]]
+    ) -> Callable[[np.ndarray, np.ndarray], list[Any]]:
+        """As `generate`, whose pictures the vision tower looks at once, for both."""
+
+        def pairs(inputs: np.ndarray, rows: np.ndarray) -> list[Any]:
+            embedded = self._embedded(inputs)
+            found = zip(generate(embedded, rows), embedded, strict=True)
+            return [captions if isinstance(captions, UserError) else (captions, row) for captions, row in found]
+
+        return pairs
+
+    def _embedded(self, inputs: np.ndarray) -> np.ndarray:
+        """The embeddings of a batch of pictures, or those given."""
+        return inputs if inputs.ndim == 2 else self._embed(self.params, inputs)
 
     def _all(
         self,

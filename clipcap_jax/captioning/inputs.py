@@ -1,14 +1,7 @@
 """Whatever people have a picture or an embedding in becomes what the model reads."""
 
 import dataclasses
-import http.client
-import io
 import os
-import string
-import time
-import urllib.error
-import urllib.parse
-import urllib.request
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -19,9 +12,9 @@ from PIL import Image
 from clipcap_jax import pictures
 from clipcap_jax.checkpoints.metadata import Metadata
 from clipcap_jax.errors import UserError
+from clipcap_jax.inputs import addresses
 
 _CHECKED_AT_ONCE = 65536  # rows of a matrix, which may be larger than the memory
-_CHUNK = 1 << 16  # bytes
 _TAKEN = (
     "a path, an http(s) address, the bytes of a file, a Pillow picture, a uint8 array `H W 3`, or a float array `E`, "
     "which is an embedding"
@@ -124,12 +117,10 @@ class InputReader:
                 picture = pictures.to_rgb(given)
             case np.ndarray():
                 picture = pictures.to_rgb(Image.fromarray(given))
-            case str() if given.lower().startswith(("http://", "https://")):
-                picture = pictures.decode(_fetch(given))
             case Path():  # as it is: that of a tar's member knows where to read
                 picture = pictures.decode(_read(given))
             case str() | os.PathLike():
-                picture = pictures.decode(_read(Path(given)))
+                picture = pictures.decode(_read(addresses.picture(os.fspath(given))))
             case _:
                 picture = pictures.decode(bytes(given))
         return pictures.preprocess(picture, self.image_size)
@@ -161,51 +152,12 @@ class Hopeless(UserError):
     """Something is wrong that would be wrong with any other picture too."""
 
 
-def _read(path: Path) -> bytes:
+def _read(picture: addresses.Picture) -> bytes:
     try:
-        return pictures.read(path)
+        return addresses.read(picture)
     except TimeoutError as error:
         raise Hopeless(str(error)) from error
     except OSError as error:
         raise UserError(f"cannot be read: {error.strerror}") from error
     except ValueError as error:  # a zero byte in its name
         raise UserError(f"cannot be read: {error}") from error
-
-
-def _fetch(url: str) -> bytes:
-    """What a server gives, within the limits of pictures."""
-    seconds = pictures.limit(pictures.MAX_SECONDS)
-    address = urllib.parse.quote(url, safe=string.punctuation)  # "é" and spaces, as browsers take them
-    try:
-        # Some servers give nothing to Python's own name.
-        request = urllib.request.Request(address, headers={"User-Agent": "clipcap_jax"})
-        until = time.monotonic() + seconds
-        with urllib.request.urlopen(request, timeout=seconds) as response:
-            length = response.headers.get("Content-Length", "")
-            return pictures.read_stream(_Until(response, until), int(length) if length.isdecimal() else 0)
-    except urllib.error.HTTPError as error:
-        error.close()  # it is the response, too
-        raise UserError(f"cannot be fetched: the server answers {error.code} {error.reason}") from None
-    except TimeoutError:
-        raise UserError(
-            f"cannot be fetched within {seconds} seconds (the environment variable {pictures.MAX_SECONDS})"
-        ) from None
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        raise UserError(f"cannot be fetched: {getattr(error, 'reason', error)}") from None
-
-
-class _Until(io.BytesIO):
-    """A server's answer, which may come drop by drop, up to a moment of `time.monotonic`."""
-
-    def __init__(self, response: http.client.HTTPResponse, until: float):
-        super().__init__()
-        self._response, self._until = response, until
-
-    def read(self, size: int | None = -1) -> bytes:
-        assert size is not None
-        data = bytearray()
-        while len(data) < size and (chunk := self._response.read1(min(_CHUNK, size - len(data)))):
-            data += chunk
-            if time.monotonic() > self._until:
-                raise TimeoutError
-        return bytes(data)

@@ -39,6 +39,7 @@ from clipcap_jax import cluster, files
 from clipcap_jax.checkpoints.metadata import Metadata
 from clipcap_jax.checkpoints.orbax_errors import orbax_errors
 from clipcap_jax.errors import UserError
+from clipcap_jax.progress import told
 
 BEST_METRIC = "CIDEr"
 FOLDER = "checkpoints"
@@ -275,8 +276,9 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
+        waiting = f"Saving the checkpoint of step {self._writing}"
         try:
-            with files.reached(self.folder):
+            with files.reached(self.folder), told(waiting) if cluster.is_main() else contextlib.nullcontext():
                 yield
         except (OSError, ValueError) as error:
             if not _is_of_the_system(error):

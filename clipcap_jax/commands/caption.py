@@ -4,7 +4,6 @@ import argparse
 import collections
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import itertools
 import sys
@@ -16,13 +15,14 @@ import numpy as np
 from rich.console import Console
 
 from clipcap_jax import files
-from clipcap_jax.commands import decoding, journal, outputs, sidecars
+from clipcap_jax.commands import arranged, decoding, journal, outputs, sidecars
 from clipcap_jax.commands.cli import add_cluster_options, add_overwrite_option, positive, start_processes
 from clipcap_jax.commands.convert import add_original_options, original_options
 from clipcap_jax.commands.journal import Journal, Row
 from clipcap_jax.commands.sidecars import Sidecars
 from clipcap_jax.errors import UserError, counted
 from clipcap_jax.files import check_new, place, reached
+from clipcap_jax.inputs.addresses import Picture
 from clipcap_jax.inputs.folders import described, find_pictures
 from clipcap_jax.progress import track
 
@@ -31,7 +31,7 @@ _NAMED = 20  # pictures without a caption whose reasons are shown
 
 def add(commands: Any) -> None:
     """Add it to the parser's commands."""
-    caption = commands.add_parser("caption", help="caption picture files, folders of them, or a matrix of embeddings")
+    caption = commands.add_parser("caption", help="caption pictures, in files or on the web, or a matrix of embeddings")
     caption.set_defaults(run=_caption)
     caption.add_argument(
         "run_folder", help="the folder of a run, the original's .pt file, or user/name on the Hugging Face hub"
@@ -39,8 +39,8 @@ def add(commands: Any) -> None:
     caption.add_argument(
         "inputs",
         nargs="+",
-        help="pictures, folders (with all below them), globs, .tar files, @FILE or - for a list of files, one a line, "
-        "or one .npy matrix",
+        help="pictures, folders (with all below them), globs, .tar files, http(s) addresses, @FILE or - for a list of "
+        "these, one a line, or one .npy matrix",
     )
     caption.add_argument(
         "--output",
@@ -58,9 +58,18 @@ def add(commands: Any) -> None:
     )
     caption.add_argument("--prefix", default="", help="text to put before each caption, which it does not change")
     caption.add_argument("--suffix", default="", help="text to put after each caption")
+    caption.add_argument(
+        "--duplicates",
+        type=cosine,
+        metavar="0.97",
+        help="name with each picture the earliest that it nearly equals: the cosine of their embeddings is no less",
+    )
+    caption.add_argument(
+        "--best-first", action="store_true", help="write the pictures by the scores of their captions, not as given"
+    )
     caption.add_argument("--checkpoint", default="best", help='"best", "latest" or a step [best]')
     caption.add_argument("--batch-size", type=positive, default=64, help="pictures per step, over all devices [64]")
-    caption.add_argument("--workers", type=positive, default=4, help="threads that decode pictures [4]")
+    caption.add_argument("--workers", type=positive, default=4, help="threads that fetch and decode pictures [4]")
 
     decoding.add_options(caption)
     add_overwrite_option(caption)
@@ -129,7 +138,12 @@ def _caption(arguments: argparse.Namespace) -> None:
             _write_texts(texts, rows, inputs[done:], noted, inputs[done - 1] if done else None)
         elif noted and output:
             collections.deque(map(noted.add, rows), maxlen=0)
-            outputs.write(output, noted.rows(), inputs)
+            rows = noted.rows()
+            if arguments.duplicates:
+                rows = arranged.marked(rows, arguments.duplicates, console)
+            if arguments.best_first:
+                rows, inputs = arranged.best_first(rows, inputs)
+            outputs.write(output, rows, inputs)
         else:
             outputs.show(rows, as_json=arguments.output is not None or not sys.stdout.isatty())
     if partial:
@@ -138,8 +152,19 @@ def _caption(arguments: argparse.Namespace) -> None:
     _tell(tally, output, others, console)
 
 
+def cosine(text: str) -> float:
+    """For argparse: above 0, up to 1."""
+    if not 0 < (number := float(text)) <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a number above 0, up to 1")
+    return number
+
+
 def _target(arguments: argparse.Namespace) -> tuple[Sidecars | None, Path | None]:
     """The texts to write beside pictures, or the file; neither for the standard output."""
+    to_file = not arguments.sidecar and str(arguments.output or "-") != "-"
+    for option in ("duplicates", "best_first"):
+        if getattr(arguments, option) and not to_file:
+            raise UserError(f"--{option.replace('_', '-')} is of a file: name it with --output, and no --sidecar")
     if arguments.sidecar:
         if arguments.output and (arguments.output.suffix in outputs.SUFFIXES or str(arguments.output) == "-"):
             raise UserError(f"--output {arguments.output}: with --sidecar this names a folder on a disk")
@@ -148,13 +173,13 @@ def _target(arguments: argparse.Namespace) -> tuple[Sidecars | None, Path | None
         raise UserError("--existing is of the texts that --sidecar writes: give that too")
     if arguments.output is None or str(arguments.output) == "-":
         return None, None
-    outputs.check(arguments.output, arguments.n or 1)
+    outputs.check(arguments.output, arguments.n or 1, duplicates=bool(arguments.duplicates))
     check_new(arguments.output, overwrite=arguments.overwrite)
     return None, arguments.output
 
 
 def _inputs(names: list[str]) -> tuple[Any, collections.Counter[str]]:
-    """Paths of pictures, or a matrix of embeddings, and what lies beside the pictures."""
+    """Paths and addresses of pictures, or a matrix of embeddings, and what lies beside the pictures."""
     matrices = [name for name in names if name.endswith(".npy")]
     if not matrices:
         return find_pictures(names)
@@ -167,8 +192,10 @@ def _to_do(
     texts: Sidecars, names: list[str], inputs: Any, console: Console
 ) -> tuple[Sidecars, list[Path], Sequence[int]]:
     """The pictures that need a text, and which of all they are."""
-    if isinstance(inputs, np.ndarray):
-        raise UserError("--sidecar is for pictures, not for embeddings: name a file with --output")
+    if not all(isinstance(picture, Path) for picture in inputs):
+        raise UserError(
+            "--sidecar is for pictures on a disk, not for embeddings or addresses: name a file with --output alone"
+        )
     texts = sidecars.below(texts, names, inputs)
     texts.check(inputs)
     if texts.existing != "skip":
@@ -198,7 +225,7 @@ def _settings(captioner: Any, inputs: Any, arguments: argparse.Namespace) -> dic
         digest.update(part.tobytes() if isinstance(part, np.ndarray) else f"{part}\n".encode(errors="surrogateescape"))
     settings = {"pictures": f"{len(inputs):,} ({digest.hexdigest()[:16]})", "n": 1}
     settings |= dataclasses.asdict(captioner.decode) | decoding.asked(arguments)
-    return settings | {name: getattr(arguments, name) for name in ("prefix", "suffix", "existing")}
+    return settings | {name: getattr(arguments, name) for name in ("prefix", "suffix", "existing", "duplicates")}
 
 
 def _digest(params: Any) -> str:
@@ -264,7 +291,7 @@ def _shared(
 
     Args:
       captioner: a local one.
-      inputs: paths of pictures, or a matrix of embeddings.
+      inputs: paths and addresses of pictures, or a matrix of embeddings.
       arguments: the batch size over all processes, the threads of each that decode, what is asked of captions, and
         texts around them.
       done: how many of the inputs are left out.
@@ -287,11 +314,19 @@ def _shared(
             workers=arguments.workers,
             stream=True,
             errors="return",
+            embeddings=bool(arguments.duplicates),
             **{"n": 1, **decoding.asked(arguments)},
         ),
         strict=True,
     )
-    row = functools.partial(outputs.row, prefix=arguments.prefix, suffix=arguments.suffix)
+
+    def row(name: Picture | int, found: Any) -> Row:
+        embedding = None
+        if arguments.duplicates and not isinstance(found, UserError):
+            found, embedding = found
+        made = outputs.row(name, found, arguments.prefix, arguments.suffix)
+        return made if embedding is None else arranged.with_embedding(made, embedding)
+
     told = ([row(name, found) for name, found in itertools.islice(captions, len(rows))] for rows in mine)
     yield from itertools.chain.from_iterable(cluster.collect(told))
 

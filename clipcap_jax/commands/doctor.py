@@ -23,6 +23,7 @@ _EXTRAS = {
     "beam": ("apache_beam", "preparing on many machines"),
     "gcs": ("gcsfs", "data sets and runs on gs://"),
     "demo": ("gradio", "the page of clipcap demo"),
+    "wandb": ("wandb", "training's numbers at Weights & Biases"),
     "gpu": ("jax_cuda12_plugin jax_cuda13_plugin", "NVIDIA GPUs"),
     "tpu": ("libtpu", "TPUs"),
 }

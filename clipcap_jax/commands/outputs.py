@@ -2,6 +2,7 @@
 
 It comes as a row for each picture: `{"image", "captions": [{"caption", "score", "finished"}, ...]}` or, without a
 caption, `{"image", "error"}`. It is written as a line for each caption, `{"image", "caption", "score", "finished"}`.
+Either may have `"duplicate_of"`, the name of an earlier picture.
 """
 
 import csv
@@ -20,15 +21,18 @@ from clipcap_jax.commands import cli
 from clipcap_jax.commands.journal import Row
 from clipcap_jax.errors import UserError
 from clipcap_jax.files import is_remote, on_disk, to_json
+from clipcap_jax.inputs import addresses
+from clipcap_jax.inputs.addresses import Picture
 from clipcap_jax.metrics import coco_files
 from clipcap_jax.progress import screen
 
-COLUMNS = ("image", "caption", "score", "finished", "error")
+COLUMNS = ("image", "caption", "score", "finished", "error", "duplicate_of")
 PAGE = 3000  # pictures of a page, which are some 15 KB each
+_WORKERS = 4  # threads that read the pictures of a page
 _AT_ONCE = 1000  # rows of a table on the screen, or of a group in a .parquet file
 
 
-def row(name: Path | int, found: Any, prefix: str, suffix: str) -> Row:
+def row(name: Picture | int, found: Any, prefix: str, suffix: str) -> Row:
     """A picture's row, of its `Caption`s or the error in their place, with texts around each."""
     if isinstance(found, UserError):
         return {"image": str(name), "error": str(found)}
@@ -39,8 +43,8 @@ def row(name: Path | int, found: Any, prefix: str, suffix: str) -> Row:
     return {"image": str(name), "captions": captions}
 
 
-def check(output: Path, n: int) -> None:
-    """That a file of this name, with `n` captions of each picture, can be written.
+def check(output: Path, n: int, *, duplicates: bool = False) -> None:
+    """That a file of this name, with `n` captions of each picture, or marks of duplicates, can be written.
 
     Raises:
       UserError: it is of no kind that is known, or of one that needs a package or holds one caption of each.
@@ -49,6 +53,8 @@ def check(output: Path, n: int) -> None:
         raise UserError(f"--output {output}: the name has to end in {', '.join(_WRITERS)}, or be - for JSON lines")
     if output.suffix == ".json" and n > 1:
         raise UserError(f"--output {output}: COCO's results have one caption of each picture: name a .jsonl file")
+    if output.suffix == ".json" and duplicates:
+        raise UserError(f"--output {output}: COCO's results have no place for duplicates: name a .jsonl file")
     if output.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
         raise UserError(f"--output {output}: this needs pyarrow: pip install pyarrow, or name a .jsonl file")
 
@@ -61,7 +67,7 @@ def check_inputs(output: Path, inputs: Sequence[Any]) -> None:
     """
     if output.suffix != ".html":
         return
-    if not isinstance(inputs[0], Path):
+    if not isinstance(inputs[0], Picture):
         raise UserError(f"--output {output}: a page shows pictures, not embeddings: name a .jsonl file")
     if len(inputs) > PAGE:
         raise UserError(
@@ -76,7 +82,7 @@ def write(output: Path, rows: Iterator[Row], inputs: Sequence[Any]) -> None:
     Args:
       output: the file.
       rows: as above.
-      inputs: what they are of, in the same order: paths of pictures, or rows of a matrix.
+      inputs: what they are of, in the same order: paths and addresses of pictures, or rows of a matrix.
 
     Raises:
       UserError: it cannot be written.
@@ -109,10 +115,8 @@ def show(rows: Iterator[Row], *, as_json: bool) -> None:
 
 def _lines(rows: Iterator[Row]) -> Iterator[Row]:
     for row in rows:
-        if "error" in row:
-            yield row
-        else:
-            yield from ({"image": row["image"], **caption} for caption in row["captions"])
+        others = {name: value for name, value in row.items() if name != "captions"}
+        yield from ({**others, **caption} for caption in row.get("captions", [{}]))
 
 
 def _print_table(lines: list[Row]) -> None:
@@ -145,7 +149,7 @@ def _write_results(path: Path, rows: Iterator[Row], _: Sequence[Any]) -> None:
 def _write_parquet(path: Path, rows: Iterator[Row], _: Sequence[Any]) -> None:
     arrow: Any = importlib.import_module("pyarrow")
     parquet: Any = importlib.import_module("pyarrow.parquet")
-    types = (arrow.string(), arrow.string(), arrow.float32(), arrow.bool_(), arrow.string())
+    types = (arrow.string(), arrow.string(), arrow.float32(), arrow.bool_(), arrow.string(), arrow.string())
     schema = arrow.schema(list(zip(COLUMNS, types, strict=True)))
     lines = _lines(rows)
     with parquet.ParquetWriter(path, schema) as file:
@@ -164,15 +168,16 @@ def _in_utf8(line: Row) -> Row:
 def _write_page(path: Path, rows: Iterator[Row], inputs: Sequence[Any]) -> None:
     from clipcap_jax import pages, pictures
 
-    def shown(picture: Path, row: Row) -> pages.Picture:
+    def card(picture: Picture, row: Row) -> tuple[Row, pages.Picture]:
         if "error" in row:
-            return pages.Picture(None, False, row["error"])
+            return row, pages.Picture(None, False, row["error"])
         try:
-            return pages.picture(pictures.read(picture), str(picture), row["image"])
+            return row, pages.picture(addresses.read(picture), str(picture), row["image"])
         except (OSError, UserError) as error:
-            return pages.Picture(None, False, str(error))
+            return row, pages.Picture(None, False, str(error))
 
-    cards = [(row, shown(picture, row)) for picture, row in zip(inputs, rows, strict=True)]
+    pairs = zip(inputs, rows, strict=True)
+    cards = list(pictures.load_ahead(lambda pair: card(*pair), pairs, workers=_WORKERS, ahead=_WORKERS))
     pages.write(path, "captions.html", title=path.name.partition(".")[0], cards=cards)
 
 

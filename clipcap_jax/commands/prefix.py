@@ -11,6 +11,7 @@ from clipcap_jax import files
 from clipcap_jax.commands.cli import add_overwrite_option, positive
 from clipcap_jax.commands.convert import add_original_options, original_options
 from clipcap_jax.errors import UserError
+from clipcap_jax.inputs import addresses
 from clipcap_jax.progress import screen
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ def add(commands: Any) -> None:
     prefix = commands.add_parser("prefix", help="the prefix of a picture in words: those nearest to its vectors")
     prefix.set_defaults(run=_prefix)
     prefix.add_argument("run_folder", help="the folder of a run, or the original's .pt file")
-    prefix.add_argument("picture", type=Path, help="a picture's file")
+    prefix.add_argument("picture", type=addresses.picture, help="a picture's file, or its address on the web")
     prefix.add_argument("--output", type=files.place, help="also write a page with the picture to this .html file")
     prefix.add_argument("--words", type=positive, default=5, help="of each vector [5]")
     prefix.add_argument("--checkpoint", default="best", help='"best", "latest" or a step [best]')
@@ -59,12 +60,13 @@ def _table(words: "list[list[Word]]") -> Table:
     return table
 
 
-def _write_page(output: Path, picture: Path, caption: "Caption", words: "list[list[Word]]") -> None:
-    from clipcap_jax import pages, pictures
+def _write_page(output: Path, picture: addresses.Picture, caption: "Caption", words: "list[list[Word]]") -> None:
+    from clipcap_jax import pages
 
+    name = Path(picture).name
     try:
-        shown = pages.picture(pictures.read(picture), str(picture), picture.name)
+        shown = pages.picture(addresses.read(picture), str(picture), name)
         with files.reached(output), files.whole(output) as path:
-            pages.write(path, "prefix.html", title=picture.name, shown=shown, caption=caption, words=words)
+            pages.write(path, "prefix.html", title=name, shown=shown, caption=caption, words=words)
     except OSError as error:
         raise UserError(f"{output} cannot be written: {error.strerror or error}") from error

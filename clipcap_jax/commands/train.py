@@ -26,6 +26,9 @@ def add(commands: Any) -> None:
     )
     config.completer = _complete_config
     train.add_argument("--workdir", help="the run's folder [runs/<name of the config>]")
+    train.add_argument(
+        "--wandb", metavar="PROJECT", default="", help="send the numbers to this project at Weights & Biases too"
+    )
     add_cluster_options(train)
 
 
@@ -46,4 +49,4 @@ def _train(arguments: argparse.Namespace) -> None:
         config = config_files.read(config)
         config_files.change(config, settings)
         settings = ()
-    jobs.train(config, workdir, settings, console=start_processes(arguments))
+    jobs.train(config, workdir, settings, wandb=arguments.wandb, console=start_processes(arguments))

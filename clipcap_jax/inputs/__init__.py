@@ -1,3 +1,3 @@
 """A prepared data set becomes batches on devices."""
 
-__all__ = ["batches", "embed", "folders"]
+__all__ = ["addresses", "batches", "embed", "folders"]

@@ -1,4 +1,4 @@
-"""The pictures that people name: files, folders, globs, lists of files, and tars of them."""
+"""The pictures that people name: files, folders, globs, addresses, lists of these, and tars of them."""
 
 import contextlib
 import glob
@@ -14,6 +14,8 @@ from typing import IO, NamedTuple
 
 from clipcap_jax import pictures
 from clipcap_jax.errors import UserError
+from clipcap_jax.inputs import addresses
+from clipcap_jax.inputs.addresses import Picture
 
 
 class Member(PosixPath):
@@ -49,21 +51,22 @@ class Member(PosixPath):
 class Found(NamedTuple):
     """`paths`: each once, in order; `others`: what folders, globs and tars held beside them, counted by kind."""
 
-    paths: list[Path]
+    paths: list[Picture]
     others: Counter[str]
 
 
 def find_pictures(inputs: Sequence[str]) -> Found:
-    """The pictures that files, folders, with all below them, globs, lists and tars name.
+    """The pictures that files, folders, with all below them, globs, addresses, lists and tars name.
 
     Of folders and globs, these are the files whose name or first bytes are those of a picture, through links too; of a
     `.tar`, those whose name is. "@" before a file's name, or "-", which is the standard input, stands for a list of
-    files, one a line. A file that is named itself, or listed, is taken for a picture, and need not be there if listed.
+    files and addresses, one a line. What is named itself, or listed, is taken for a picture; a file that is listed need
+    not be there.
 
     Raises:
       UserError: one of the inputs names nothing, or nothing with pictures.
     """
-    found: dict[Path, None] = {}
+    found: dict[Picture, None] = {}
     others: Counter[str] = Counter()
     for name in inputs:
         here: Counter[str] = Counter()
@@ -80,9 +83,11 @@ def described(others: Counter[str]) -> str:
     return ", ".join(f"{count:,} {kind}" for kind, count in others.most_common())
 
 
-def _named(name: str, others: Counter[str]) -> Iterator[Path]:
+def _named(name: str, others: Counter[str]) -> Iterable[Picture]:
     """The pictures of one input."""
-    path = Path(name)
+    path = addresses.picture(name)
+    if isinstance(path, str):
+        return [path]
     if name == "-":
         return _unpacked(_lines(sys.stdin.buffer), others)
     if name.startswith("@"):
@@ -100,23 +105,23 @@ def _named(name: str, others: Counter[str]) -> Iterator[Path]:
     return _pictures(_unpacked(files, others), others)
 
 
-def _lines(file: IO[bytes]) -> Iterator[Path]:
-    """A path a line; its bytes need not be UTF-8."""
-    return (Path(os.fsdecode(line)) for raw in file if (line := raw.rstrip(b"\r\n")))
+def _lines(file: IO[bytes]) -> Iterator[Picture]:
+    """A path or an address a line; its bytes need not be UTF-8."""
+    return (addresses.picture(os.fsdecode(line)) for raw in file if (line := raw.rstrip(b"\r\n")))
 
 
-def _pictures(files: Iterable[Path], others: Counter[str]) -> Iterator[Path]:
+def _pictures(files: Iterable[Picture], others: Counter[str]) -> Iterator[Picture]:
     for file in files:
-        if kind := "" if isinstance(file, Member) else _other(file):
+        if kind := "" if isinstance(file, Member | str) else _other(file):
             others[kind] += 1
         else:
             yield file
 
 
-def _unpacked(files: Iterable[Path], others: Counter[str]) -> Iterator[Path]:
-    """The files, and of tars the pictures in them."""
+def _unpacked(files: Iterable[Picture], others: Counter[str]) -> Iterator[Picture]:
+    """The files and addresses, and of tars the pictures in them."""
     for file in files:
-        if file.suffix == ".tar":
+        if isinstance(file, Path) and file.suffix == ".tar":
             yield from _members(file, others)
         else:
             yield file

@@ -7,7 +7,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -247,6 +247,16 @@ class Monitor:
         began = time.perf_counter()
         yield
         self._since += time.perf_counter() - began
+
+    @contextlib.contextmanager
+    def beside(self, description: str, total: int) -> Iterator[Callable[[int], None]]:
+        """Show a bar below that of the steps for what is done meanwhile, in so many parts; gives what counts them."""
+        task = self._progress.add_task(description, total=total)
+        try:
+            yield lambda parts: self._progress.advance(task, parts)
+        finally:
+            self._progress.remove_task(task)
+            self._progress.refresh()  # or it would still stand below what is printed next
 
     def close(self) -> None:
         self._progress.stop()

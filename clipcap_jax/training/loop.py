@@ -20,6 +20,7 @@ from clipcap_jax.datasets.schema import open_builder, open_split
 from clipcap_jax.errors import UserError
 from clipcap_jax.inputs.batches import Batch, coming_lengths, training_batches
 from clipcap_jax.progress import screen
+from clipcap_jax.training import wandb_log
 from clipcap_jax.training.alone import Hold, alone
 from clipcap_jax.training.logs import Monitor, NoLog, open_log
 from clipcap_jax.training.run import Run, open_run
@@ -28,7 +29,7 @@ from clipcap_jax.training.step import Params, TrainState, make_step
 _COMPILERS = min(8, max(1, (os.cpu_count() or 1) // 2))  # a compiler has threads of its own, and may take gigabytes
 
 
-def train(config: Config, folder: str | Path, console: Console | None = None) -> None:
+def train(config: Config, folder: str | Path, console: Console | None = None, wandb: str = "") -> None:
     """Train a captioner, or go on where the run stopped.
 
     Writes `config.json`, checkpoints, `metrics.jsonl` and TensorBoard's files to `folder`. SIGINT, SIGTERM and SIGHUP
@@ -41,11 +42,14 @@ def train(config: Config, folder: str | Path, console: Console | None = None) ->
       folder: the run's, on a disk or on gs:// (see `store.run_folder`).
       console: where progress is shown, as `progress.screen` makes one, as another may take captions for markup; None:
         such a one.
+      wandb: the project at Weights & Biases that gets the numbers too; "" for none.
 
     Raises:
       UserError: for anything the user can mend, such as a missing data set or a loss that is not finite.
     """
     folder, console = run_folder(folder), console or screen()
+    if wandb and cluster.is_main():
+        wandb_log.check(wandb)
     parallel.check_batch_size(config.train.batch_size, "config.train.batch_size", config.train.accumulation)
     # Before the run's folder is made, and data are unpacked: they may not be there.
     open_split(config.data.name, "train", config.data.data_dir)
@@ -64,7 +68,7 @@ def train(config: Config, folder: str | Path, console: Console | None = None) ->
         run, state = open_run(config, folder, checkpoints, console)
         if cluster.is_main():
             settings.write(folder, config)
-        done = _take_steps(run, state, folder, checkpoints, hold, console)
+        done = _take_steps(run, state, folder, checkpoints, hold, console, wandb)
         checkpoints.wait()
     if done < run.total:
         console.print(f"Stopped after step {done} of {run.total}. The same command goes on from there.")
@@ -73,7 +77,7 @@ def train(config: Config, folder: str | Path, console: Console | None = None) ->
 
 
 def _take_steps(
-    run: Run, state: TrainState, folder: Path, checkpoints: Checkpoints, hold: Hold, console: Console
+    run: Run, state: TrainState, folder: Path, checkpoints: Checkpoints, hold: Hold, console: Console, wandb: str
 ) -> int:
     """Take the steps that are left, or those until a signal comes; returns how many are taken then."""
     config, step, stopping = run.config, run.start, False
@@ -91,7 +95,9 @@ def _take_steps(
         )
     )
     with contextlib.ExitStack() as stack:
-        log = open_log(folder, run.start, hold, console) if cluster.is_main() else NoLog()
+        log: NoLog = open_log(folder, run.start, hold, console) if cluster.is_main() else NoLog()
+        if wandb and cluster.is_main():
+            log = wandb_log.WandbLog(log, wandb, folder, config, console)
         stack.enter_context(contextlib.closing(log))
         monitor = Monitor(
             log,
@@ -120,7 +126,7 @@ def _take_steps(
             validate = run.validator is not None and (last or step % config.evaluate.every == 0)
             if validate or last or stopping or step % config.checkpoint.every == 0:
                 with monitor.paused():  # which first waits for the step, and stops here if it was not finite
-                    scores = _validate(run, step, state, log, console) if validate else {}
+                    scores = _validate(run, step, state, log, console, monitor) if validate else {}
                     hold.look()
                     hold.check()
                     log.keep()
@@ -213,11 +219,15 @@ def _save(
     )
 
 
-def _validate(run: Run, step: int, state: TrainState, log: NoLog, console: Console) -> dict[str, float]:
+def _validate(
+    run: Run, step: int, state: TrainState, log: NoLog, console: Console, monitor: Monitor
+) -> dict[str, float]:
     if run.validator is None:
         return {}
     # Whole parameters on every device, for that long: what does not fit so is to be trained without validation.
-    validation = run.validator(run.layout.on_every_device({**run.frozen, **state.best}))
+    params = run.layout.on_every_device({**run.frozen, **state.best})
+    with monitor.beside("validating", run.validator.total) as advance:
+        validation = run.validator(params, advance)
     metrics = validation.metrics
     log.write(step, {f"val/{name}": value for name, value in metrics.items()})
     chosen = list(validation.captions.items())[:: max(1, len(validation.captions) // 4)]

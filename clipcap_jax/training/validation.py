@@ -1,7 +1,8 @@
 """What a model is worth on a few pictures, while it trains."""
 
 import dataclasses
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -16,8 +17,17 @@ from clipcap_jax.models.clipcap import ClipCap
 from clipcap_jax.text.tokenizer import Tokenizer
 from clipcap_jax.training.loss import caption_loss
 
+T = TypeVar("T")
+
 # Fewer distinct captions than this share of the pictures: the model hardly looks at them.
 COLLAPSED = 0.05
+
+
+Advance = Callable[[int], None]  # is told how many more pictures, or captions, are done
+
+
+def _unseen(_: int) -> None:
+    """Where nobody looks at the progress."""
 
 
 class LossMeter:
@@ -31,19 +41,30 @@ class LossMeter:
         self._loss = parallel.map_sum(loss, name="the validation loss of captions of this length")
 
     def __call__(
-        self, params: Any, data: CaptionData, pairs: Pairs, batch_size: int, *, permuted: bool = False
+        self,
+        params: Any,
+        data: CaptionData,
+        pairs: Pairs,
+        batch_size: int,
+        *,
+        permuted: bool = False,
+        advance: Advance = _unseen,
     ) -> float:
         """In nats per token; with `permuted`, every caption is shown with another picture."""
+        size = parallel.round_up(batch_size)
         batches = validation_batches(
             data,
             pairs,
-            parallel.round_up(batch_size),
+            size,
             permuted=permuted,
             host=cluster.index(),
             hosts=cluster.count(),
         )
-        sums = np.array([jax.device_get(self._loss(params, batch)) for batch in batches], np.float64)  # batches 2
-        loss, tokens = sums.sum(axis=0)
+        sums = []
+        for number, batch in enumerate(batches):
+            sums.append(jax.device_get(self._loss(params, batch)))
+            advance(min(size, len(pairs) - number * size))
+        loss, tokens = np.array(sums, np.float64).sum(axis=0)  # of batches 2
         return float(loss / tokens)
 
 
@@ -87,14 +108,27 @@ class Validator:
         self._embed = BatchEmbedder(model)
         self._generate = BatchCaptioner(model, tokenizer, config.evaluate.decode)
 
-    def __call__(self, params: Any) -> Validation:
+    @property
+    def total(self) -> int:
+        """What `advance` is told of in all: pictures to look at, captions to read twice, pictures to caption."""
+        looked_at = len(self._shown) if self._data.embedding_width is None else 0
+        return looked_at + 2 * len(self._pairs) + len(self._indices)
+
+    def __call__(self, params: Any, advance: Advance = _unseen) -> Validation:
         """Loss, scores and captions with these parameters."""
         data, size = self._data, self._batch_size
         if data.embedding_width is None:
-            data = data.embedded(self._shown, self._embed.all(params, data, self._shown, size, self._workers))
-        loss = self._loss(params, data, self._pairs, size)
-        permuted = self._loss(params, data, self._pairs, size, permuted=True)
-        captions = list(self._generate.all(params, data, self._indices, size))
+            embeddings = self._embed.all(params, data, self._shown, size, self._workers)
+            data = data.embedded(self._shown, _counted(embeddings, advance))
+        loss = self._loss(params, data, self._pairs, size, advance=advance)
+        permuted = self._loss(params, data, self._pairs, size, permuted=True, advance=advance)
+        captions = list(_counted(self._generate.all(params, data, self._indices, size), advance))
         by_id = {data.image_ids[i]: caption.text for i, caption in zip(self._indices, captions, strict=True)}
         scores = self._references.score(by_id).overall
         return Validation({"loss": loss, "loss_permuted": permuted, **scores}, by_id)
+
+
+def _counted(items: Iterator[T], advance: Advance) -> Iterator[T]:
+    for item in items:
+        yield item
+        advance(1)

@@ -1,9 +1,6 @@
 """What may be given to `Captioner.caption`: the calls that people try."""
 
-import http.server
 import io
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,13 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 from tiny import Source
+from web import Web
 
 import clipcap_jax
 from clipcap_jax import pictures
 from clipcap_jax.captioning.captioner import Caption, Captioner
 from clipcap_jax.errors import UserError
-
-Server = http.server.ThreadingHTTPServer
 
 
 @pytest.fixture(scope="module")
@@ -47,34 +43,10 @@ def expected(captioner: Any, path: Path) -> Caption:
     return found
 
 
-class Handler(http.server.BaseHTTPRequestHandler):
-    def do_GET(self) -> None:
-        data: bytes = self.server.data  # type: ignore[attr-defined]
-        if "missing" in self.path:
-            self.send_error(404)
-            return
-        self.send_response(200)
-        self.send_header("Content-Length", str(10**12 if "huge" in self.path else len(data)))
-        self.end_headers()
-        for byte in data:  # drop by drop
-            if "slow" not in self.path:
-                self.wfile.write(data)
-                return
-            self.wfile.write(bytes([byte]))
-            time.sleep(0.3)
-
-    def log_message(self, format: str, *args: Any) -> None:
-        pass
-
-
 @pytest.fixture
-def url(path: Path) -> Iterator[str]:
-    with Server(("127.0.0.1", 0), Handler) as server:
-        server.daemon_threads, server.block_on_close = True, False
-        server.data = path.read_bytes()  # type: ignore[attr-defined]
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}/é picture.png"
-        server.shutdown()
+def url(path: Path, web: Web) -> str:
+    web.files["é picture.png"] = path.read_bytes()
+    return web.url("é picture.png")
 
 
 def test_one_picture_in_any_form(captioner: Any, path: Path, expected: Caption, url: str) -> None:
@@ -117,20 +89,6 @@ def test_a_pillow_picture_is_turned_as_its_file(path: Path) -> None:
     Image.open(path).save(stored, "png", exif=exif)
     assert pictures.to_rgb(Image.open(stored)) == pictures.decode(stored.getvalue())
     assert pictures.to_rgb(Image.open(stored)).size == (40, 50)
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("missing", "cannot be fetched: the server answers 404"),
-        ("huge", "has more than 1,073,741,824 bytes"),
-        ("slow", "cannot be fetched within 1 seconds"),
-    ],
-)
-def test_addresses(captioner: Any, url: str, name: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(pictures.MAX_SECONDS, "1")
-    with pytest.raises(UserError, match=message):
-        captioner.caption(f"{url}?{name}")
 
 
 def test_an_address_where_nobody_answers(captioner: Any) -> None:
@@ -190,3 +148,14 @@ def test_what_a_captioner_says_of_itself(captioner: Any, embeddings_captioner: A
         Captioner.load(pixels_run, published="coco-mlp")
     with pytest.raises(AttributeError, match="no attribute 'Captoiner'"):
         _ = clipcap_jax.Captoiner
+
+
+def test_embeddings_beside_captions(captioner: Any, path: Path, expected: Caption) -> None:
+    embedding = captioner.embed(path)
+    caption, own = captioner.caption(path, embeddings=True)
+    assert caption == expected
+    np.testing.assert_array_equal(own, embedding)
+    broken, ([best, _], own) = captioner.caption([b"text", path], n=2, embeddings=True, errors="return")
+    assert isinstance(broken, UserError)
+    assert best.text == captioner.caption(path, n=2)[0].text
+    np.testing.assert_allclose(own, embedding, rtol=0, atol=1e-5)

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 from tiny import assert_same, in_process, make_config, named, train
 
+from clipcap_jax import progress
 from clipcap_jax.captioning.captioner import Captioner
 from clipcap_jax.checkpoints import store
 from clipcap_jax.checkpoints.metadata import FORMAT_VERSION, Metadata
@@ -233,6 +234,18 @@ def test_plain_orbax_restores_it_as_the_docs_say(tmp_path: Path, metadata: Metad
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
     expected = {part: {name: array.tolist() for name, array in parts.items()} for part, parts in arrays(8).items()}
     assert json.loads(done.stdout) == [8, expected, json.loads(json.dumps(metadata.to_dict()))]
+
+
+def test_what_saving_waits_for_is_told(
+    tmp_path: Path, metadata: Metadata, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(tmp_path / "a", metadata, {3: None})
+    assert capsys.readouterr() == ("", "")  # it took no two seconds
+    monkeypatch.setattr(progress, "_PATIENCE", 0.0)
+    save(tmp_path / "b", metadata, {3: None})
+    printed = capsys.readouterr()
+    assert "Saving the checkpoint of step 3: 0 s\n" in printed.err
+    assert printed.out == ""
 
 
 def test_no_room_is_noticed_before_anything_is_written(

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from tiny import SPLITS, Clipcap, Source
+from web import Web
 
 from clipcap_jax.captioning.captioner import Captioner
 from clipcap_jax.commands import caption, outputs
@@ -258,6 +259,86 @@ def test_lists_and_tars(
     assert {path.name for path in (tmp_path / "t").iterdir()} == {f"{picture.stem}.txt" for picture in pictures[:5]}
 
 
+def test_addresses(
+    clipcap: Clipcap,
+    pixels_run: Path,
+    source: Source,
+    web: Web,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Captioned like files, under the names that were given, from where a job was stopped."""
+    pictures = sorted(source.pictures.iterdir())
+    web.files = {picture.name: picture.read_bytes() for picture in pictures[:3]} | {"page": b"<html>"}
+    urls = [web.url(name) for name in ("00.png#here", "gone.png", "01.png", "page", "?to=file:///etc/passwd", "02.png")]
+    (tmp_path / "list").write_text("\n".join(urls[1:]))
+    output = tmp_path / "c.jsonl"
+    run = ("caption", pixels_run, urls[0], f"@{tmp_path / 'list'}", pictures[3], "--batch-size", "4")
+    made = caption._shared
+
+    def interrupted(*arguments: Any) -> Iterator[dict[str, Any]]:
+        yield from itertools.islice(made(*arguments), 3)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(caption, "_shared", interrupted)
+        assert clipcap(*run, "--output", output) == 130
+    del web.files["01.png"]
+    assert clipcap(*run, "--output", output) == 0
+    assert "4 captions, 3 pictures skipped" in capsys.readouterr().err
+    rows = rows_of(output)
+    assert [row["image"] for row in rows] == [*urls, str(pictures[3])]
+    assert [row["caption"] for row in rows if "caption" in row] == expected_captions(pixels_run, source)[:4]
+    for row, reason in zip([rows[i] for i in (1, 3, 4)], ("answers 404", "a web page", "302 Found"), strict=True):
+        assert reason in row["error"]
+    assert clipcap(*run, "--output", tmp_path / "c.html") == 0
+    assert (tmp_path / "c.html").read_text().count("data:image/png") == 3
+    capsys.readouterr()
+    assert clipcap(*run, "--sidecar", ".txt", "--output", tmp_path / "t") == 2
+    assert "--sidecar is for pictures on a disk, not for embeddings or addresses" in capsys.readouterr().err
+    assert clipcap("caption", pixels_run, tmp_path / "list") == 2
+    assert "it is a list of addresses, which `clipcap caption` reads if @ stands" in capsys.readouterr().err
+
+
+def test_duplicates_and_the_best_first(
+    clipcap: Clipcap, pixels_run: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a job that was stopped, too."""
+    for name, same in (("04 again.png", "03.png"), ("zz.png", "03.png")):
+        (photos / name).write_bytes((photos / same).read_bytes())
+    run, output = ("caption", pixels_run, photos, "--batch-size", "4"), tmp_path / "c.jsonl"
+    assert clipcap(*run, "--output", output) == 0
+    plain = rows_of(output)
+    made = caption._shared
+
+    def interrupted(*arguments: Any) -> Iterator[dict[str, Any]]:
+        yield from itertools.islice(made(*arguments), 20)
+        raise KeyboardInterrupt
+
+    marked = (*run, "--duplicates", "0.9999", "--best-first", "--output", tmp_path / "d.jsonl")
+    with monkeypatch.context() as patch:
+        patch.setattr(caption, "_shared", interrupted)
+        assert clipcap(*marked) == 130
+    assert clipcap(*marked) == 0
+    rows = rows_of(tmp_path / "d.jsonl")
+    assert "broken.jpg" in rows[-1]["image"]
+    assert [row["score"] for row in rows[:-1]] == sorted((row["score"] for row in rows[:-1]), reverse=True)
+    firsts = {row["image"]: row.pop("duplicate_of") for row in rows if "duplicate_of" in row}
+    assert firsts[str(photos / "04 again.png")] == firsts[str(photos / "zz.png")] == str(photos / "03.png")
+    assert len(firsts) < PICTURES
+    rows.sort(key=lambda row: str(row["image"]))
+    assert [(row["image"], row.get("caption")) for row in rows] == [(row["image"], row.get("caption")) for row in plain]
+
+    for suffix in (".csv", ".html"):
+        assert clipcap(*run, "--duplicates", "0.9999", "--output", tmp_path / f"e{suffix}") == 0
+    with (tmp_path / "e.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert {row["image"]: row["duplicate_of"] for row in lines if row["duplicate_of"]} == firsts
+    assert [row["image"] for row in lines] == [row["image"] for row in plain]
+    assert (tmp_path / "e.html").read_text().count(f", nearly {photos}/03.png</span>") >= 2
+
+
 def break_some(folder: Path, picture: bytes) -> list[str]:
     """200 pictures, of which some are broken, each differently; the names of these."""
     for number in range(200):
@@ -431,6 +512,11 @@ def test_mistakes_are_told_without_a_traceback(
         (("caption", pixels_run, photos / "broken.jpg"), "none of the pictures could be read"),
         (("caption", pixels_run, picture, "--existing", "skip"), "give that too"),
         (("caption", pixels_run, picture, "--sidecar", ".txt", "--output", "c.csv"), "this names a folder"),
+        (("caption", pixels_run, picture, "--duplicates", "0.9"), "--duplicates is of a file: name it with --output"),
+        (("caption", pixels_run, picture, "--best-first", "--sidecar", ".txt"), "--best-first is of a file"),
+        (("caption", pixels_run, picture, "--duplicates", "1.5", "--output", "c.csv"), "1.5 is not a number above 0"),
+        (("caption", pixels_run, picture, "--duplicates", "x", "--output", "c.csv"), "invalid cosine value: 'x'"),
+        (("caption", pixels_run, picture, "--duplicates", "0.9", "--output", "c.json"), "no place for duplicates"),
         (("caption", pixels_run, picture, "--sidecar", ".JPG"), "a suffix such as .txt is needed"),
         (("caption", pixels_run, picture, "--sidecar", "/../x"), "a suffix such as .txt is needed"),
         (("caption", embeddings_run, source.embeddings, "--sidecar", ".txt"), "is for pictures"),

@@ -3,12 +3,13 @@ from pathlib import Path
 
 import pytest
 from tiny import Clipcap, Source
+from web import Web
 
 from clipcap_jax.captioning.captioner import Captioner
 
 
 def test_the_words_of_a_prefix(
-    clipcap: Clipcap, pixels_run: Path, source: Source, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    clipcap: Clipcap, pixels_run: Path, source: Source, web: Web, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     picture, page = source.pictures / "00.png", tmp_path / "new" / "prefix.html"
     assert clipcap("prefix", pixels_run, picture, "--output", page, "--words", "3") == 0
@@ -22,6 +23,10 @@ def test_the_words_of_a_prefix(
     assert f"<title>{picture.name}</title>" in html
     assert f'<p class="caption">{caption.text}</p>' in html
     assert html.count("data:image/png;base64,") == 1
+    web.files["00.png"] = picture.read_bytes()
+    there = tmp_path / "there.html"
+    assert clipcap("prefix", pixels_run, web.url("00.png"), "--output", there, "--words", "3") == 0
+    assert there.read_text(encoding="utf-8") == html
     shades = [int(share) for share in re.findall(r'class="word" style="--share: (\d+)%"', html)]
     assert shades == [int(f"{100 * max(word.similarity, 0):.0f}") for row in words for word in row]
 

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from clipcap_jax import pictures
 from clipcap_jax.errors import UserError
+from clipcap_jax.inputs import addresses
+from clipcap_jax.inputs.addresses import Picture
 from clipcap_jax.inputs.folders import find_pictures
 
 PICTURES = 28
@@ -21,7 +22,7 @@ def test_files_folders_and_globs(photos: Path, monkeypatch: pytest.MonkeyPatch) 
     assert photos / "more [new]" / "00.PNG" in everything
     assert others == {".txt": 1}
 
-    def paths(*names: object) -> list[Path]:
+    def paths(*names: object) -> list[Picture]:
         return find_pictures(list(map(str, names))).paths
 
     assert paths(photos / "0[1-3].png") == [photos / f"0{i}.png" for i in (1, 2, 3)]
@@ -54,7 +55,7 @@ def test_pictures_are_found_by_name_or_content(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "n.jpg")
     (tmp_path / "o.jpg").symlink_to("gone.jpg")
     found, others = find_pictures([str(tmp_path)])
-    assert [path.name for path in found] == ["a.jfif", "b", "c.photo", "d.avif", "e.x", "f.HEIC", "g", "h.jpg"]
+    assert [Path(path).name for path in found] == ["a.jfif", "b", "c.photo", "d.avif", "e.x", "f.HEIC", "g", "h.jpg"]
     assert others == {
         ".txt": 2,
         "without a suffix": 1,
@@ -99,7 +100,7 @@ def test_tars(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
             tar.add(photos / name, f"../{name}")
     found, others = find_pictures(["a.tar"])
     assert list(map(str, found)) == ["a.tar/../01.png", "a.tar/../02.png"]
-    assert [pictures.read(path) for path in found] == [(photos / name).read_bytes() for name in ("01.png", "02.png")]
+    assert [addresses.read(path) for path in found] == [(photos / name).read_bytes() for name in ("01.png", "02.png")]
     assert others == {".txt in tars": 1}
     whole = Path("a.tar").read_bytes()
     for size in (700, 3000, 3 * 1024):  # after the first picture, in the last one, and behind it
@@ -111,8 +112,12 @@ def test_tars(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_lists(tmp_path: Path) -> None:
-    (tmp_path / "list").write_bytes(b"a b.jpg\r\n\n\xff.png\na b.jpg\n")
-    assert find_pictures([f"@{tmp_path}/list"]).paths == [Path("a b.jpg"), Path("\udcff.png")]
+    lines = b"a b.jpg\r\n\n\xff.png\na b.jpg\nhttps://a.example/b//c.tar\r\n"
+    (tmp_path / "list").write_bytes(lines)
+    listed = [Path("a b.jpg"), Path("\udcff.png"), "https://a.example/b//c.tar"]
+    assert find_pictures([f"@{tmp_path}/list"]).paths == listed
+    one = "http://a.example/*"
+    assert find_pictures([one, f"@{tmp_path}/list", one]).paths == [one, *listed]
     (tmp_path / "list").write_bytes(b"\n")
     with pytest.raises(UserError, match="list holds no pictures"):
         find_pictures([f"@{tmp_path}/list"])

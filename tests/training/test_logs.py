@@ -210,6 +210,23 @@ def test_a_terminal_shows_loss_rate_and_time_left(log: MetricsLog, tmp_path: Pat
     assert re.search(r"\d:\d\d:\d\d left \d:\d\d:\d\d", last)
 
 
+@pytest.mark.parametrize("terminal", [True, False])
+def test_what_is_done_meanwhile_has_a_bar_of_its_own(log: MetricsLog, terminal: bool) -> None:
+    """While it lasts; where there is no terminal, nothing."""
+    console = Console(file=io.StringIO(), force_terminal=terminal, width=120, color_system=None)
+    shown = monitor(log, console, total=8)
+    with shown.beside("validating", 30) as advance:
+        advance(10)
+        advance(7)
+        shown._progress.refresh()
+    written = console.file.getvalue()  # type: ignore[attr-defined]
+    shown.close()
+    assert bool(re.search(r"training .*0/8 [^\n]*\n *validating .* 17/30 ", written)) == terminal
+    assert bool(written) == terminal
+    (last,) = shown._progress.tasks
+    assert last.description == "training"
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("name", ["loss", "gradient_norm"])
 def test_what_is_not_finite_stops_the_run(log: MetricsLog, tmp_path: Path, name: str, bad: float) -> None:

@@ -130,12 +130,14 @@ def test_pictures_are_decoded_and_looked_at_once(
     validate = Validator(model, tokenizer, data, pairs, settings)
     threads = set(threading.enumerate())
     with mock.patch.object(pictures, "decode", wraps=pictures.decode) as decode:
-        validation = validate(params)
+        advanced: list[int] = []
+        validation = validate(params, advanced.append)
     assert decode.call_count == seen
     assert_ended(threads)
 
     chosen = np.linspace(0, 4, images).round().astype(int)
     some, loss = pairs.select(np.isin(pairs.examples, chosen)), LossMeter(model)
+    assert sum(advanced) == validate.total == seen + 2 * len(some) + images
     anew = [loss(params, data, some, 4), loss(params, data, some, 4, permuted=True)]
     np.testing.assert_allclose([validation.metrics["loss"], validation.metrics["loss_permuted"]], anew, rtol=1e-6)
     captions = BatchCaptioner(model, tokenizer, settings.evaluate.decode).all(params, data, chosen, 4)
@@ -151,7 +153,9 @@ def test_words(
     """The best checkpoint is chosen by the CIDEr of the config's words; what to know of it is told."""
     settings = make_config(data_dir, {"evaluate.images": 5, "evaluate.words": "spaces"})
     validator = Validator(model, tokenizer, data, pairs, settings)
-    found = validator(params)
+    advanced: list[int] = []
+    found = validator(params, advanced.append)
+    assert sum(advanced) == validator.total == 2 * len(pairs) + 5
     expected = References(dict(zip(data.image_ids, data.captions, strict=True)), "spaces").score(found.captions).overall
     assert {name: found.metrics[name] for name in expected} == expected
     as_ptb = References(dict(zip(data.image_ids, data.captions, strict=True))).score(found.captions).overall
@@ -189,7 +193,7 @@ def test_training_warns_of_captions_that_are_all_the_same(
     settings = make_config(data_dir, {"evaluate.every": 1})
     metrics = {"loss": 1.25, "loss_permuted": 2.5, "CIDEr": 0.125, "Bleu_4": 0.0625}
     said: dict[str, str] = {}
-    monkeypatch.setattr(Validator, "__call__", lambda self, params: Validation(metrics, said))
+    monkeypatch.setattr(Validator, "__call__", lambda *_: Validation(metrics, said))
     said.update({str(i): f"[b]{i}[/b]" for i in range(8)})
     printed = train_until(tmp_path / "good", settings, 1)
     assert "step 1  validation loss 1.250 (2.500 with other pictures)  CIDEr 0.125  BLEU-4 0.062" in printed
