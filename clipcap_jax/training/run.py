@@ -81,9 +81,12 @@ def open_run(config: Config, folder: Path, checkpoints: Checkpoints, console: Co
     pairs = _pairs(config, data, tokenizer, console)
     if not len(pairs):
         raise UserError(f"{data.name} holds no captions to train on")
-    total = max(1, round(config.train.epochs * steps_per_epoch(len(pairs), config.train.batch_size)))
+    total = _steps(config, len(pairs))
     if restored:
-        _check_same_data(restored, data, total)
+        _check_same_data(restored, data, len(pairs))
+        _check_left(restored, config, total)
+    elif base:
+        _check_same_encoder(config, data, base)
     same = dataclasses.replace(config.data, data_dir="", workers=0)
     cluster.check_same(
         "settings, data or checkpoints",
@@ -145,7 +148,14 @@ def open_run(config: Config, folder: Path, checkpoints: Checkpoints, console: Co
         losses=restored.position["losses"] if restored else [],
     )
     _describe(run, trained, frozen, console)
+    if restored:
+        _tell_going_on(run, restored.position["total"], console)
     return run, state
+
+
+def _steps(config: Config, pairs: int) -> int:
+    """From the beginning of a run to its end."""
+    return max(1, round(config.train.epochs * steps_per_epoch(pairs, config.train.batch_size)))
 
 
 def _restore(config: Config, folder: Path, checkpoints: Checkpoints, console: Console) -> Restored | None:
@@ -220,13 +230,30 @@ def _tell_unknown(rows: np.ndarray, pairs: Pairs, data: CaptionData, tokenizer: 
     )
 
 
-def _check_same_data(restored: Restored, data: CaptionData, total: int) -> None:
-    position = restored.position
+def _check_same_data(restored: Restored, data: CaptionData, pairs: int) -> None:
+    position, total = restored.position, _steps(restored.metadata.config, pairs)
     same = position.get("fingerprint") in (None, data.fingerprint)  # None: an older version did not store it
     if position["total"] != total or not same:
         raise UserError(
             f"{data.name} is not what it was: the run was started with {position['total']} steps, and now there are "
             f"{total}, of {'the same' if same else 'other'} data. Prepare it as it was, or give another --workdir."
+        )
+
+
+def _check_left(restored: Restored, config: Config, total: int) -> None:
+    """A run may become shorter, but not than it is already."""
+    if restored.step >= total and total != restored.position["total"]:
+        raise UserError(
+            f"config.train.epochs={config.train.epochs:g} are {total} steps, and the run has taken {restored.step}: "
+            "nothing is left to do. Name more epochs to train on."
+        )
+
+
+def _check_same_encoder(config: Config, data: CaptionData, base: Metadata) -> None:
+    if data.encoder and base.encoder and data.encoder != base.encoder:
+        raise UserError(
+            f"{data.name} holds embeddings from {data.encoder}, but {config.train.init_from} was trained on "
+            f"embeddings from {base.encoder}"
         )
 
 
@@ -279,5 +306,24 @@ def _describe(run: Run, trained: Params, frozen: Params, console: Console) -> No
             style="yellow",
             soft_wrap=True,
         )
-    if run.start:
-        console.print(f"Going on after step {run.start} of {run.total}.")
+    warmup_steps = run.config.optimizer.warmup_steps
+    if not run.start and warmup_steps >= run.total:
+        console.print(
+            f"Warning: config.optimizer.warmup_steps={warmup_steps} is not shorter than the run, {run.total} steps, so "
+            "that the learning rate only rises. Train for more epochs, or warm up for a tenth of them: "
+            f"--config.optimizer.warmup_steps={run.total // 10}",
+            style="yellow",
+            soft_wrap=True,
+        )
+
+
+def _tell_going_on(run: Run, total: int, console: Console) -> None:
+    """`total`: how many steps the run had in the end until now."""
+    told = f"Going on after step {run.start} of {run.total}"
+    if run.total != total:
+        then, now = (schedule(run.start) for schedule in (optim.schedule(run.config.optimizer, total), run.schedule))
+        told += (
+            f", not of {total} as until now: the learning rate goes from {float(then):.2g} to {float(now):.2g}, where "
+            f"a run of {run.total} steps has it at this step, and falls to 0 at the new end"
+        )
+    console.print(f"{told}.", soft_wrap=True)
