@@ -27,7 +27,7 @@ EMBEDDINGS, PIXELS = "configs/flickr8k.py", "configs/flickr8k.py:pixels"
 def load(*arguments: str) -> ConfigDict:
     """The config as `clipcap train` makes it of its arguments."""
     whole = [argument.removeprefix("--config=") for argument in arguments if argument.startswith("--config=")]
-    whole = [name.partition(":runs/")[0] for name in whole]  # not from a run, which the documentation only speaks of
+    whole = ["finetune" if name.startswith("finetune:") else name for name in whole]  # whose runs are not there
     values = config_files.read(str(ROOT / whole[0]) if whole[0].startswith("configs/") else whole[0])
     config_files.change(values, [argument for argument in arguments if not argument.startswith("--config=")])
     return values

@@ -17,11 +17,17 @@ from clipcap_jax.checkpoints.store import Checkpoints, Restored
 from clipcap_jax.config import Config
 from clipcap_jax.datasets.schema import open_split
 from clipcap_jax.errors import UserError
-from clipcap_jax.inputs.batches import CaptionData, Pairs, steps_per_epoch
-from clipcap_jax.inputs.embed import encoder_name
+from clipcap_jax.inputs.batches import CaptionData, Pairs
 from clipcap_jax.models.clipcap import ClipCap
 from clipcap_jax.text.tokenizer import Tokenizer
 from clipcap_jax.training import optim
+from clipcap_jax.training.checks import (
+    check_encoder,
+    check_left,
+    check_same_data,
+    check_same_encoder,
+    check_same_model,
+)
 from clipcap_jax.training.start import check_same_run, choose_tokenizer, load_pretrained
 from clipcap_jax.training.step import Params, TrainState, init_params, param_shapes
 from clipcap_jax.training.validation import Validator
@@ -81,12 +87,12 @@ def open_run(config: Config, folder: Path, checkpoints: Checkpoints, console: Co
     pairs = _pairs(config, data, tokenizer, console)
     if not len(pairs):
         raise UserError(f"{data.name} holds no captions to train on")
-    total = _steps(config, len(pairs))
+    total = optim.total_steps(config.train, len(pairs))
     if restored:
-        _check_same_data(restored, data, len(pairs))
-        _check_left(restored, config, total)
+        check_same_data(restored, data, len(pairs))
+        check_left(restored, config, total)
     elif base:
-        _check_same_encoder(config, data, base)
+        check_same_encoder(config, data, base)
     same = dataclasses.replace(config.data, data_dir="", workers=0)
     cluster.check_same(
         "settings, data or checkpoints",
@@ -110,10 +116,10 @@ def open_run(config: Config, folder: Path, checkpoints: Checkpoints, console: Co
     if params is None:
         params = init_params(model, width, config.train.seed, without=pretrained)
     elif not restored:
-        _check_same_model(config, model, width, params)
+        check_same_model(config, model, width, params)
     if not restored:
         params |= pretrained
-        _check_encoder(config, data, params, console)
+        check_encoder(config, data, params, console)
         if cluster.count() > 1:  # each has read them by itself, and they would never meet
             cluster.check_same("weights to start from", str([np.sum(leaf) for leaf in jax.tree.leaves(params)]))
     if missing := set(config.train.trainable) - set(params):
@@ -151,11 +157,6 @@ def open_run(config: Config, folder: Path, checkpoints: Checkpoints, console: Co
     if restored:
         _tell_going_on(run, restored.position["total"], console)
     return run, state
-
-
-def _steps(config: Config, pairs: int) -> int:
-    """From the beginning of a run to its end."""
-    return max(1, round(config.train.epochs * steps_per_epoch(pairs, config.train.batch_size)))
 
 
 def _restore(config: Config, folder: Path, checkpoints: Checkpoints, console: Console) -> Restored | None:
@@ -228,58 +229,6 @@ def _tell_unknown(rows: np.ndarray, pairs: Pairs, data: CaptionData, tokenizer: 
         style="yellow",
         soft_wrap=True,
     )
-
-
-def _check_same_data(restored: Restored, data: CaptionData, pairs: int) -> None:
-    position, total = restored.position, _steps(restored.metadata.config, pairs)
-    same = position.get("fingerprint") in (None, data.fingerprint)  # None: an older version did not store it
-    if position["total"] != total or not same:
-        raise UserError(
-            f"{data.name} is not what it was: the run was started with {position['total']} steps, and now there are "
-            f"{total}, of {'the same' if same else 'other'} data. Prepare it as it was, or give another --workdir."
-        )
-
-
-def _check_left(restored: Restored, config: Config, total: int) -> None:
-    """A run may become shorter, but not than it is already."""
-    if restored.step >= total and total != restored.position["total"]:
-        raise UserError(
-            f"config.train.epochs={config.train.epochs:g} are {total} steps, and the run has taken {restored.step}: "
-            "nothing is left to do. Name more epochs to train on."
-        )
-
-
-def _check_same_encoder(config: Config, data: CaptionData, base: Metadata) -> None:
-    if data.encoder and base.encoder and data.encoder != base.encoder:
-        raise UserError(
-            f"{data.name} holds embeddings from {data.encoder}, but {config.train.init_from} was trained on "
-            f"embeddings from {base.encoder}"
-        )
-
-
-def _check_same_model(config: Config, model: ClipCap, width: int, params: Params) -> None:
-    if changed := store.differences(param_shapes(model, width), params):
-        raise UserError(
-            f"{config.train.init_from} is a checkpoint of another architecture. "
-            f"{len(changed)} parameters differ, the first ones:\n  " + "\n  ".join(changed[:5])
-        )
-
-
-def _check_encoder(config: Config, data: CaptionData, params: Params, console: Console) -> None:
-    """Stored embeddings and the tower that shall caption pictures after training have to go together."""
-    clip, stored = config.model.clip, data.encoder
-    if clip is None or config.data.input == "image":
-        return
-    tower = encoder_name(clip, params["clip"])
-    if stored and "weights" in stored and stored != tower:
-        raise UserError(f"{data.name} holds embeddings from {stored}; the tower of the config is {tower}")
-    if not stored or "weights" not in stored:
-        console.print(
-            f"{data.name} does not say which weights made its embeddings: that they are those of "
-            f"config.train.pretrained.clip cannot be checked.",
-            style="yellow",
-            soft_wrap=True,
-        )
 
 
 def _describe(run: Run, trained: Params, frozen: Params, console: Console) -> None:
