@@ -87,7 +87,7 @@ class OptimizerConfig:
 
     Attributes:
       learning_rate: the peak, reached after `warmup_steps`; from there it falls linearly to 0 at the end of the run.
-      warmup_steps: a shorter run warms up to its end.
+      warmup_steps: a shorter run warms up to its end, with a warning.
       weight_decay: on the matrices; not on biases, norms and embeddings.
       beta1, beta2, epsilon: Adam's.
       clip_norm: gradients with a larger global norm are scaled down to it; 0: never.
@@ -111,7 +111,8 @@ class TrainConfig:
 
     Attributes:
       seed: of parameters, data order and dropout.
-      epochs: passes over all (picture, caption) pairs; may be a fraction.
+      epochs: passes over all (picture, caption) pairs; may be a fraction. A run that goes on may get more, or fewer:
+        from the step where it is, its learning rate is then that of a run which had as many from the beginning.
       batch_size: pairs per step, over all devices.
       trainable: the parts that learn; the others get no gradients and no optimiser state.
       pretrained: weights to start from; the rest starts at random.
@@ -125,7 +126,7 @@ class TrainConfig:
         all layers' in memory: a third more arithmetic. In the mapper and GPT-2, not in the tower.
       gradient_dtype: what gradients are summed over devices in; "bfloat16" halves what they exchange, and is for
         `parallel.layout` "data": in the other, they are exchanged as XLA computes them.
-      log_every: steps between log lines.
+      log_every: steps between log lines; in a run that is shorter than ten times as many, a tenth of its steps.
     """
 
     seed: int
@@ -165,7 +166,8 @@ class EvaluateConfig:
     """Validation while training, and the decoding that `evaluate.py` and `clipcap caption` use unless told otherwise.
 
     Attributes:
-      every: steps between validations; each also saves a checkpoint.
+      every: steps between validations, the last of which is at the end of the run, however short; each also saves a
+        checkpoint.
       images: pictures of the validation split that are captioned and scored each time; 0: none.
       words: what scores count as a word: "ptb", as every paper does; "characters", for scripts without spaces;
         "spaces", of captions that are segmented already (see `metrics.words.split_all`).
@@ -182,7 +184,8 @@ class EvaluateConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """`every`: steps between checkpoints to restart from; `keep`: how many of the newest are kept beside the best."""
+    """`every`: steps between checkpoints to restart from, the last of which is at the end of the run, however short;
+    `keep`: how many of the newest are kept beside the best."""
 
     every: int
     keep: int

@@ -33,7 +33,7 @@ def test_a_file_by_its_name_or_path(path: Path) -> None:
 
 def test_what_is_no_config_file(tmp_path: Path) -> None:
     with pytest.raises(
-        UserError, match="no config file flickr; by their names there are coco_mlp, coco_transformer, fl"
+        UserError, match="no config file flickr; by their names there are coco_mlp, coco_transformer, fi"
     ):
         config_files.read("flickr")
     (tmp_path / "notes.md").write_text("")

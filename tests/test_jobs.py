@@ -52,8 +52,8 @@ def test_a_run_goes_on(embeddings_run: Path, tmp_path: Path) -> None:
     run = shutil.copytree(embeddings_run, tmp_path / "run")
     assert clipcap_jax.train(workdir=run, settings={"train.log_every": 7}) == run
     assert json.loads((run / "config.json").read_text())["config"]["train"]["log_every"] == 7
-    with pytest.raises(UserError, match=r"config.train.epochs was 40.0, is 41.0"):
-        clipcap_jax.train(workdir=str(run), settings={"train.epochs": 41})
+    with pytest.raises(UserError, match=r"config.train.seed was 0, is 1"):
+        clipcap_jax.train(workdir=str(run), settings={"train.seed": 1})
 
 
 def test_results_are_not_replaced(embeddings_run: Path, tmp_path: Path) -> None:

@@ -79,10 +79,11 @@ def check_new_folder(folder: Path) -> None:
 
 def write_run(folder: Path, metadata: Any, params: Any) -> None:
     """Write a run's folder for weights that it did not train."""
-    from clipcap_jax.checkpoints import store
+    from clipcap_jax.checkpoints import settings, store
 
     with contextlib.closing(store.Checkpoints(folder, keep=1)) as checkpoints:
         checkpoints.save_weights(params, metadata)
+    settings.write(folder, metadata.config)
 
 
 def _convert_from_original(arguments: argparse.Namespace) -> None:

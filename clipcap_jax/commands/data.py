@@ -25,8 +25,14 @@ def add(commands: Any) -> None:
     records.add_argument("--caption-field", help="what it calls the caption [caption, captions or text]")
     records.add_argument("--embeddings", help=".npy matrix, one row per picture")
     records.add_argument("--encoder", help="what made the embeddings, such as ViT-B/32")
-    records.add_argument(
-        "--split", help="the split of pictures that name none [shares drawn by a hash of the image id]"
+    splits = records.add_mutually_exclusive_group()
+    splits.add_argument("--split", help="the split of pictures that name none")
+    splits.add_argument(
+        "--shares",
+        type=functools.partial(_fraction, most=100),
+        nargs=3,
+        metavar=("TRAIN", "VAL", "TEST"),
+        help="how many percent of them are of which split, drawn by a hash of the image id [90 5 5]",
     )
     records.add_argument("--max-skipped", type=_fraction, default=0.01, help="share of records that may be bad [0.01]")
     for name, description in jobs.PUBLISHED.items():
@@ -75,13 +81,13 @@ def _add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--data-dir", default="data", help="where prepared data sets lie [data]")
 
 
-def _fraction(text: str) -> float:
+def _fraction(text: str, most: int = 1) -> float:
     try:
         value = float(text)
     except ValueError:
         value = -1.0
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
+    if not 0 <= value <= most:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to {most}")
     return value
 
 
@@ -115,7 +121,15 @@ def _prepare_shapes(arguments: argparse.Namespace) -> None:
 def _prepare_records(arguments: argparse.Namespace) -> None:
     from clipcap_jax import datasets  # importing it takes seconds, which `clipcap --help` should not
 
-    given = {"split": arguments.split} if arguments.split else {}
+    given: dict[str, Any] = {"split": arguments.split} if arguments.split else {}
+    if arguments.shares:
+        if abs(sum(arguments.shares) - 100) > 1e-6:
+            raise UserError(
+                f"--shares are {sum(arguments.shares):g} percent together: they have to be 100, as 80 10 10"
+            )
+        given = {
+            "split": {name: share / 100 for name, share in zip(("train", "val", "test"), arguments.shares, strict=True)}
+        }
     source = datasets.RecordsSource(
         name=arguments.name,
         captions=arguments.captions,

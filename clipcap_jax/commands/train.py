@@ -21,8 +21,8 @@ def add(commands: Any) -> None:
     train.set_defaults(run=_train, settings=True)
     config = train.add_argument(
         "--config",
-        help="what to train, and how: a config by name, such as flickr8k or flickr8k:pixels, or a .py file [the one of "
-        "the run in --workdir; without that, shapes]",
+        help="what to train, and how: a config by name, such as flickr8k, flickr8k:pixels or finetune:RUN, or a .py "
+        "file [the one of the run in --workdir; without that, shapes]",
     )
     config.completer = _complete_config
     train.add_argument("--workdir", help="the run's folder [runs/<name of the config>]")

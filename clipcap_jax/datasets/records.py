@@ -39,7 +39,8 @@ class RecordsSource:
       store_images: whether to copy the image files into the data set, as training from pixels needs. By default only
         where there are no embeddings. Their paths are stored in any case, so that pages can show the pictures.
       split: of pictures whose record names none: one split for all, or a share for each. Shares are drawn by a hash of
-        the image_id, so that a picture stays in its split when others are added.
+        the image_id, so that a picture stays in its split when others are added. Where no record names one, each that
+        has a share gets a picture at least, in a small set by taking the last drawn of the largest.
       image_field, caption_field: what the captions file calls them, where that cannot be guessed.
     """
 
@@ -178,16 +179,42 @@ def _assign_splits(records: Sequence[Record], split: str | Mapping[str, float]) 
         shares[usual_split(name, "--split")] += share  # type: ignore[assignment]  # not whole numbers
     without = [record for record in records if not record.split]
     for record in without:
-        # By the id without its suffix, so that a.jpg stays where it is when a.png is added.
-        digest = hashlib.sha256(without_suffix(record.image_id).encode()).digest()
-        draw = int.from_bytes(digest[:8]) / 2**64  # uniform in [0, 1)
+        draw = _draw(record)
         for name, share in shares.items():
             record.split = name
             draw -= share
             if draw < 0:
                 break
-    shown = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
-    return [f"{len(without):,} pictures had no split and were given one: {shown}"] if without else []
+    if not without:
+        return []
+    shown = ", ".join(f"{name} {share:.0%}" for name, share in shares.items() if share)
+    notes = [f"{len(without):,} pictures had no split and were given one: {shown}"]
+    if len(without) == len(records):
+        notes += _fill_splits(records, [name for name, share in shares.items() if share])
+    return notes
+
+
+def _draw(record: Record) -> float:
+    """Uniform in [0, 1); by the id without its suffix, so that a.jpg stays where it is when a.png is added."""
+    digest = hashlib.sha256(without_suffix(record.image_id).encode()).digest()
+    return int.from_bytes(digest[:8]) / 2**64
+
+
+def _fill_splits(records: Sequence[Record], names: Sequence[str]) -> list[str]:
+    """Moves a picture to each of these splits that has none; returns a note where that was needed."""
+    if len(records) < len(names):
+        raise UserError(
+            f"{len(records)} pictures cannot be shared among {', '.join(names)}. Give more, or put all in one split: "
+            "--split train"
+        )
+    moved = []
+    for name in names:
+        counts = Counter(record.split for record in records)
+        if not counts[name]:
+            largest = counts.most_common(1)[0][0]
+            max((record for record in records if record.split == largest), key=_draw).split = name
+            moved.append(name)
+    return [f"splits that the shares left empty and that were given a picture: {', '.join(moved)}"] if moved else []
 
 
 def _assign_rows(rows: Sequence[Record | Problem], count: int, source: RecordsSource) -> list[str]:

@@ -28,6 +28,8 @@ from clipcap_jax.training.step import Params, TrainState, make_step
 
 _COMPILERS = min(8, max(1, (os.cpu_count() or 1) // 2))  # a compiler has threads of its own, and may take gigabytes
 
+_LINES = 10  # of the log, in a short run
+
 
 def train(config: Config, folder: str | Path, console: Console | None = None, wandb: str = "") -> None:
     """Train a captioner, or go on where the run stopped.
@@ -103,7 +105,7 @@ def _take_steps(
             log,
             console,
             batch_size=config.train.batch_size,
-            log_every=config.train.log_every,
+            log_every=min(config.train.log_every, max(1, run.total // _LINES)),
             start=run.start,
             total=run.total,
             losses=run.losses,

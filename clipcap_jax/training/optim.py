@@ -6,7 +6,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from clipcap_jax.config import OptimizerConfig
+from clipcap_jax.config import OptimizerConfig, TrainConfig
+from clipcap_jax.inputs.batches import steps_per_epoch
+
+
+def total_steps(config: TrainConfig, pairs: int) -> int:
+    """From the beginning of a run over so many pairs to its end."""
+    return max(1, round(config.epochs * steps_per_epoch(pairs, config.batch_size)))
 
 
 def schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:

@@ -17,11 +17,17 @@ from clipcap_jax.checkpoints.store import Checkpoints, Restored
 from clipcap_jax.config import Config
 from clipcap_jax.datasets.schema import open_split
 from clipcap_jax.errors import UserError
-from clipcap_jax.inputs.batches import CaptionData, Pairs, steps_per_epoch
-from clipcap_jax.inputs.embed import encoder_name
+from clipcap_jax.inputs.batches import CaptionData, Pairs
 from clipcap_jax.models.clipcap import ClipCap
 from clipcap_jax.text.tokenizer import Tokenizer
 from clipcap_jax.training import optim
+from clipcap_jax.training.checks import (
+    check_encoder,
+    check_left,
+    check_same_data,
+    check_same_encoder,
+    check_same_model,
+)
 from clipcap_jax.training.start import check_same_run, choose_tokenizer, load_pretrained
 from clipcap_jax.training.step import Params, TrainState, init_params, param_shapes
 from clipcap_jax.training.validation import Validator
@@ -81,9 +87,12 @@ def open_run(config: Config, folder: Path, checkpoints: Checkpoints, console: Co
     pairs = _pairs(config, data, tokenizer, console)
     if not len(pairs):
         raise UserError(f"{data.name} holds no captions to train on")
-    total = max(1, round(config.train.epochs * steps_per_epoch(len(pairs), config.train.batch_size)))
+    total = optim.total_steps(config.train, len(pairs))
     if restored:
-        _check_same_data(restored, data, total)
+        check_same_data(restored, data, len(pairs))
+        check_left(restored, config, total)
+    elif base:
+        check_same_encoder(config, data, base)
     same = dataclasses.replace(config.data, data_dir="", workers=0)
     cluster.check_same(
         "settings, data or checkpoints",
@@ -107,10 +116,10 @@ def open_run(config: Config, folder: Path, checkpoints: Checkpoints, console: Co
     if params is None:
         params = init_params(model, width, config.train.seed, without=pretrained)
     elif not restored:
-        _check_same_model(config, model, width, params)
+        check_same_model(config, model, width, params)
     if not restored:
         params |= pretrained
-        _check_encoder(config, data, params, console)
+        check_encoder(config, data, params, console)
         if cluster.count() > 1:  # each has read them by itself, and they would never meet
             cluster.check_same("weights to start from", str([np.sum(leaf) for leaf in jax.tree.leaves(params)]))
     if missing := set(config.train.trainable) - set(params):
@@ -145,6 +154,8 @@ def open_run(config: Config, folder: Path, checkpoints: Checkpoints, console: Co
         losses=restored.position["losses"] if restored else [],
     )
     _describe(run, trained, frozen, console)
+    if restored:
+        _tell_going_on(run, restored.position["total"], console)
     return run, state
 
 
@@ -220,41 +231,6 @@ def _tell_unknown(rows: np.ndarray, pairs: Pairs, data: CaptionData, tokenizer: 
     )
 
 
-def _check_same_data(restored: Restored, data: CaptionData, total: int) -> None:
-    position = restored.position
-    same = position.get("fingerprint") in (None, data.fingerprint)  # None: an older version did not store it
-    if position["total"] != total or not same:
-        raise UserError(
-            f"{data.name} is not what it was: the run was started with {position['total']} steps, and now there are "
-            f"{total}, of {'the same' if same else 'other'} data. Prepare it as it was, or give another --workdir."
-        )
-
-
-def _check_same_model(config: Config, model: ClipCap, width: int, params: Params) -> None:
-    if changed := store.differences(param_shapes(model, width), params):
-        raise UserError(
-            f"{config.train.init_from} is a checkpoint of another architecture. "
-            f"{len(changed)} parameters differ, the first ones:\n  " + "\n  ".join(changed[:5])
-        )
-
-
-def _check_encoder(config: Config, data: CaptionData, params: Params, console: Console) -> None:
-    """Stored embeddings and the tower that shall caption pictures after training have to go together."""
-    clip, stored = config.model.clip, data.encoder
-    if clip is None or config.data.input == "image":
-        return
-    tower = encoder_name(clip, params["clip"])
-    if stored and "weights" in stored and stored != tower:
-        raise UserError(f"{data.name} holds embeddings from {stored}; the tower of the config is {tower}")
-    if not stored or "weights" not in stored:
-        console.print(
-            f"{data.name} does not say which weights made its embeddings: that they are those of "
-            f"config.train.pretrained.clip cannot be checked.",
-            style="yellow",
-            soft_wrap=True,
-        )
-
-
 def _describe(run: Run, trained: Params, frozen: Params, console: Console) -> None:
     model = [
         f"{name} {sum(leaf.size for leaf in jax.tree.leaves(part)) / 1e6:.2f}M ({note})"
@@ -279,5 +255,24 @@ def _describe(run: Run, trained: Params, frozen: Params, console: Console) -> No
             style="yellow",
             soft_wrap=True,
         )
-    if run.start:
-        console.print(f"Going on after step {run.start} of {run.total}.")
+    warmup_steps = run.config.optimizer.warmup_steps
+    if not run.start and warmup_steps >= run.total:
+        console.print(
+            f"Warning: config.optimizer.warmup_steps={warmup_steps} is not shorter than the run, {run.total} steps, so "
+            "that the learning rate only rises. Train for more epochs, or warm up for a tenth of them: "
+            f"--config.optimizer.warmup_steps={run.total // 10}",
+            style="yellow",
+            soft_wrap=True,
+        )
+
+
+def _tell_going_on(run: Run, total: int, console: Console) -> None:
+    """`total`: how many steps the run had in the end until now."""
+    told = f"Going on after step {run.start} of {run.total}"
+    if run.total != total:
+        then, now = (schedule(run.start) for schedule in (optim.schedule(run.config.optimizer, total), run.schedule))
+        told += (
+            f", not of {total} as until now: the learning rate goes from {float(then):.2g} to {float(now):.2g}, where "
+            f"a run of {run.total} steps has it at this step, and falls to 0 at the new end"
+        )
+    console.print(f"{told}.", soft_wrap=True)

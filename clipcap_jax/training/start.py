@@ -44,13 +44,15 @@ def load_pretrained(config: Config, console: Console) -> dict[str, Any]:
 def choose_tokenizer(config: Config, base: Metadata | None, captions: Sequence[tuple[str, ...]]) -> Tokenizer:
     """The run's tokenizer: the one the base checkpoint was trained with, or else what the config names.
 
+    Where the config names what the base checkpoint's does, nothing is loaded: it may be gone by now.
+
     Raises:
       UserError: the config names another one than the base checkpoint's, or one with more pieces than the model has.
     """
     source, vocab_size = config.tokenizer.source, config.model.gpt2.vocab_size
+    if base is not None and source in ("captions", base.config.tokenizer.source):
+        return base.tokenizer
     if source == "captions":
-        if base is not None:
-            return base.tokenizer
         return Tokenizer.train((text for texts in captions for text in texts), vocab_size)
     tokenizer = Tokenizer.load(source)
     if base is not None and not tokenizer.same_ids(base.tokenizer):
@@ -63,10 +65,11 @@ def choose_tokenizer(config: Config, base: Metadata | None, captions: Sequence[t
     return tokenizer
 
 
-# What may change when a run goes on, because it does not change what is learnt.
+# What may change when a run goes on, because it does not change what is learnt; and how long that takes.
 _FREE_TO_CHANGE = (
     "config.data.data_dir",
     "config.data.workers",
+    "config.train.epochs",  # which changes the learning rate of the steps that are left: it is told
     "config.train.remat",
     "config.train.log_every",
     "config.parallel.layout",

@@ -72,6 +72,25 @@ def test_prepare_records(clipcap: Clipcap, source: Source, tmp_path: Path, capsy
     assert {split: len(open_split("records/mine", split, str(tmp_path))) for split in SPLITS} == SPLITS
 
 
+def test_prepare_records_in_shares(
+    clipcap: Clipcap, source: Source, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = [path.name for path in source.pictures.iterdir()]
+    (tmp_path / "c.csv").write_text("image,caption\n" + "".join(f"{name},a photo\n" for name in names))
+    files = ("--captions", tmp_path / "c.csv", "--images", source.pictures, "--data-dir", tmp_path, "--name", "mine")
+    assert clipcap("prepare", "records", *files, "--shares", "50", "50", "0") == 0
+    assert "were given one: train 50%, val 50%" in " ".join(capsys.readouterr().out.split())
+    assert sum(len(open_split("records/mine", split, str(tmp_path))) for split in ("train", "val")) == len(names)
+    for shares, message in (
+        (("80", "10", "5"), "--shares are 95 percent together: they have to be 100, as 80 10 10"),
+        (("80", "10", "-10"), "'-10' is not a number from 0 to 100"),
+        (("80", "20"), "expected 3 arguments"),
+        (("80", "10", "10", "--split", "val"), "not allowed with argument --shares"),
+    ):
+        assert clipcap("prepare", "records", *files, "--shares", *shares) == 2
+        assert message in " ".join(capsys.readouterr().err.split())
+
+
 def test_cpus_that_the_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
     if hasattr(os, "sched_getaffinity"):
         code = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})"

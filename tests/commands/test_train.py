@@ -5,6 +5,9 @@ from pathlib import Path
 import pytest
 from tiny import Clipcap
 
+from clipcap_jax import config, config_files
+from clipcap_jax.captioning.captioner import Captioner
+
 
 @pytest.fixture
 def run(embeddings_run: Path, tmp_path: Path) -> Path:
@@ -28,7 +31,11 @@ def test_a_run_goes_on_with_its_own_settings(clipcap: Clipcap, run: Path, capsys
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("--config.train.epochs=41", "config.train.epochs was 40.0, is 41.0"),
+        ("--config.train.seed=1", "config.train.seed was 0, is 1"),
+        (
+            "--config.train.epochs=39",
+            "config.train.epochs=39 are 195 steps, and the run has taken 200: nothing is left",
+        ),
         ("--config.train.epoch=41", "config.train.epoch is not a setting: did you mean config.train.epochs?"),
     ],
 )
@@ -50,6 +57,35 @@ def test_a_file_of_settings_that_cannot_be_read(
     printed = capsys.readouterr().err
     assert f"Error: {run / 'config.json'}: " in printed
     assert "Mend it, or delete it" in printed
+
+
+def test_some_hundred_pictures(
+    clipcap: Clipcap, run: Path, data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A base and a data set are all that has to be named, and afterwards the base may go."""
+    settings = [f"--config.data.data_dir={data_dir}", "--config.data.name=records/both", "--config.train.batch_size=8"]
+    new = f"--workdir={tmp_path / 'new'}"
+    assert clipcap("train", f"--config=finetune:{run}", new, *settings, "--config.train.epochs=1") == 0
+    assert "Trained 5 steps" in capsys.readouterr().out
+    base = Captioner.load(run)
+    shutil.rmtree(run)
+    tuned = Captioner.load(tmp_path / "new")
+    assert tuned.metadata.config.model == base.metadata.config.model
+    assert tuned.metadata.tokenizer.same_ids(base.metadata.tokenizer)
+    assert tuned.metadata.config.train.init_from == str(run)
+    assert clipcap("train", new, "--config.train.epochs=2") == 0
+    assert "Going on after step 5 of 10, not of 5" in capsys.readouterr().out
+    assert clipcap("train", f"--config=finetune:{run}", f"--workdir={tmp_path / 'third'}") == 2
+    assert f"{run} is no run to start from" in capsys.readouterr().err
+
+
+def test_what_finetuning_takes_from_its_base(embeddings_run: Path, pixels_run: Path) -> None:
+    for base, reads in ((embeddings_run, "embedding"), (pixels_run, "image")):
+        values = config.from_dict(config_files.read(f"finetune:{base}").to_dict())
+        taken = Captioner.load(base).metadata.config
+        assert values.model == taken.model
+        assert (values.data.input, values.data.max_tokens) == (reads, taken.data.max_tokens)
+        assert (values.tokenizer, values.evaluate.decode) == (taken.tokenizer, taken.evaluate.decode)
 
 
 def test_what_it_does_not_take(clipcap: Clipcap, capsys: pytest.CaptureFixture[str]) -> None:

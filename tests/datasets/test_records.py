@@ -406,6 +406,35 @@ def test_shares_of_the_splits(folder: Path) -> None:
             assert split == ("train" if draw < 0.7 else "extra" if draw < 0.9 else "test")
 
 
+def test_shares_of_a_few_pictures(folder: Path) -> None:
+    """Chance alone would leave val and test empty: they get what was drawn last, and keep nothing that train needs."""
+    draws = {name: int(hashlib.sha256(name.encode()).hexdigest()[:16], 16) / 16**16 for name in map(str, range(6))}
+    assert max(draws.values()) < 0.98
+    write_lines(folder / "c.jsonl", [{"image_id": name, "captions": ["A dog.", "A cat."]} for name in draws])
+    np.save(folder / "e.npy", np.ones((6, 1)))
+    shares = {"train": 0.98, "val": 0.01, "test": 0.01}
+    options: dict[str, Any] = {"images": None, "embeddings": str(folder / "e.npy"), "split": shares}
+    summary = prepare(folder, **options)
+    assert summary.notes[-1] == "splits that the shares left empty and that were given a picture: val, test"
+    *_, before, last = sorted(draws, key=draws.__getitem__)
+    assert [*read(folder, splits=("val",))] == [last]
+    assert [*read(folder, splits=("test",))] == [before]
+    assert {*read(folder, splits=("train",))} == {*draws} - {last, before}
+
+    write_lines(folder / "c.jsonl", [{"image_id": name, "caption": "A dog."} for name in "01"])
+    np.save(folder / "e.npy", np.ones((2, 1)))
+    message = "2 pictures cannot be shared among train, val, test. Give more, or put all in one split: --split train"
+    with pytest.raises(UserError, match=message):
+        prepare(folder, name="two", **options)
+    assert prepare(folder, name="two", **options | {"split": {"train": 0.98, "val": 0.02, "test": 0}}).images == {
+        "train": 1,
+        "val": 1,
+    }
+    # The splits that a file names are left as they are.
+    write_lines(folder / "c.jsonl", [{"image_id": name, "caption": "A dog.", "split": "train"} for name in "01"])
+    assert prepare(folder, name="named", **options).images == {"train": 2}
+
+
 def test_one_split_for_all_that_name_none(folder: Path) -> None:
     change_lines(folder, {"split": None}, {"split": ""})
     summary = prepare(folder, split="test")

@@ -44,7 +44,7 @@ QUIET = Console(quiet=True)
 
 @pytest.fixture(scope="module")
 def unstopped(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny run, with a checkpoint after every step and a line after every fourth."""
+    """The tiny run, with a checkpoint after every step."""
     run = tmp_path_factory.mktemp("unstopped")
     train(run, settings(data_dir, {"checkpoint.every": 1, "checkpoint.keep": 100}))
     return run
@@ -52,7 +52,7 @@ def unstopped(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def settings(data_dir: Path, changes: dict[str, Any] | None = None) -> Config:
     """Two epochs, with checkpoints after 4, 6, 8 and 10 steps, the second and the last with a validation."""
-    return make_config(data_dir, {"train.epochs": 2.0, "train.log_every": 4, **(changes or {})})
+    return make_config(data_dir, {"train.epochs": 2.0, **(changes or {})})
 
 
 def logged(run: Path) -> list[dict[str, float]]:
@@ -64,7 +64,8 @@ def logged(run: Path) -> list[dict[str, float]]:
 def assert_ends_like(run: Path, unstopped: Path) -> None:
     assert_same(saved(run, STEPS), saved(unstopped, STEPS))
     assert logged(run) == logged(unstopped)
-    assert [line["step"] for line in logged(run)] == [4, 6, 8, 10]
+    assert [line["step"] for line in logged(run) if "val/loss" in line] == [6, 10]
+    assert [line["step"] for line in logged(run) if "train/loss" in line] == [*range(1, STEPS + 1)]
 
 
 def steps(run: Path) -> list[int]:
@@ -111,6 +112,64 @@ def test_stopping_after_any_step_and_going_on_gives_the_same_bits(
     assert list(map(signal.getsignal, signals)) == handlers
     train(tmp_path, settings(data_dir))
     assert_ends_like(tmp_path, unstopped)
+
+
+def test_lines_of_the_log(data_dir: Path, tmp_path: Path) -> None:
+    """Every `log_every` steps; a run shorter than ten times as many has one for each tenth. A stop changes none."""
+    long = settings(data_dir, {"train.epochs": 8.0, "train.log_every": 3, "evaluate.every": 100})
+    short = dataclasses.replace(long, train=dataclasses.replace(long.train, log_every=100))
+    train_until(tmp_path / "whole", long, 13)
+    train_until(tmp_path / "stopped", long, 7)
+    train_until(tmp_path / "stopped", long, 13)
+    assert [line["step"] for line in logged(tmp_path / "whole")] == [3, 6, 9, 12]
+    assert logged(tmp_path / "stopped") == logged(tmp_path / "whole")
+    train_until(tmp_path / "short", short, 13)
+    assert [line["step"] for line in logged(tmp_path / "short")] == [4, 8, 12]
+
+
+def rates(run: Path) -> list[float]:
+    """The learning rate of each step, from the first line of the log on."""
+    return [line["train/learning_rate"] for line in logged(run) if "train/loss" in line]
+
+
+def test_more_epochs_than_first_asked(unstopped: Path, data_dir: Path, tmp_path: Path) -> None:
+    """From the step where it is, a run of 10 steps, 2 of them of warm-up, has the rate of one of 20; by hand."""
+    shutil.copytree(unstopped, tmp_path / "finished")
+    longer = settings(data_dir, {"train.epochs": 4.0})
+    printed = train(tmp_path / "finished", longer)
+    assert (
+        "Going on after step 10 of 20, not of 10 as until now: the learning rate goes from 0 to 0.0028, where a run of "
+        "20 steps has it at this step, and falls to 0 at the new end.\n"
+    ) in printed
+    assert "Trained 20 steps" in printed
+    before = [0, 0.0025, *(0.005 * (10 - step) / 8 for step in range(2, 10))]
+    after = [0.005 * (20 - step) / 18 for step in range(10, 20)]
+    assert rates(tmp_path / "finished") == pytest.approx([*before, *after], rel=1e-5)
+    # Once it has a checkpoint, it is a run of 20 steps.
+    train_until(tmp_path / "stopped", settings(data_dir), 5)
+    assert "from 0.0031 to 0.0042," in train_until(tmp_path / "stopped", longer, 7)
+    assert "Going on after step 7 of 20.\n" in train(tmp_path / "stopped", longer)
+    after = [0.005 * (20 - step) / 18 for step in range(5, 20)]
+    assert rates(tmp_path / "stopped") == pytest.approx([*before[:5], *after], rel=1e-5)
+
+
+def test_fewer_epochs_than_first_asked(unstopped: Path, data_dir: Path, tmp_path: Path) -> None:
+    shutil.copytree(unstopped, tmp_path / "finished")
+    message = "config.train.epochs=1 are 5 steps, and the run has taken 10: nothing is left to do. Name more epochs"
+    with pytest.raises(UserError, match=message):
+        train(tmp_path / "finished", settings(data_dir, {"train.epochs": 1.0}))
+    assert_ends_like(tmp_path / "finished", unstopped)
+    train_until(tmp_path / "stopped", settings(data_dir), 3)
+    printed = train(tmp_path / "stopped", settings(data_dir, {"train.epochs": 1.0}))
+    assert "of 5, not of 10 as until now: the learning rate goes from 0.0044 to 0.0033" in printed
+    assert "Trained 5 steps" in printed
+
+
+def test_a_run_that_only_warms_up_is_told(data_dir: Path, tmp_path: Path) -> None:
+    changes = {"train.epochs": 0.4, "optimizer.warmup_steps": 9}
+    message = "warmup_steps=9 is not shorter than the run, 2 steps, so .* --config.optimizer.warmup_steps=0\n"
+    assert re.search(message, train(tmp_path / "warm", settings(data_dir, changes)))
+    assert "warmup_steps" not in train(tmp_path / "cold", settings(data_dir, {**changes, "optimizer.warmup_steps": 1}))
 
 
 def test_averages_of_the_parameters(unstopped: Path, data_dir: Path, tmp_path: Path) -> None:
@@ -399,7 +458,10 @@ def test_what_is_not_finite_stops_the_run_and_is_not_saved(
         ({"model.gpt2.layers": 3}, "config.model.gpt2.layers was 2, is 3"),
         ({"train.trainable": ("mapper",)}, r"config.train.trainable was \('mapper', 'gpt2'\), is \('mapper',\)"),
         ({"data.name": "records/embeddings"}, "config.data.name was 'records/both', is 'records/embeddings'"),
-        ({"train.epochs": 4.0, "train.seed": 1}, r"config.train.seed was 0, is 1\n +config.train.epochs was 2.0, is 4"),
+        (
+            {"train.batch_size": 4, "train.seed": 1},
+            r"config.train.seed was 0, is 1\n +config.train.batch_size was 8, is 4",
+        ),
     ],
 )
 def test_a_run_of_other_settings_is_told_apart(
@@ -493,6 +555,16 @@ def test_a_base_of_another_architecture(unstopped: Path, data_dir: Path, tmp_pat
         train(tmp_path, config)
     with pytest.raises(UserError, match="nowhere holds no checkpoints"):
         train(tmp_path, settings(data_dir, {"train.init_from": "/nowhere"}))
+
+
+def test_a_base_of_other_embeddings(unstopped: Path, source: Source, tmp_path: Path) -> None:
+    other = RecordsSource("other", str(source.captions), embeddings=str(source.embeddings), encoder="RN50")
+    prepare_records(other, str(tmp_path))
+    message = (
+        f"records/other/train holds embeddings from RN50, but {unstopped} was trained on embeddings from {ENCODER}"
+    )
+    with pytest.raises(UserError, match=message):
+        train(tmp_path / "run", settings(tmp_path, {"train.init_from": str(unstopped), "data.name": "records/other"}))
 
 
 def test_a_data_set_that_is_not_there_leaves_no_folder(data_dir: Path, tmp_path: Path) -> None:
