@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import programs
 from original import Original
-from variants import VARIANTS
+from variants import OPTIONS, VARIANTS, Change
 
 from clipcap_jax import parallel
 from clipcap_jax.captioning.decode import beam_search
@@ -271,7 +271,8 @@ def training_case(
     kind: Any,
     batch_size: int,
     tokens: int | None = None,
-    change: Callable[[], Any] = contextlib.nullcontext,
+    change: Change = contextlib.nullcontext,
+    options: dict[str, Any] | None = None,
 ) -> Case:
     """Steps of training, traced while `change()` is entered."""
 
@@ -310,7 +311,7 @@ def training_case(
             "loss": float(work()),
         }
 
-    return Case(name, run, lower)
+    return Case(name, run, lower, options)
 
 
 @functools.lru_cache(maxsize=3)
@@ -375,7 +376,7 @@ def peak() -> int | None:
 def captioning(settings: Settings) -> list[Case]:
     counts = (2,) if settings.tiny else PICTURES
     return [
-        *(captioning_case(settings, count) for count in counts),
+        *(captioning_case(f"captioning/{count}/ours", settings, count) for count in counts),
         compare_case(settings, counts[0] if settings.tiny else 8),
         Case("captioning/1/original", functools.partial(search_torch, settings, 1, "original")),
         *(
@@ -412,10 +413,17 @@ def compare_case(settings: Settings, count: int) -> Case:
     return Case("captioning/same", run, lower)
 
 
-def captioning_case(settings: Settings, count: int) -> Case:
+def captioning_case(
+    name: str,
+    settings: Settings,
+    count: int,
+    change: Change = contextlib.nullcontext,
+    options: dict[str, Any] | None = None,
+) -> Case:
     def lower() -> Any:
         model, embeddings, best = search(settings, count, dtype_of(settings))
-        return best.lower(programs.param_shapes(model), programs.shapes_of(embeddings))
+        with change():
+            return best.lower(programs.param_shapes(model), programs.shapes_of(embeddings))
 
     def run(program: Any) -> Line:
         model, embeddings, best = search(settings, count, dtype_of(settings))
@@ -425,7 +433,7 @@ def captioning_case(settings: Settings, count: int) -> Case:
         line = measure(lambda: program(params, embeddings).tokens, jax.block_until_ready, settings.seconds)
         return {**rated(line, count, floor), "unit": "captions"}
 
-    return Case(f"captioning/{count}/ours", run, lower)
+    return Case(name, run, lower, options)
 
 
 def search_torch(settings: Settings, count: int, way: str) -> Line:
@@ -447,11 +455,22 @@ def search_torch(settings: Settings, count: int, way: str) -> Line:
 def towers(settings: Settings) -> list[Case]:
     names = ("tiny ViT", "tiny ResNet") if settings.tiny else ("ViT-B/32", "RN50x4")
     ways = {"ours": embed_pictures, "torch": embed_torch}
-    return [tower_case(settings, name, way, embed) for way, embed in ways.items() for name in names]
+    return [
+        tower_case(f"towers/{name.replace('/', '-')}/{way}", settings, name, embed)
+        for way, embed in ways.items()
+        for name in names
+    ]
 
 
-def tower_case(settings: Settings, name: str, way: str, embed: Callable[..., Line]) -> Case:
-    config, count = programs.TOWERS[name], 2 if settings.tiny else 256
+def tower_case(
+    name: str,
+    settings: Settings,
+    tower: str,
+    embed: Callable[..., Line],
+    change: Change = contextlib.nullcontext,
+    options: dict[str, Any] | None = None,
+) -> Case:
+    config, count = programs.TOWERS[tower], 2 if settings.tiny else 256
 
     def pixels() -> np.ndarray:
         shape = (count, config.image_size, config.image_size, 3)
@@ -459,12 +478,13 @@ def tower_case(settings: Settings, name: str, way: str, embed: Callable[..., Lin
 
     def lower() -> Any:
         function = jax.jit(programs.embed_pictures(config, dtype_of(settings)))
-        return function.lower(programs.tower_shapes(config), programs.shapes_of(pixels()))
+        with change():
+            return function.lower(programs.tower_shapes(config), programs.shapes_of(pixels()))
 
     def run(program: Any) -> Line:
         return {**embed(settings, config, pixels(), program), "unit": "pictures"}
 
-    return Case(f"towers/{name.replace('/', '-')}/{way}", run, lower)
+    return Case(name, run, lower, options)
 
 
 def embed_pictures(settings: Settings, config: Any, pixels: np.ndarray, program: Any) -> Line:
@@ -497,12 +517,17 @@ def embed_torch(settings: Settings, config: Any, pixels: np.ndarray, program: An
 
 
 def variants(settings: Settings) -> list[Case]:
-    batch = 8 if settings.tiny else 256
-    return [
-        training_case(f"variants/{kind}/{name}", settings, kind, batch, change=change)
-        for kind, changes in VARIANTS.items()
-        for name, change in changes.items()
-    ]
+    batch, pictures, tower = (8, 2, "tiny ViT") if settings.tiny else (256, 128, "ViT-B/32")
+
+    def case(kind: str, name: str, change: Change) -> Case:
+        title, options = f"variants/{kind}/{name}", OPTIONS.get(name)
+        if kind == "search":
+            return captioning_case(title, settings, pictures, change, options)
+        if kind == "tower":
+            return tower_case(title, settings, tower, embed_pictures, change, options)
+        return training_case(title, settings, kind, batch, change=change, options=options)
+
+    return [case(kind, name, change) for kind, changes in VARIANTS.items() for name, change in changes.items()]
 
 
 def lengths(settings: Settings) -> list[Case]:

@@ -12,7 +12,7 @@ What six minutes do not reach, `--only` does. `performance.py` makes the tables 
     parity       logits, gradients and captions of the original's own tensors (tests/data/original); steps repeated
     training/... compiled: by `torch.compile`
     towers       uint8 pixels to embeddings
-    variants     other forms of what training computes, each one change (variants.py)
+    variants     other forms of what these compute, each one change (variants.py)
     lengths      training on each length that captions of COCO are padded to
 
 `seconds` are the median of several calls, `spread` their fastest and slowest. `floor` are the least seconds that the

@@ -28,6 +28,10 @@ JOBS = {
     "train": "`clipcap train`, MLP mapper and GPT-2, batch 40",
 }
 VARIANTS = {"mlp": "MLP mapper and GPT-2", "transformer": "transformer mapper, GPT-2 frozen"}
+FORMS = {kind: f"{name}, batch 256" for kind, name in VARIANTS.items()} | {
+    "search": "a search for 128",
+    "tower": "ViT-B/32, 256 pictures",
+}
 
 
 def main() -> None:
@@ -112,7 +116,7 @@ def machine(lines: Lines) -> Iterator[str]:
         "pixels to embeddings, pictures/s|ours|of the floor|PyTorch|ratio|ours: compile",
         (tower_row(lines, tower) for tower in ("ViT-B-32", "RN50x4") if f"towers/{tower}/ours" in lines),
     )
-    yield from table("another form of a step, batch 256|at commit|ms a step|times as fast", variant_rows(lines))
+    yield from table("another form|at commit|ms|times as fast", variant_rows(lines))
     yield from table("captions padded to, MLP mapper and GPT-2, batch 256|pairs/s|of the floor", length_rows(lines))
     yield from table(
         "difference from the original's own outputs|logits|loss|gradients|beams that are the same", parity_rows(lines)
@@ -176,7 +180,14 @@ def captioning_row(lines: Lines, count: int) -> list[str]:
 
 def tower_row(lines: Lines, tower: str) -> list[str]:
     ours, theirs = (lines.get(f"towers/{tower}/{way}", {}) for way in ("ours", "torch"))
-    return [tower.replace("-32", "/32"), rate(ours), share(ours), rate(theirs), ratio(ours, theirs), compile_time(ours)]
+    return [
+        tower.replace("-32", "/32"),
+        rate_now(lines, ours),
+        share(ours),
+        rate(theirs),
+        ratio(ours, theirs),
+        compile_time(ours),
+    ]
 
 
 def length_rows(lines: Lines) -> Iterator[list[str]]:
@@ -192,7 +203,7 @@ def variant_rows(lines: Lines) -> Iterator[list[str]]:
         _, kind, form = name.split("/", 2)
         base = lines.get(f"variants/{kind}/as it is", {})
         time = f"{1e3 * line['seconds']:.2f}" if "seconds" in line else line["error"]
-        yield [f"{VARIANTS[kind]}: {form}", line["commit"], time, ratio(line, base)]
+        yield [f"{FORMS[kind]}: {form}", line["commit"], time, ratio(line, base)]
 
 
 def parity_rows(lines: Lines) -> Iterator[list[str]]:
@@ -226,7 +237,7 @@ def history(lines: Lines, commits: Sequence[str]) -> Iterator[str]:
     rows = []
     for name, line in lines.items():
         rates = {of["commit"]: of["rate"] for of in (*line["before"], line) if "rate" in of}
-        if len(rates) > 1:
+        if len(rates) > 1 and name.endswith("/ours"):
             first, *_, last = rates.values()
             shown = (number(rates[commit]) if commit in rates else "" for commit in commits)
             rows.append([name.removesuffix("/ours"), *shown, f"{last / first:.2f}"])

@@ -51,25 +51,25 @@ def _take(array: jax.Array, beams: jax.Array) -> jax.Array:
     return jax.vmap(lambda row, index: row[index])(array, beams)
 
 
-def _highest(scores: jax.Array, count: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The highest scores of each row, float32 `R W`, their tokens, and the highest, `R 1`; of equals, the first.
+def _highest(scores: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+    """The highest scores of each row, float32 `R W`, highest first, and their tokens; of equals, the first.
 
     They are among the groups of the vocabulary with the highest maxima, which are found in one pass and are short:
     `top_k` of the whole vocabulary takes longer than the product that made the logits.
     """
     padding = ((0, 0), (0, -scores.shape[-1] % _GROUP))
     groups = jnp.pad(scores, padding, constant_values=-jnp.inf).reshape(len(scores), -1, _GROUP)  # R G V/G
-    maxima = groups.max(axis=-1)
-    _, best = jax.lax.top_k(maxima, min(count, groups.shape[1]))
+    _, best = jax.lax.top_k(groups.max(axis=-1), min(count, groups.shape[1]))
     best = jnp.sort(best)  # of equals in two groups, the first
     found, index = jax.lax.top_k(_take(groups, best).reshape(len(scores), -1), count)  # R W
     tokens = jnp.take_along_axis(best, index // _GROUP, axis=1) * _GROUP + index % _GROUP
-    return found, tokens, maxima.max(axis=-1, keepdims=True)
+    return found, tokens
 
 
 def _likeliest(logits: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
     """The highest log-probabilities of each row, float32 `R W`, and their tokens; of equals, the first."""
-    found, tokens, highest = _highest(logits, count)
+    found, tokens = _highest(logits, count)
+    highest = found[:, :1]  # the maximum of the logits would be another pass over them
     return found - highest - jnp.log(jnp.exp(logits - highest).sum(axis=-1, keepdims=True)), tokens
 
 
@@ -124,7 +124,7 @@ def beam_search(
         log_probs = jax.nn.log_softmax(logits)
         scores = log_probs if beam_size > 1 else logits
         scores = constrained(scores, written.reshape(-1, written.shape[-1]), step, end_token, constraints)
-        found, tokens, _ = _highest(scores, beam_size)
+        found, tokens = _highest(scores, beam_size)
         if beam_size == 1:
             found = jnp.where(found == -jnp.inf, found, jnp.take_along_axis(log_probs, tokens, axis=-1))
         return found, tokens
