@@ -3,6 +3,7 @@
 import http.server
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 from urllib.parse import unquote
@@ -13,7 +14,8 @@ import pytest
 class Web(http.server.ThreadingHTTPServer):
     """Serves `files`, by paths as their addresses have them, and where a query says so does it badly:
 
-    "?huge" claims a terabyte, "?slow" sends drop by drop, "?silent" even the answer's head, "?to=ADDRESS" leads there.
+    "?huge" claims a terabyte, "?slow" sends drop by drop, "?silent" even the answer's head, "?to=ADDRESS" leads there;
+    "?busy" and "?short" give what they ought to when they are asked for the third time.
     """
 
     daemon_threads, block_on_close = True, False
@@ -21,6 +23,7 @@ class Web(http.server.ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.files: dict[str, bytes] = {}
+        self.asked: Counter[str] = Counter()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         pass  # a client that has had enough hangs up
@@ -35,7 +38,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path, _, query = unquote(self.path).partition("?")
         data = self.server.files.get(path[1:])
-        if query == "silent":
+        self.server.asked[self.path] += 1
+        early = self.server.asked[self.path] < 3
+        if query == "busy" and early:
+            self.send_error(503)
+        elif query == "silent":
             self._drip(b"HTTP/1.0 200 OK\r\n")
         elif query.startswith("to="):
             self.send_response(302)
@@ -50,7 +57,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             if query == "slow":
                 self._drip(data)
             else:
-                self.wfile.write(data)
+                self.wfile.write(data[:3] if query == "short" and early else data)
 
     def _drip(self, data: bytes) -> None:
         for byte in data:

@@ -17,11 +17,14 @@ from clipcap_jax.errors import UserError
 Picture = Path | str  # a str is an address
 
 _CHUNK = 1 << 16  # bytes
+_PAUSES = 1.0, 4.0  # seconds before a server is asked again
+_HUNG_UP = ConnectionResetError, http.client.RemoteDisconnected, http.client.IncompleteRead
 
 
 def picture(name: str) -> Picture:
     """What a name means: an address, which begins with http:// or https://, or else a path."""
-    return name if _is_address(name) else Path(name)
+    address = name.strip()
+    return address if is_address(address) else Path(name)
 
 
 def read(picture: Picture) -> bytes:
@@ -34,36 +37,51 @@ def read(picture: Picture) -> bytes:
     return pictures.read(picture) if isinstance(picture, Path) else _fetch(picture)
 
 
-def _is_address(name: str) -> bool:
+def is_address(name: str) -> bool:
+    """Whether it begins with http:// or https://."""
     return name.lower().startswith(("http://", "https://"))
 
 
 def _fetch(url: str) -> bytes:
-    """What a server gives, within the limits of pictures."""
-    try:
-        return pictures.in_time(lambda: _get(url), "the server", url)
-    except urllib.error.HTTPError as error:
-        error.close()  # it is the response, too
-        raise UserError(f"cannot be fetched: the server answers {error.code} {error.reason}") from None
-    except TimeoutError:
-        raise UserError(
-            f"cannot be fetched within {pictures.limit(pictures.MAX_SECONDS)} seconds (the environment variable "
-            f"{pictures.MAX_SECONDS})"
-        ) from None
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        raise UserError(f"cannot be fetched: {getattr(error, 'reason', error)}") from None
+    """What a server gives, within the limits of pictures; one that is busy, or hangs up, is asked again."""
+    for pause in (*_PAUSES, None):
+        try:
+            return pictures.in_time(lambda: _get(url), "the server", url)
+        except urllib.error.HTTPError as error:
+            error.close()  # it is the response, too
+            problem = f"the server answers {error.code} {error.reason}"
+            passing = error.code == http.HTTPStatus.TOO_MANY_REQUESTS or error.code >= 500
+        except TimeoutError:
+            raise UserError(
+                f"cannot be fetched within {pictures.limit(pictures.MAX_SECONDS)} seconds (the environment variable "
+                f"{pictures.MAX_SECONDS})"
+            ) from None
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            reason = getattr(error, "reason", error)
+            problem, passing = str(reason), isinstance(reason, _HUNG_UP)
+        if pause is None or not passing:
+            break
+        time.sleep(pause)
+    raise UserError(f"cannot be fetched: {problem}")
 
 
 def _get(url: str) -> bytes:
+    parts = urllib.parse.urlsplit(url)
+    if not parts.netloc.isascii():
+        parts = parts._replace(netloc=parts.netloc.encode("idna").decode())
     # "é" and spaces, as browsers take them; in a list, what is no UTF-8 as it is.
-    address = urllib.parse.quote(url, safe=string.punctuation, errors="surrogateescape")
+    address = urllib.parse.quote(parts.geturl(), safe=string.punctuation, errors="surrogateescape")
     # Some servers give nothing to Python's own name.
     request = urllib.request.Request(address, headers={"User-Agent": "clipcap_jax"})
     seconds = pictures.limit(pictures.MAX_SECONDS)
     until = time.monotonic() + seconds
     with _opener().open(request, timeout=seconds) as response:
         length = response.headers.get("Content-Length", "")
-        return pictures.read_stream(_Until(response, until), int(length) if length.isdecimal() else 0)
+        expected = int(length) if length.isdecimal() else 0
+        data = pictures.read_stream(_Until(response, until), expected)
+    if len(data) < expected:
+        raise http.client.IncompleteRead(data, expected - len(data))
+    return data
 
 
 @functools.cache
@@ -77,7 +95,7 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
     def redirect_request(
         self, req: urllib.request.Request, fp: Any, code: int, msg: str, headers: Any, newurl: str
     ) -> urllib.request.Request | None:
-        if not _is_address(newurl):
+        if not is_address(newurl):
             raise urllib.error.HTTPError(newurl, code, f"{msg} - Redirection to {newurl} is not allowed", headers, fp)
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 

@@ -1,5 +1,6 @@
 """The pictures that people name: files, folders, globs, addresses, lists of these, and tars of them."""
 
+import codecs
 import contextlib
 import glob
 import io
@@ -107,7 +108,8 @@ def _named(name: str, others: Counter[str]) -> Iterable[Picture]:
 
 def _lines(file: IO[bytes]) -> Iterator[Picture]:
     """A path or an address a line; its bytes need not be UTF-8."""
-    return (addresses.picture(os.fsdecode(line)) for raw in file if (line := raw.rstrip(b"\r\n")))
+    lines = (raw.removeprefix(codecs.BOM_UTF8).rstrip(b"\r\n") for raw in file)
+    return (addresses.picture(os.fsdecode(line)) for line in lines if line)
 
 
 def _pictures(files: Iterable[Picture], others: Counter[str]) -> Iterator[Picture]:

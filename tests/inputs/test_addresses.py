@@ -1,3 +1,4 @@
+import socket
 import time
 from pathlib import Path
 from urllib.parse import quote
@@ -13,6 +14,7 @@ from clipcap_jax.inputs import addresses
 def test_names() -> None:
     for name in ("http://a.example//b.jpg", "HTTPS://a.example/b.jpg?c=d#e"):
         assert addresses.picture(name) == name
+    assert addresses.picture(" http://a.example/b.jpg\n") == "http://a.example/b.jpg"
     for name in ("http:/a", "file:///etc/passwd", "photos/http://a.jpg", ""):
         assert addresses.picture(name) == Path(name)
 
@@ -45,6 +47,33 @@ def test_servers_that_give_no_picture(web: Web, name: str, message: str, monkeyp
     with pytest.raises(UserError, match=message):
         addresses.read(web.url(name))
     assert time.monotonic() - began < 2
+
+
+@pytest.mark.parametrize("query", ["busy", "short"])
+def test_a_server_is_asked_again(web: Web, query: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(addresses, "_PAUSES", (0.0, 0.0))
+    web.files["a.png"] = b"a picture"
+    assert addresses.read(web.url(f"a.png?{query}")) == b"a picture"
+    web.asked.clear()
+    monkeypatch.setattr(addresses, "_PAUSES", (0.0,))
+    with pytest.raises(UserError, match=r"the server answers 503|3 bytes read, 6 more expected"):
+        addresses.read(web.url(f"a.png?{query}"))
+    with pytest.raises(UserError, match="404"):
+        addresses.read(web.url("b.png"))
+    assert web.asked["/b.png"] == 1  # which will not be there a moment later
+
+
+def test_names_of_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def look_up(host: str, *_: object) -> None:
+        asked.append(host)
+        raise OSError("nobody")
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    with pytest.raises(UserError, match="cannot be fetched: nobody"):
+        addresses.read("http://bücher.example:80/ä.png")
+    assert asked == ["xn--bcher-kva.example"]
 
 
 @pytest.mark.parametrize(

@@ -112,7 +112,7 @@ def test_tars(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_lists(tmp_path: Path) -> None:
-    lines = b"a b.jpg\r\n\n\xff.png\na b.jpg\nhttps://a.example/b//c.tar\r\n"
+    lines = b"\xef\xbb\xbfa b.jpg\r\n\n\xff.png\na b.jpg\n https://a.example/b//c.tar \r\n"
     (tmp_path / "list").write_bytes(lines)
     listed = [Path("a b.jpg"), Path("\udcff.png"), "https://a.example/b//c.tar"]
     assert find_pictures([f"@{tmp_path}/list"]).paths == listed
