@@ -1,5 +1,6 @@
 """Pictures that nearly equal earlier ones, by the cosine of their embeddings."""
 
+import contextlib
 from typing import Any
 
 import jax
@@ -30,14 +31,15 @@ def first_equals(embeddings: np.ndarray, threshold: float, **bar: Any) -> np.nda
     found = np.full(len(embeddings), -1)
     starts = range(0, len(embeddings), size)
     pairs = [(start, before) for start in starts for before in starts if before <= start]
-    for start, before in track(pairs, "Comparing", total=len(pairs), **bar):
-        new = slice(start, start + size)
-        if (found[new] < 0).any():
-            rows = np.arange(len(embeddings), dtype=np.int32)[new]
-            known = fill(embeddings[before : before + size], size)
-            batch = fill(embeddings[new], size), fill(rows, size)
-            first = compare((known, np.int32(before), np.float32(threshold - _TOLERANCE)), batch)[: len(rows)]
-            found[new] = np.where(found[new] < 0, first, found[new])
+    with contextlib.closing(track(pairs, "Comparing", total=len(pairs), **bar)) as shown:
+        for start, before in shown:
+            new = slice(start, start + size)
+            if (found[new] < 0).any():
+                rows = np.arange(len(embeddings), dtype=np.int32)[new]
+                known = fill(embeddings[before : before + size], size)
+                batch = fill(embeddings[new], size), fill(rows, size)
+                first = compare((known, np.int32(before), np.float32(threshold - _TOLERANCE)), batch)[: len(rows)]
+                found[new] = np.where(found[new] < 0, first, found[new])
     return found
 
 

@@ -46,6 +46,10 @@ def marked(rows: Iterable[Row], threshold: float, console: Console) -> Iterator[
 
 def best_first(rows: Iterable[Row], inputs: Sequence[Any]) -> tuple[Iterator[Row], list[Any]]:
     """Rows and what they are of, by the score of their best caption; those without one last."""
-    pairs = zip(rows, inputs, strict=True)
-    ordered = sorted(pairs, key=lambda pair: -pair[0]["captions"][0]["score"] if "captions" in pair[0] else np.inf)
+
+    def best(pair: tuple[Row, Any]) -> float:
+        row, _ = pair  # whose captions, if drawn, are in no order
+        return max((caption["score"] for caption in row.get("captions", [])), default=-np.inf)
+
+    ordered = sorted(zip(rows, inputs, strict=True), key=best, reverse=True)
     return (row for row, _ in ordered), [given for _, given in ordered]

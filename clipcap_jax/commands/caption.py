@@ -22,6 +22,7 @@ from clipcap_jax.commands.journal import Journal, Row
 from clipcap_jax.commands.sidecars import Sidecars
 from clipcap_jax.errors import UserError, counted
 from clipcap_jax.files import check_new, place, reached
+from clipcap_jax.inputs import addresses
 from clipcap_jax.inputs.addresses import Picture
 from clipcap_jax.inputs.folders import described, find_pictures
 from clipcap_jax.progress import track
@@ -180,7 +181,7 @@ def _target(arguments: argparse.Namespace) -> tuple[Sidecars | None, Path | None
 
 def _inputs(names: list[str]) -> tuple[Any, collections.Counter[str]]:
     """Paths and addresses of pictures, or a matrix of embeddings, and what lies beside the pictures."""
-    matrices = [name for name in names if name.endswith(".npy")]
+    matrices = [name for name in names if name.endswith(".npy") and not addresses.is_address(name)]
     if not matrices:
         return find_pictures(names)
     if len(names) > 1:
@@ -225,7 +226,9 @@ def _settings(captioner: Any, inputs: Any, arguments: argparse.Namespace) -> dic
         digest.update(part.tobytes() if isinstance(part, np.ndarray) else f"{part}\n".encode(errors="surrogateescape"))
     settings = {"pictures": f"{len(inputs):,} ({digest.hexdigest()[:16]})", "n": 1}
     settings |= dataclasses.asdict(captioner.decode) | decoding.asked(arguments)
-    return settings | {name: getattr(arguments, name) for name in ("prefix", "suffix", "existing", "duplicates")}
+    if arguments.duplicates:  # from what cosine on is asked only in the end
+        settings["duplicates"] = True
+    return settings | {name: getattr(arguments, name) for name in ("prefix", "suffix", "existing")}
 
 
 def _digest(params: Any) -> str:

@@ -319,7 +319,7 @@ def test_duplicates_and_the_best_first(
     marked = (*run, "--duplicates", "0.9999", "--best-first", "--output", tmp_path / "d.jsonl")
     with monkeypatch.context() as patch:
         patch.setattr(caption, "_shared", interrupted)
-        assert clipcap(*marked) == 130
+        assert clipcap(*run, "--duplicates", "0.5", "--output", tmp_path / "d.jsonl") == 130
     assert clipcap(*marked) == 0
     rows = rows_of(tmp_path / "d.jsonl")
     assert "broken.jpg" in rows[-1]["image"]
