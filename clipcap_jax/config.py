@@ -111,8 +111,8 @@ class TrainConfig:
 
     Attributes:
       seed: of parameters, data order and dropout.
-      epochs: passes over all (picture, caption) pairs; may be a fraction. A run that goes on may get more, or fewer:
-        from the step where it is, its learning rate is then that of a run which had as many from the beginning.
+      epochs: passes over all (picture, caption) pairs; may be a fraction. A run that goes on may get more: from
+        the step where it is, its learning rate is then that of a run which had as many from the beginning.
       batch_size: pairs per step, over all devices.
       trainable: the parts that learn; the others get no gradients and no optimiser state.
       pretrained: weights to start from; the rest starts at random.

@@ -24,12 +24,12 @@ def check_same_data(restored: Restored, data: CaptionData, pairs: int) -> None:
         )
 
 
-def check_left(restored: Restored, config: Config, total: int) -> None:
-    """A run may become shorter, but not than it is already."""
-    if restored.step >= total and total != restored.position["total"]:
+def check_not_shorter(restored: Restored, config: Config, total: int) -> None:
+    """A run may get more epochs; fewer would end it at once, also where a restart has only forgotten how many."""
+    if total < restored.position["total"]:
         raise UserError(
-            f"config.train.epochs={config.train.epochs:g} are {total} steps, and the run has taken {restored.step}: "
-            "nothing is left to do. Name more epochs to train on."
+            f"config.train.epochs was {restored.metadata.config.train.epochs:g}, is {config.train.epochs:g}: a run "
+            "that goes on can get more, not fewer. Without --config, it goes on as it was."
         )
 
 

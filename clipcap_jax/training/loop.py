@@ -73,7 +73,8 @@ def train(config: Config, folder: str | Path, console: Console | None = None, wa
         done = _take_steps(run, state, folder, checkpoints, hold, console, wandb)
         checkpoints.wait()
     if done < run.total:
-        console.print(f"Stopped after step {done} of {run.total}. The same command goes on from there.")
+        told = f"Stopped after step {done} of {run.total}. `clipcap train --workdir={folder}` goes on from there."
+        console.print(told, soft_wrap=True)
     else:
         console.print(f"Trained {run.total} steps. The run is in {folder}", soft_wrap=True)
 

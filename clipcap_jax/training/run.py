@@ -23,7 +23,7 @@ from clipcap_jax.text.tokenizer import Tokenizer
 from clipcap_jax.training import optim
 from clipcap_jax.training.checks import (
     check_encoder,
-    check_left,
+    check_not_shorter,
     check_same_data,
     check_same_encoder,
     check_same_model,
@@ -90,7 +90,7 @@ def open_run(config: Config, folder: Path, checkpoints: Checkpoints, console: Co
     total = optim.total_steps(config.train, len(pairs))
     if restored:
         check_same_data(restored, data, len(pairs))
-        check_left(restored, config, total)
+        check_not_shorter(restored, config, total)
     elif base:
         check_same_encoder(config, data, base)
     same = dataclasses.replace(config.data, data_dir="", workers=0)
@@ -256,7 +256,7 @@ def _describe(run: Run, trained: Params, frozen: Params, console: Console) -> No
             soft_wrap=True,
         )
     warmup_steps = run.config.optimizer.warmup_steps
-    if not run.start and warmup_steps >= run.total:
+    if warmup_steps >= run.total:
         console.print(
             f"Warning: config.optimizer.warmup_steps={warmup_steps} is not shorter than the run, {run.total} steps, so "
             "that the learning rate only rises. Train for more epochs, or warm up for a tenth of them: "
@@ -273,6 +273,8 @@ def _tell_going_on(run: Run, total: int, console: Console) -> None:
         then, now = (schedule(run.start) for schedule in (optim.schedule(run.config.optimizer, total), run.schedule))
         told += (
             f", not of {total} as until now: the learning rate goes from {float(then):.2g} to {float(now):.2g}, where "
-            f"a run of {run.total} steps has it at this step, and falls to 0 at the new end"
+            f"a run of {run.total} steps has it at this step"
         )
+        if run.config.optimizer.warmup_steps < run.total:
+            told += ", and falls to 0 at the new end"
     console.print(f"{told}.", soft_wrap=True)

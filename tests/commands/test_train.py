@@ -32,10 +32,7 @@ def test_a_run_goes_on_with_its_own_settings(clipcap: Clipcap, run: Path, capsys
     ("setting", "message"),
     [
         ("--config.train.seed=1", "config.train.seed was 0, is 1"),
-        (
-            "--config.train.epochs=39",
-            "config.train.epochs=39 are 195 steps, and the run has taken 200: nothing is left",
-        ),
+        ("--config.train.epochs=39", "config.train.epochs was 40, is 39: a run that goes on can get more, not fewer"),
         ("--config.train.epoch=41", "config.train.epoch is not a setting: did you mean config.train.epochs?"),
     ],
 )

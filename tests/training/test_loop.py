@@ -155,20 +155,20 @@ def test_more_epochs_than_first_asked(unstopped: Path, data_dir: Path, tmp_path:
 
 def test_fewer_epochs_than_first_asked(unstopped: Path, data_dir: Path, tmp_path: Path) -> None:
     shutil.copytree(unstopped, tmp_path / "finished")
-    message = "config.train.epochs=1 are 5 steps, and the run has taken 10: nothing is left to do. Name more epochs"
-    with pytest.raises(UserError, match=message):
-        train(tmp_path / "finished", settings(data_dir, {"train.epochs": 1.0}))
+    with pytest.raises(
+        UserError, match=r"config.train.epochs was 2, is 1.4: a run that goes on can get more, not fewer"
+    ):
+        train(tmp_path / "finished", settings(data_dir, {"train.epochs": 1.4}))
     assert_ends_like(tmp_path / "finished", unstopped)
-    train_until(tmp_path / "stopped", settings(data_dir), 3)
-    printed = train(tmp_path / "stopped", settings(data_dir, {"train.epochs": 1.0}))
-    assert "of 5, not of 10 as until now: the learning rate goes from 0.0044 to 0.0033" in printed
-    assert "Trained 5 steps" in printed
 
 
 def test_a_run_that_only_warms_up_is_told(data_dir: Path, tmp_path: Path) -> None:
     changes = {"train.epochs": 0.4, "optimizer.warmup_steps": 9}
     message = "warmup_steps=9 is not shorter than the run, 2 steps, so .* --config.optimizer.warmup_steps=0\n"
     assert re.search(message, train(tmp_path / "warm", settings(data_dir, changes)))
+    printed = train(tmp_path / "warm", settings(data_dir, {**changes, "train.epochs": 0.6}))  # and goes on to
+    assert re.search("not shorter than the run, 3 steps", printed)
+    assert re.search(r"Going on after step 2 of 3, not of 2 as until now: .* has it at this step\.\n", printed)
     assert "warmup_steps" not in train(tmp_path / "cold", settings(data_dir, {**changes, "optimizer.warmup_steps": 1}))
 
 
