@@ -71,7 +71,7 @@ class WandbLog(NoLog):
                 self._give_up(error)
         if self._run and self._run.offline:
             console.print(f"W&B: offline; `wandb sync {_folder(self._run)}` sends the numbers", soft_wrap=True)
-        elif self._run:
+        elif self._run and self._run.url:  # which it has not where W&B is told to do nothing
             console.print(f"W&B: {self._run.url}", soft_wrap=True)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
