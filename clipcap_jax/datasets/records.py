@@ -40,7 +40,7 @@ class RecordsSource:
         where there are no embeddings. Their paths are stored in any case, so that pages can show the pictures.
       split: of pictures whose record names none: one split for all, or a share for each. Shares are drawn by a hash of
         the image_id, so that a picture stays in its split when others are added. Where no record names one, each that
-        has a share gets a picture at least, in a small set by taking the last drawn of the largest.
+        has a share gets a picture at least, in a small set by taking the last drawn of the largest; that does not stay.
       image_field, caption_field: what the captions file calls them, where that cannot be guessed.
     """
 
