@@ -269,14 +269,14 @@ def test_the_documentation(
     shutil.copy(source.pictures / "01.png", tmp_path / "photos" / "two.png")
     (tmp_path / "photos" / "broken.png").write_bytes(b"")
     shutil.copy(source.embeddings, tmp_path / "embeddings.npy")
-    (tmp_path / "captions.jsonl").write_text('{"image": "two.png", "caption": "green"}\n')
+    (tmp_path / "captions.jsonl").write_text('{"image": "two.png", "caption": "green", "split": "train"}\n')
     page = (Path(__file__).parents[2] / "docs" / "python.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```python\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
     assert len(blocks) == 11
     monkeypatch.chdir(tmp_path)
     trained: list[Config] = []
 
-    def train(config: Config, folder: Path, _: Any) -> None:
+    def train(config: Config, folder: Path, *_: Any) -> None:
         trained.append(config)
         shutil.copytree(pixels_run, folder)
 
