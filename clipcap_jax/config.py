@@ -3,6 +3,8 @@
 No field has a default: a config file shows every setting there is.
 """
 
+import ast
+import contextlib
 import dataclasses
 import difflib
 import math
@@ -285,6 +287,9 @@ def _build(kind: Any, value: Any, path: str) -> Any:
         if value in (None, "none") and types.NoneType in arguments:  # "none": no flag can say None
             return None
         kinds = [argument for argument in arguments if argument is not types.NoneType]
+        if isinstance(value, str) and value.startswith("{"):  # as a command line gives several fields
+            with contextlib.suppress(ValueError, SyntaxError):
+                value = ast.literal_eval(value)
         if isinstance(value, Mapping):
             kinds = [max(kinds, key=lambda kind: len(set(value) & set(typing.get_type_hints(kind))))]
         return _build_dataclass(kinds, value, path)

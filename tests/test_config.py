@@ -163,6 +163,14 @@ def test_mistakes(name: str, changes: dict[str, Any], message: str) -> None:
         changed(name, changes)
 
 
+def test_fields_from_a_command_line() -> None:
+    sizes = clip_vit.ClipVitConfig(32, 8, 16, 1, 2, 24)
+    text = str(dataclasses.asdict(sizes))
+    assert changed(EMBEDDINGS, {"model.clip": text, "train.pretrained.clip": "x"}).model.clip == sizes
+    with pytest.raises(UserError, match=r"config.model.clip is '\{\}\}'; it has to hold the fields"):
+        changed(EMBEDDINGS, {"model.clip": "{}}"})
+
+
 @pytest.mark.parametrize("section", [field.name for field in dataclasses.fields(Config)])
 def test_every_setting_has_to_be_there(section: str) -> None:
     values = load(f"--config={PIXELS}").to_dict()

@@ -1,6 +1,7 @@
 """`clipcap prepare` and `clipcap embed`."""
 
 import argparse
+import dataclasses
 import functools
 from typing import Any
 
@@ -19,7 +20,12 @@ def add(commands: Any) -> None:
     records = kinds.add_parser("records", help="your own pictures or embeddings, with a captions file")
     records.set_defaults(run=_prepare_records)
     records.add_argument("--name", required=True, help='the data set will be "records/<name>"')
-    records.add_argument("--captions", required=True, help="a .jsonl, .json, .csv, .tsv or .txt file; see docs/data.md")
+    records.add_argument(
+        "--captions",
+        required=True,
+        help="a .jsonl, .json, .csv, .tsv or .txt file of image and caption, and of image_id, split, embedding_row or "
+        "domain",
+    )
     records.add_argument("--images", help="the folder that the captions file's image names are looked up in")
     records.add_argument("--image-field", help="what the captions file calls the file name [image or file_name]")
     records.add_argument("--caption-field", help="what it calls the caption [caption, captions or text]")
@@ -174,6 +180,7 @@ def _embed(arguments: argparse.Namespace) -> None:
     else:
         console.print(summary)
         settings = f"--config.data.name={summary.name} --config.data.input=embedding"
-        if preset := encoder.name.partition(",")[0].removeprefix("CLIP"):  # with the tower, to caption pictures too
-            settings += f" --config.model.clip={preset} --config.train.pretrained.clip={arguments.clip}"
+        # With the tower, to caption pictures too.
+        sizes = encoder.name.partition(",")[0].removeprefix("CLIP") or f'"{dataclasses.asdict(encoder.config)}"'
+        settings += f" --config.model.clip={sizes} --config.train.pretrained.clip={arguments.clip}"
         console.print(f"To train on it: {settings}", soft_wrap=True)

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -222,16 +223,20 @@ def test_two_at_once(encoder: Encoder, pictures: Path) -> None:
 
 
 def test_what_the_command_says_to_train_with(
-    weights: Path, pictures: Path, clipcap: Clipcap, capsys: pytest.CaptureFixture[str]
+    weights: Path, pictures: Path, source: Source, clipcap: Clipcap, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """A tower of any sizes, with which the run then captions pictures."""
     arguments = ("records/pictures", "--clip", weights, "--data-dir", pictures, "--batch-size", 8, "--workers", 1)
     assert clipcap("embed", *arguments) == 0
     printed = capsys.readouterr().out
     assert f"embeddings/records_pictures is prepared: {pictures}" in printed
-    settings = dict(re.findall(r"--config\.(\S+)=(\S+)", printed))
-    assert settings == {"data.name": "embeddings/records_pictures", "data.input": "embedding"}
+    line = printed[printed.index("To train on it: ") :].splitlines()[0]
+    flags = [word.removeprefix("--config.").partition("=") for word in shlex.split(line)[4:]]
+    settings = {name: value for name, _, value in flags}
+    assert settings["data.name"] == "embeddings/records_pictures"
     train(pictures / "run", make_config(pictures, settings))
     assert losses(pictures / "run")
+    assert Captioner.load(pictures / "run", "latest").caption(next(source.pictures.glob("*.png"))).score < 0
 
 
 def prepare_anew(source: Source, data_dir: Path, captions: str) -> None:
