@@ -300,7 +300,8 @@ def _read_table(file: TextFile, suffix: str, names: Mapping[str, tuple[str, ...]
     """Rows of one line each: a quote that is not closed would take the rows below it into a caption."""
     lines = file.lines()
     _, header = next(lines, ("", ""))
-    columns = [name.strip() for name in _cells(header, suffix) or []]
+    delimiter = ";" if ";" in header and "," not in header else ","  # Excel's, where a comma stands in numbers
+    columns = [name.strip() for name in _cells(header, suffix, delimiter) or []]
     if twice := [name for name, count in Counter(columns).items() if count > 1]:
         raise UserError(f"{file}:1: the column {twice[0]!r} is there twice. Rename the one that is not meant.")
     captions = [name for name in (*names["caption"], "captions") if name in columns]
@@ -313,7 +314,7 @@ def _read_table(file: TextFile, suffix: str, names: Mapping[str, tuple[str, ...]
             "which is which."
         )
     end = Problem("", "end of file", "")
-    rows = (_read_row(where, line, suffix, columns, captions[0]) for where, line in lines)
+    rows = (_read_row(where, line, suffix, delimiter, columns, captions[0]) for where, line in lines)
     for row, after in itertools.pairwise(itertools.chain(rows, [end])):
         if isinstance(row, Problem) or not isinstance(after, Problem) or after.reason != "too few columns":
             yield row
@@ -323,16 +324,18 @@ def _read_table(file: TextFile, suffix: str, names: Mapping[str, tuple[str, ...]
             yield row
 
 
-def _read_row(where: str, line: str, suffix: str, columns: list[str], caption: str) -> _Fields | Problem:
-    cells = _cells(line, suffix)
+def _read_row(
+    where: str, line: str, suffix: str, delimiter: str, columns: list[str], caption: str
+) -> _Fields | Problem:
+    cells = _cells(line, suffix, delimiter)
     if suffix == ".txt" and columns[-1] == caption and (cells is None or len(cells) > len(columns)):
-        *names, text = line.split(",", len(columns) - 1)
+        *names, text = line.split(delimiter, len(columns) - 1)
         open_quote = any('"' in name for name in names) or (text.startswith('"') and text.count('"') % 2)
         cells = None if open_quote else [_unquoted(cell) for cell in (*names, text)]
     if cells is None:
         return Problem(where, "bad line", "a quote that is not closed in its line, or text after one that is")
     if len(cells) > len(columns):
-        return Problem(where, "too many columns", f"more than {len(columns)}; put a text with commas in quotes")
+        return Problem(where, "too many columns", f"more than {len(columns)}; put a text with {delimiter!r} in quotes")
     if len(cells) < len(columns):
         return Problem(where, "too few columns", f"fewer than {len(columns)}")
     fields = {key: value for key, value in zip(columns, cells, strict=True) if value or key == caption}
@@ -341,12 +344,12 @@ def _read_row(where: str, line: str, suffix: str, columns: list[str], caption: s
     return where, fields
 
 
-def _cells(line: str, suffix: str) -> list[str] | None:
+def _cells(line: str, suffix: str, delimiter: str) -> list[str] | None:
     """The cells of a line, None where it is not CSV. In a TSV a quote is a letter unless the cell is wholly quoted."""
     if suffix == ".tsv":
         return [_unquoted(cell) for cell in line.split("\t")]
     try:
-        return next(csv.reader([line], strict=True))
+        return next(csv.reader([line], delimiter=delimiter, strict=True))
     except csv.Error:
         return None
 

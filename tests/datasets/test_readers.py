@@ -32,6 +32,17 @@ def lines(*records: Any) -> str:
     return "".join(json.dumps(record) + "\n" for record in records)
 
 
+def test_a_table_with_semicolons(tmp_path: Path) -> None:
+    """As Excel writes it where a comma stands in numbers."""
+    text = 'file_name;text\r\na.jpg;A dog, running.\r\nb.jpg;"Two; or three."\r\nc.jpg;One;two.\r\n'
+    file = read(tmp_path, "c.csv", text)
+    assert [(record.image, record.captions) for record in file.records] == [
+        ("a.jpg", ["A dog, running."]),
+        ("b.jpg", ["Two; or three."]),
+    ]
+    assert [problem.detail for problem in file.problems] == ["more than 2; put a text with ';' in quotes"]
+
+
 def test_jsonl(tmp_path: Path) -> None:
     file = read(
         tmp_path,
