@@ -182,7 +182,10 @@ def _arguments(settings: Mapping[str, Any] | Sequence[str]) -> list[str]:
     """As a command line has them."""
     if not isinstance(settings, Mapping):
         return list(settings)
-    return [f"--config.{name}={'none' if value is None else value}" for name, value in settings.items()]
+    return [
+        f"--config.{name.removeprefix('config.')}={'none' if value is None else value}"
+        for name, value in settings.items()
+    ]
 
 
 def evaluate(

@@ -78,7 +78,7 @@ def test_results_are_not_replaced(embeddings_run: Path, tmp_path: Path) -> None:
         (lambda: clipcap_jax.train(), "name the run's folder, workdir, or a config that has a name: coco_mlp, "),
         (lambda: clipcap_jax.train(get_config()), "name the run's folder, workdir, or"),
         (lambda: clipcap_jax.train({"data": {}}, "run"), "config lacks "),
-        (lambda: clipcap_jax.train("shapes", "run", {"train.epoch": 3}), "did you mean config.train.epochs?"),
+        (lambda: clipcap_jax.train("shapes", "run", {"config.train.epoch": 3}), "did you mean config.train.epochs?"),
         (lambda: clipcap_jax.train("shapes", "run", {"train.epochs": "three"}), "three"),
         (lambda: clipcap_jax.train("flickr8k", "run", {"model.clip": None, "data.name": "gone"}), "gone"),
         (lambda: clipcap_jax.train(workdir="gone"), "gone holds no run to go on with"),

@@ -130,7 +130,7 @@ class InputReader:
         if not self.takes_embeddings:
             raise UserError(
                 f"this checkpoint was trained on pictures and cannot caption embeddings, as {matrix.dtype} of the "
-                f"shape {matrix.shape} would be: a picture is a uint8 array `H W 3`"
+                f"shape {matrix.shape} would be: a picture is a uint8 array `H W 3`, a grey one too"
             )
         if matrix.dtype.kind not in "fiu" or not matrix.ndim:
             raise UserError(f"no matrix of numbers, but {matrix.dtype} of the shape {matrix.shape}")

@@ -21,7 +21,7 @@ def open_model(run: str | Path, checkpoint: str, **original: Any) -> tuple[Metad
     if not files.is_remote(run) and files.place(run).is_file():
         return *open_original(files.place(run), **original), 0
     if original:
-        raise UserError(f"{', '.join(original)}: for the original's .pt files alone, and {run} is none")
+        raise UserError(f"{', '.join(original)}: for the original's .pt files alone, if for any, and {run} is none")
     if isinstance(run, str) and hub.is_name(run) and not files.place(run).exists():
         if checkpoint != "best":
             raise UserError(f"{run} is on the Hugging Face hub, which has one checkpoint: name a {run}@REVISION")

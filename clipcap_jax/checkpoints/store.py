@@ -145,7 +145,7 @@ class Checkpoints:
                 "takes for a pattern. Give another folder."
             )
         if not writing and not has_checkpoints(run):
-            raise UserError(f"{run} holds no checkpoints: give the folder of a run, the one that train.py wrote to")
+            raise UserError(f"{run} holds no checkpoints: give the folder of a run, one that `clipcap train` wrote to")
         best = BestN(get_metric_fn=_best_metric, n=1, keep_checkpoints_without_metrics=False)
         options = ocp.CheckpointManagerOptions(
             create=writing,

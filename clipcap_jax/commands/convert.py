@@ -111,6 +111,9 @@ def _convert_to_original(arguments: argparse.Namespace) -> None:
     metadata, params = load_run(arguments)
     save_original(metadata.config.model, params, arguments.file)
     screen().print(f"{arguments.run_folder} is now in {arguments.file}", soft_wrap=True)
+    if "clip" in metadata.config.train.trainable:
+        told = "The vision tower, which was trained too, is not: the original's files hold none, and use OpenAI's."
+        screen().print(told, style="yellow", soft_wrap=True)
 
 
 def _convert_to_gpt2(arguments: argparse.Namespace) -> None:

@@ -91,6 +91,8 @@ def prepare_records(
         raise UserError(f"{source.captions} holds no captions.")
     if matrix is not None:
         notes += _assign_rows(rows, len(matrix), source)
+        if source.encoder is None:
+            notes.append("what made the embeddings is not named (--encoder): those of any other encoder pass for them")
     if folder is not None:
         rows, more = find_pictures(rows, folder)
         notes += more

@@ -231,7 +231,7 @@ def write(evaluation: Evaluation, captioner: Captioner, folder: Path, console: C
         details={
             "data set": data.name,
             "checkpoint": f"step {captioner.step}",
-            "decoding": " ".join(f"{name}={value}" for name, value in decode.items()),
+            "decoding": " ".join(f"{name}={value}" for name, value in decode.items() if value != ""),
             "date": datetime.datetime.now().isoformat(" ", "minutes"),
         },
         paper=paper.rows_for(data.name),

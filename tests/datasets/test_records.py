@@ -102,7 +102,10 @@ def test_embeddings_by_row_and_photos_beside_them(folder: Path) -> None:
     np.save(folder / "e.npy", matrix)
     change_lines(folder, *({"embedding_row": row} for row in rows))
     summary = prepare(folder, embeddings=str(folder / "e.npy"))
-    assert summary.notes == (f"rows of {folder}/e.npy that no picture uses: 2",)
+    assert summary.notes == (
+        f"rows of {folder}/e.npy that no picture uses: 2",
+        "what made the embeddings is not named (--encoder): those of any other encoder pass for them",
+    )
     prepare(folder, name="both", embeddings=str(folder / "e.npy"), store_images=True)
     for index, row in enumerate(rows):
         without, both = read(folder)[str(index)], read(folder, "both")[str(index)]
@@ -392,7 +395,7 @@ def test_shares_of_the_splits(folder: Path) -> None:
     write_lines(folder / "c.jsonl", [{"image_id": f"{index}", "caption": "A dog."} for index in range(2000)])
     np.save(folder / "e.npy", np.ones((2000, 1)))
     shares = {"train": 0.7, "extra": 0.2, "test": 0.1}
-    summary = prepare(folder, images=None, embeddings=str(folder / "e.npy"), split=shares)
+    summary = prepare(folder, images=None, embeddings=str(folder / "e.npy"), encoder="mine", split=shares)
     assert list(summary.images) == ["train", "test", "extra"]
     for split, share in shares.items():
         assert summary.images[split] == pytest.approx(2000 * share, abs=80)
