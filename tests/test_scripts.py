@@ -98,7 +98,7 @@ def test_an_evaluation_as_the_run_was_configured(
     scores, captions, sizes = evaluated(f"--workdir={run}")
     assert scores["folder"] == f"{run}/evaluations/records-both-test-100-beam1"
     assert scores["details"]["checkpoint"] == "step 100"
-    assert scores["details"]["decoding"] == "beam_size=1 max_tokens=16 length_penalty=1.0 stop="
+    assert scores["details"]["decoding"] == "beam_size=1 max_tokens=16 length_penalty=1.0"
     assert (captions, sizes) == (6, [4, 4])
     assert "CLIPScore" not in scores["scores"]
     assert scores["not_computed"] == {"SPICE": "not asked for", **unavailable(meteor=True, spice=None)}
@@ -139,7 +139,7 @@ def test_every_option_of_an_evaluation(run: Path, evaluated: Evaluated, source: 
     assert scores["folder"] == str(tmp_path / "results")
     assert scores["details"]["checkpoint"] == "step 200"
     assert scores["details"]["data set"] == "records/other/test[:5]"
-    assert scores["details"]["decoding"] == "beam_size=3 max_tokens=16 length_penalty=0.5 stop="
+    assert scores["details"]["decoding"] == "beam_size=3 max_tokens=16 length_penalty=0.5"
     assert (count, sizes) == (5, [8])
     assert "CLIPScore" in scores["scores"]
     assert scores["not_computed"] == {
