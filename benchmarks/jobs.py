@@ -89,9 +89,9 @@ class Bench:
             raise RuntimeError(f"{' '.join(map(str, command))}\n{done.stdout}{done.stderr}")
         return time.perf_counter() - start
 
-    def work(self, name: str, count: int) -> Any:
+    def work(self, name: str, arguments: Any) -> Any:
         """What a function of this file says, in a process of its own."""
-        command = [sys.executable, __file__, "--work", json.dumps([name, count, dataclasses.asdict(self)])]
+        command = [sys.executable, __file__, "--work", json.dumps([name, arguments, dataclasses.asdict(self)])]
         done = subprocess.run(command, env=self.environment(), stdout=subprocess.PIPE, text=True, check=True)
         return json.loads(done.stdout.splitlines()[-1])
 
@@ -105,8 +105,8 @@ def main() -> None:
     parser.add_argument("--work", help=argparse.SUPPRESS)  # this process is one that works
     arguments = parser.parse_args()
     if arguments.work:
-        name, count, bench = json.loads(arguments.work)
-        print(json.dumps(WORK[name](Bench(**bench), count)))
+        name, given, bench = json.loads(arguments.work)
+        print(json.dumps(WORK[name](Bench(**bench), given)))
         return
     with tempfile.TemporaryDirectory() as folder:
         if not arguments.photos:
@@ -149,8 +149,9 @@ def embedding(bench: Bench, rounds: int) -> Iterator[Line]:
     numbers = itertools.count()
 
     def job(count: int) -> float:
-        work = json.dumps(["embed", [count, next(numbers)], dataclasses.asdict(bench)])
-        return bench.seconds(__file__, "--work", work)
+        arguments = [count, next(numbers)]
+        bench.work("photos", arguments)  # which looks at each picture once, too
+        return bench.seconds(__file__, "--work", json.dumps(["embed", arguments, dataclasses.asdict(bench)]))
 
     yield compared(bench, "embed", job, "tower", rounds)
 
@@ -284,7 +285,7 @@ def encoder_of(bench: Bench) -> Encoder:
     return Encoder(clip, programs.random_params(programs.tower_shapes(clip)), dtype())
 
 
-def embed_photos(bench: Bench, arguments: Any) -> None:
+def prepare_photos(bench: Bench, arguments: Any) -> None:
     count, number = arguments
     folder = Path(bench.folder, f"embedded{number}")
     folder.mkdir()
@@ -292,7 +293,11 @@ def embed_photos(bench: Bench, arguments: Any) -> None:
     (folder / "captions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     photos = RecordsSource("photos", str(folder / "captions.jsonl"), images=str(Path(bench.folder, "photos")))
     prepare_records(photos, str(folder))
-    embed(encoder_of(bench), "records/photos", "new", str(folder), batch_size=bench.batch, workers=bench.workers)
+
+
+def embed_photos(bench: Bench, arguments: Any) -> None:
+    folder = str(Path(bench.folder, f"embedded{arguments[1]}"))
+    embed(encoder_of(bench), "records/photos", "new", folder, batch_size=bench.batch, workers=bench.workers)
 
 
 def tower(bench: Bench, count: int) -> float:
@@ -336,6 +341,7 @@ WORK: dict[str, Callable[[Bench, Any], Any]] = {
     "make": make,
     "decoding": decoding,
     "search": search,
+    "photos": prepare_photos,
     "embed": embed_photos,
     "tower": tower,
     "step": step,
