@@ -44,17 +44,22 @@ def load_pretrained(config: Config, console: Console) -> dict[str, Any]:
 def choose_tokenizer(config: Config, base: Metadata | None, captions: Sequence[tuple[str, ...]]) -> Tokenizer:
     """The run's tokenizer: the one the base checkpoint was trained with, or else what the config names.
 
-    Where the config names what the base checkpoint's does, nothing is loaded: it may be gone by now.
+    Where the config names what the base checkpoint's does, it may be gone by now: then the checkpoint's own is taken.
 
     Raises:
       UserError: the config names another one than the base checkpoint's, or one with more pieces than the model has.
     """
     source, vocab_size = config.tokenizer.source, config.model.gpt2.vocab_size
-    if base is not None and source in ("captions", base.config.tokenizer.source):
-        return base.tokenizer
     if source == "captions":
+        if base is not None:
+            return base.tokenizer
         return Tokenizer.train((text for texts in captions for text in texts), vocab_size)
-    tokenizer = Tokenizer.load(source)
+    try:
+        tokenizer = Tokenizer.load(source)
+    except UserError:
+        if base is not None and source == base.config.tokenizer.source:
+            return base.tokenizer
+        raise
     if base is not None and not tokenizer.same_ids(base.tokenizer):
         raise UserError(
             f"the tokenizer {source!r} is not the one that the checkpoint was trained with, and its ids "

@@ -59,10 +59,10 @@ def test_a_base_brings_its_tokenizer(data_dir: Path, tmp_path: Path) -> None:
     )
     assert other.to_dict() != stored
     elsewhere = make_config(data_dir, {"tokenizer.source": "elsewhere"})
-    assert choose_tokenizer(from_folder, metadata(elsewhere, other), captions).to_dict() == stored
+    assert choose_tokenizer(from_folder, metadata(from_folder, other), captions).to_dict() == stored
     assert choose_tokenizer(elsewhere, metadata(elsewhere, other), captions) is other  # which may be nowhere by now
     with pytest.raises(UserError, match="is not the one that the checkpoint was trained with"):
-        choose_tokenizer(from_folder, metadata(elsewhere, alone), captions)
+        choose_tokenizer(from_folder, metadata(from_folder, alone), captions)
     with pytest.raises(UserError, match=r"has \d+ pieces, more than config.model.gpt2.vocab_size=260"):
         choose_tokenizer(
             make_config(data_dir, {"tokenizer.source": str(tmp_path), "model.gpt2.vocab_size": 260}), None, []
