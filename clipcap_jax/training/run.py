@@ -259,8 +259,12 @@ def _describe(run: Run, trained: Params, frozen: Params, console: Console) -> No
     if warmup_steps >= run.total:
         console.print(
             f"Warning: config.optimizer.warmup_steps={warmup_steps} is not shorter than the run, {run.total} steps, so "
-            "that the learning rate only rises. Train for more epochs, or warm up for a tenth of them: "
-            f"--config.optimizer.warmup_steps={run.total // 10}",
+            "that the learning rate only rises. Train for more epochs"
+            + (
+                "."
+                if run.start
+                else f", or warm up for a tenth of them: --config.optimizer.warmup_steps={run.total // 10}"
+            ),
             style="yellow",
             soft_wrap=True,
         )

@@ -167,7 +167,7 @@ def test_a_run_that_only_warms_up_is_told(data_dir: Path, tmp_path: Path) -> Non
     message = "warmup_steps=9 is not shorter than the run, 2 steps, so .* --config.optimizer.warmup_steps=0\n"
     assert re.search(message, train(tmp_path / "warm", settings(data_dir, changes)))
     printed = train(tmp_path / "warm", settings(data_dir, {**changes, "train.epochs": 0.6}))  # and goes on to
-    assert re.search("not shorter than the run, 3 steps", printed)
+    assert re.search(r"not shorter than the run, 3 steps, so .* Train for more epochs\.\n", printed)
     assert re.search(r"Going on after step 2 of 3, not of 2 as until now: .* has it at this step\.\n", printed)
     assert "warmup_steps" not in train(tmp_path / "cold", settings(data_dir, {**changes, "optimizer.warmup_steps": 1}))
 
