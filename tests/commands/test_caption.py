@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +85,17 @@ def test_captions_in_a_file(
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def interrupted_after(count: int) -> Callable[..., Iterator[dict[str, Any]]]:
+    """In the place of `_shared`: it gives so many rows, then Ctrl-C comes."""
+    made = caption._shared
+
+    def interrupted(*arguments: Any) -> Iterator[dict[str, Any]]:
+        yield from itertools.islice(made(*arguments), count)
+        raise KeyboardInterrupt
+
+    return interrupted
 
 
 def test_captions_are_not_lost(
@@ -275,14 +286,8 @@ def test_addresses(
     (tmp_path / "list").write_text("\n".join(urls[1:]))
     output = tmp_path / "c.jsonl"
     run = ("caption", pixels_run, urls[0], f"@{tmp_path / 'list'}", pictures[3], "--batch-size", "4")
-    made = caption._shared
-
-    def interrupted(*arguments: Any) -> Iterator[dict[str, Any]]:
-        yield from itertools.islice(made(*arguments), 3)
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
-        patch.setattr(caption, "_shared", interrupted)
+        patch.setattr(caption, "_shared", interrupted_after(3))
         assert clipcap(*run, "--output", output) == 130
     del web.files["01.png"]
     assert clipcap(*run, "--output", output) == 0
@@ -310,15 +315,9 @@ def test_duplicates_and_the_best_first(
     run, output = ("caption", pixels_run, photos, "--batch-size", "4"), tmp_path / "c.jsonl"
     assert clipcap(*run, "--output", output) == 0
     plain = rows_of(output)
-    made = caption._shared
-
-    def interrupted(*arguments: Any) -> Iterator[dict[str, Any]]:
-        yield from itertools.islice(made(*arguments), 20)
-        raise KeyboardInterrupt
-
     marked = (*run, "--duplicates", "0.9999", "--best-first", "--output", tmp_path / "d.jsonl")
     with monkeypatch.context() as patch:
-        patch.setattr(caption, "_shared", interrupted)
+        patch.setattr(caption, "_shared", interrupted_after(20))
         assert clipcap(*run, "--duplicates", "0.5", "--output", tmp_path / "d.jsonl") == 130
     assert clipcap(*marked) == 0
     rows = rows_of(tmp_path / "d.jsonl")
@@ -447,14 +446,8 @@ def test_what_is_drawn_goes_on(
     assert clipcap(*run, "--overwrite", "--seed", "1") == 0
     assert rows_of(output) != whole
     output.unlink()
-    made = caption._shared
-
-    def interrupted(*arguments: Any) -> Iterator[dict[str, Any]]:
-        yield from itertools.islice(made(*arguments), 7)
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
-        patch.setattr(caption, "_shared", interrupted)
+        patch.setattr(caption, "_shared", interrupted_after(7))
         assert clipcap(*run) == 130
     assert clipcap(*run) == 0
     assert rows_of(output) == whole
