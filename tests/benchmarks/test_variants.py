@@ -39,7 +39,7 @@ def test_a_variant_computes_the_same(kind: str) -> None:
     )
     for other in others:
         for expected, leaf in zip(base, other, strict=True):
-            np.testing.assert_allclose(leaf, expected, rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(leaf, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("causal", [False, True])

@@ -23,7 +23,7 @@ def test_probabilities_do_not_depend_on_the_length_penalty(captioner: Captioner,
     both = [caption for caption in ranked if caption.text in plain]
     assert len(both) > 2
     found = [results.log_prob(captioner, caption, 0.7) for caption in both]
-    np.testing.assert_allclose(found, [plain[caption.text] for caption in both], rtol=1e-4)
+    np.testing.assert_allclose(found, [plain[caption.text] for caption in both], rtol=1e-5)
     expected = np.exp([plain[caption.text] for caption in both])
     np.testing.assert_allclose(results.shares(found), expected / expected.sum(), rtol=1e-3)
 
