@@ -245,7 +245,8 @@ def _validate(
         console.print(f"    {sample}", style="dim", soft_wrap=True)
     if validation.collapsed:
         console.print(
-            f"Warning: only {validation.distinct} different captions for {len(validation.captions)} pictures. "
+            f"Warning: {len(validation.captions)} pictures have only {validation.distinct} "
+            f"caption{'s' * (validation.distinct > 1)} between them. "
             "Early in training that is normal; if it lasts, the model does not use its pictures.",
             style="yellow",
             soft_wrap=True,

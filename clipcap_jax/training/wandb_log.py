@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import importlib
+import sys
 import tempfile
 import threading
 import uuid
@@ -91,17 +92,18 @@ class WandbLog(NoLog):
     def close(self) -> None:
         self._log.close()
         if run := self._run:
+            failed = sys.exception() is not None  # which closes this
             # In a thread, as a service that is away is waited for without an end.
-            finish = threading.Thread(target=self._finish, args=(run,), daemon=True)
+            finish = threading.Thread(target=self._finish, args=(run, int(failed)), daemon=True)
             finish.start()
             finish.join(_PATIENCE)
             if finish.is_alive():
                 self._warn(f"not all was sent within {_PATIENCE:.0f} s; `wandb sync {_folder(run)}` sends the rest")
             self._run = None
 
-    def _finish(self, run: Any) -> None:
+    def _finish(self, run: Any, exit_code: int) -> None:
         try:
-            run.finish()
+            run.finish(exit_code=exit_code)
         except Exception as error:
             if self._run:  # else it is waited for no more
                 self._give_up(error)

@@ -8,6 +8,7 @@ import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import needs
 import pytest
@@ -16,7 +17,7 @@ from tiny import Clipcap, make_config
 
 from clipcap_jax.errors import UserError
 from clipcap_jax.progress import screen
-from clipcap_jax.training import wandb_log
+from clipcap_jax.training import loop, wandb_log
 from clipcap_jax.training.logs import NoLog
 from clipcap_jax.training.wandb_log import WandbLog, check
 
@@ -32,6 +33,7 @@ class Service:
         self.away: set[str] = set()
         self.runs: dict[str, list[tuple[int, dict[str, float]]]] = {}
         self.asked: list[dict[str, Any]] = []
+        self.exit_codes: list[int] = []
         self.begun = False
         self.errors = SimpleNamespace(UsageError=UsageError)
 
@@ -60,8 +62,9 @@ class Service:
                 raise BrokenPipeError
             lines.append((step, values))
 
-        def finish() -> None:
+        def finish(*, exit_code: int) -> None:
             self.begun = False
+            self.exit_codes.append(exit_code)
             if "finish" in self.away:
                 threading.Event().wait()
 
@@ -157,6 +160,17 @@ def test_the_numbers_of_a_training(clipcap: Clipcap, service: Service, data_dir:
     assert [{"step": step, **values} for step, values in logged] == lines
     assert "val/CIDEr" in lines[-1]
     assert [options["project"] for options in service.asked] == ["mine"]
+    assert service.exit_codes == [0]
+
+
+def test_a_training_that_fails(
+    clipcap: Clipcap, service: Service, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The service shows it as such."""
+    monkeypatch.setattr(loop, "_save", mock.Mock(side_effect=UserError("the disk is full")))
+    command = ["train", f"--config={tiny.__file__}", f"--workdir={tmp_path}", f"--config.data.data_dir={data_dir}"]
+    assert clipcap(*command, "--config.train.epochs=1", "--wandb=mine") == 2
+    assert service.exit_codes == [1]
 
 
 _WRITE = """
