@@ -75,6 +75,11 @@ def is_setting(argument: str) -> bool:
     return _SETTING.match(argument) is not None
 
 
+def setting_names(values: ConfigDict) -> list[str]:
+    """What `change` can change: "--config.train.epochs", ..."""
+    return [f"--{name}" for name, value in _settings(values, "config") if not isinstance(value, ConfigDict)]
+
+
 def change(values: ConfigDict, arguments: Sequence[str]) -> None:
     """Change settings as a command line says: "--config.train.epochs=3", or the value as an argument of its own.
 

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import difflib
 import errno
 import io
 import os
@@ -32,10 +33,17 @@ def spellings(name: str) -> list[str]:
     return sorted({f"--{name.replace('_', '-')}", f"--{name}"})
 
 
-def refuse(arguments: argparse.Namespace, others: Sequence[str]) -> NoReturn:
-    """End the program, with how its command is called, as that does not take these."""
+def refuse(arguments: argparse.Namespace, others: Sequence[str], settings: Sequence[str] = ()) -> NoReturn:
+    """End the program, with how its command is called, as that does not take these; `settings`: those it takes."""
     parser: argparse.ArgumentParser = arguments.parser
-    hint = f": the run's folder is --workdir={others[0]}" if "workdir" in arguments and others[0][:1] != "-" else ""
+    hint, name = "", others[0].partition("=")[0]
+    if name[:1] != "-":
+        hint = f": the run's folder is --workdir={name}" if "workdir" in arguments else ""
+    elif close := (
+        [setting for setting in settings if setting.rpartition(".")[2] == name.strip("-").replace("-", "_")]
+        or difflib.get_close_matches(name, parser._option_string_actions, n=1)
+    ):
+        hint = f": did you mean {' or '.join(close)}?"
     parser.error(f"unrecognized arguments: {' '.join(others)}{hint}")
 
 

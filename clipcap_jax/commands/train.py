@@ -38,7 +38,7 @@ def _complete_config(prefix: str, **_: Any) -> list[str]:
 
 def _train(arguments: argparse.Namespace) -> None:
     if unknown := [other for other in arguments.others if other[:1] == "-" and not config_files.is_setting(other)]:
-        refuse(arguments, unknown)
+        refuse(arguments, unknown, config_files.setting_names(config_files.read("shapes")))
     if arguments.workdir == "":
         raise UserError("--workdir is empty: name the run's folder")
     config, workdir, settings = arguments.config, arguments.workdir, arguments.others

@@ -205,17 +205,19 @@ def test_alone_it_shows_how_it_is_called(clipcap: Clipcap, capsys: pytest.Captur
 
 
 @pytest.mark.parametrize(
-    ("arguments", "usage"),
+    ("arguments", "usage", "hint"),
     [
-        (("caption", "run", "a.png", "--beam_sise", "3"), "usage: clipcap caption "),
-        (("prepare", "shapes", "--beam-size", "3"), "usage: clipcap prepare shapes "),
-        (("evaluate", "--workdir=x", "--beam_sise=3"), "usage: clipcap evaluate "),
+        (("caption", "run", "a.png", "--beam_size", "3"), "usage: clipcap caption ", "did you mean --beam-size?"),
+        (("prepare", "shapes", "--beam-size", "3"), "usage: clipcap prepare shapes ", "did you mean --beam?"),
+        (("evaluate", "--workdir=x", "--beam_sise=3"), "usage: clipcap evaluate ", "did you mean --beam_size?"),
+        (("train", "--batch-size", "3"), "usage: clipcap train ", "did you mean --config.evaluate.batch_size or --config"),
     ],
 )
 def test_a_slip_shows_how_its_verb_is_called(
-    clipcap: Clipcap, arguments: tuple[str, ...], usage: str, capsys: pytest.CaptureFixture[str]
+    clipcap: Clipcap, arguments: tuple[str, ...], usage: str, hint: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert clipcap(*arguments) == 2
     printed = capsys.readouterr().err
     assert printed.startswith(usage)
-    assert "unrecognized arguments: --beam" in printed
+    assert "unrecognized arguments: --b" in printed
+    assert hint in printed
