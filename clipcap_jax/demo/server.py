@@ -9,6 +9,7 @@ import re
 import socket
 import tempfile
 from collections.abc import Iterator, Mapping
+from concurrent import futures
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,15 @@ def serve(captioners: Mapping[str, Captioner], listening: socket.socket) -> None
             mcp_server=False,
         )
         config = uvicorn.Config(Gate(app, uploads), log_level="warning", timeout_graceful_shutdown=1)
-        uvicorn.Server(config).run(sockets=[listening])
+        server = uvicorn.Server(config)
+        # In a thread, where it leaves signals to this one: in the main one it would catch them, and raise them again
+        # when it has ended.
+        with futures.ThreadPoolExecutor(1) as executor:
+            serving = executor.submit(server.run, sockets=[listening])
+            try:
+                serving.result()
+            finally:
+                server.should_exit = True
 
 
 @contextlib.contextmanager

@@ -210,7 +210,7 @@ def test_alone_it_shows_how_it_is_called(clipcap: Clipcap, capsys: pytest.Captur
         (("caption", "run", "a.png", "--beam_size", "3"), "usage: clipcap caption ", "did you mean --beam-size?"),
         (("prepare", "shapes", "--beam-size", "3"), "usage: clipcap prepare shapes ", "did you mean --beam?"),
         (("evaluate", "--workdir=x", "--beam_sise=3"), "usage: clipcap evaluate ", "did you mean --beam_size?"),
-        (("train", "--batch-size", "3"), "usage: clipcap train ", "did you mean --config.evaluate.batch_size or --config"),
+        (("train", "--batch-size", "3"), "usage: clipcap train ", "did you mean --config.evaluate.batch_size or"),
     ],
 )
 def test_a_slip_shows_how_its_verb_is_called(

@@ -59,12 +59,12 @@ def test_without_gradio(
 
 
 class Demo:
-    """The command, as a process that keeps what is uploaded below `temporary`."""
+    """The command, as a process that keeps what is uploaded below `temporary`; with options of `Popen`'s."""
 
-    def __init__(self, temporary: Path, *arguments: str | Path):
+    def __init__(self, temporary: Path, *arguments: str | Path, **options: Any):
         command = [sys.executable, "-m", "clipcap_jax", "demo", "--port=0", *map(str, arguments)]
         environment = os.environ | {"TMPDIR": str(temporary), "COLUMNS": "200"}
-        self.process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, **options)
         assert self.process.stdout
         told = self.process.stdout.readline()
         [self.address] = re.findall(r"The page is at (http://127\.0\.0\.1:\d+); Ctrl-C ends it", told)
@@ -213,9 +213,9 @@ def test_only_uploaded_files_can_be_read(demo: Demo, pixels_run: Path) -> None:
 @pytest.mark.slow
 def test_nothing_is_left_behind(pixels_run: Path, tmp_path: Path) -> None:
     needs.skip_without("gradio")
-    demo = Demo(tmp_path, pixels_run)
+    demo = Demo(tmp_path, pixels_run, stderr=subprocess.PIPE)
     assert list(tmp_path.rglob("example-1.png"))
-    with demo.process:
-        demo.process.send_signal(signal.SIGINT)
-        assert demo.process.wait(timeout=10) == 130
+    demo.process.send_signal(signal.SIGINT)
+    _, errors = demo.process.communicate(timeout=10)
+    assert (demo.process.returncode, errors) == (130, "Stopped.\n")
     assert not list(tmp_path.iterdir())
