@@ -125,6 +125,7 @@ def train(
     settings: Mapping[str, Any] | Sequence[str] = (),
     *,
     wandb: str = "",
+    processes: int = 1,
     console: Console | None = None,
 ) -> Path:
     """Train a captioner, or go on where the run in its folder stopped; `clipcap train` is the same.
@@ -135,6 +136,7 @@ def train(
       workdir: the run's folder; None: runs/<name of the config>.
       settings: what to change of the config, such as {"train.epochs": 3}; or as a command line has it.
       wandb: the project at Weights & Biases that gets the numbers too; "" for none.
+      processes: how many draw the data set `shapes`, where that is asked for and not there: see `prepare`.
       console: where progress is shown, as `progress.screen` makes one; None: on the screen.
 
     Returns:
@@ -172,7 +174,7 @@ def train(
     chosen, console = config_lib.from_dict(values.to_dict()), console or screen()
     if chosen.data.name == "shapes":  # drawn rather than downloaded, so nobody needs to ask for it
         with cluster.in_turn():
-            console.print(datasets.prepare_shapes(chosen.data.data_dir))
+            console.print(datasets.prepare_shapes(chosen.data.data_dir, processes=processes))
     with without_warnings():
         loop.train(chosen, run, console, wandb)
     return run

@@ -3,14 +3,16 @@ import shutil
 import threading
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import pytest
-from tiny import ENCODER, SPLITS, Source, get_config
+from tiny import ENCODER, SPLITS, Clipcap, Source, get_config
 
 import clipcap_jax
-from clipcap_jax import jobs
+from clipcap_jax import datasets, jobs
 from clipcap_jax.captioning.captioner import Captioner
+from clipcap_jax.commands import train
 from clipcap_jax.errors import UserError
 
 
@@ -46,6 +48,22 @@ def test_from_files_to_scores(source: Source, tmp_path: Path, monkeypatch: pytes
     assert found["result"].scores.overall["CIDEr"] == scores["CIDEr"]
     assert found["result"].loss == scores["loss"]
     assert len(found["result"].captions) == SPLITS["val"]
+
+
+def test_several_processes_draw(
+    clipcap: Clipcap, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As many as there are CPUs for the command; one for a script, which may not be made for more."""
+    drawn = mock.Mock(side_effect=UserError("the disk is full"))
+    monkeypatch.setattr(datasets, "prepare_shapes", drawn)
+    monkeypatch.setattr(train, "cpus", lambda: 7)
+    assert (
+        clipcap("train", f"--config.data.data_dir={tmp_path}", f"--workdir={tmp_path / 'run'}", "--config=shapes") == 2
+    )
+    assert "the disk is full" in capsys.readouterr().err
+    with pytest.raises(UserError, match="the disk is full"):
+        clipcap_jax.train("shapes", tmp_path / "run", {"data.data_dir": str(tmp_path)})
+    assert drawn.mock_calls == [mock.call(str(tmp_path), processes=processes) for processes in (7, 1)]
 
 
 def test_a_run_goes_on(embeddings_run: Path, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 from argcomplete.completers import FilesCompleter
 
 from clipcap_jax import config_files, jobs
-from clipcap_jax.commands.cli import add_cluster_options, refuse, start_processes
+from clipcap_jax.commands.cli import add_cluster_options, cpus, refuse, start_processes
 from clipcap_jax.errors import UserError
 
 
@@ -49,4 +49,5 @@ def _train(arguments: argparse.Namespace) -> None:
         config = config_files.read(config)
         config_files.change(config, settings)
         settings = ()
-    jobs.train(config, workdir, settings, wandb=arguments.wandb, console=start_processes(arguments))
+    console = start_processes(arguments)
+    jobs.train(config, workdir, settings, wandb=arguments.wandb, processes=cpus(), console=console)

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections import Counter
+from concurrent import futures
 from pathlib import Path
 
 import jax
@@ -83,6 +84,13 @@ def open_run(config: Config, folder: Path, checkpoints: Checkpoints, console: Co
     restored = _restore(config, folder, checkpoints, console)
     base, base_params = (restored.metadata, restored.params) if restored else _base(config)
     data = _open(config, "train")
+    model, clip = ClipCap(config.model), config.model.clip
+    width = data.embedding_width or clip.embedding_width  # type: ignore[union-attr]
+    if clip is not None and width != clip.embedding_width:
+        raise UserError(
+            f"{data.name} holds embeddings of width {width}; config.model.clip makes them {clip.embedding_width} wide"
+        )
+    fresh = _begin_params(config, model, width) if base_params is None else None
     tokenizer = choose_tokenizer(config, base, data.captions)
     pairs = _pairs(config, data, tokenizer, console)
     if not len(pairs):
@@ -98,12 +106,6 @@ def open_run(config: Config, folder: Path, checkpoints: Checkpoints, console: Co
         "settings, data or checkpoints",
         f"{dataclasses.replace(config, data=same)} {data.fingerprint} {restored.step if restored else 0}",
     )
-    model, clip = ClipCap(config.model), config.model.clip
-    width = data.embedding_width or clip.embedding_width  # type: ignore[union-attr]
-    if clip is not None and width != clip.embedding_width:
-        raise UserError(
-            f"{data.name} holds embeddings of width {width}; config.model.clip makes them {clip.embedding_width} wide"
-        )
     validator = None
     if config.evaluate.images:
         val = _open(config, "val")
@@ -112,11 +114,10 @@ def open_run(config: Config, folder: Path, checkpoints: Checkpoints, console: Co
             console.print(f"Warning: {note}", style="yellow", soft_wrap=True)
 
     pretrained = {} if restored else load_pretrained(config, console)
-    params = base_params
-    if params is None:
-        params = init_params(model, width, config.train.seed, without=pretrained)
-    elif not restored:
-        check_same_model(config, model, width, params)
+    params = fresh.result() if fresh else base_params
+    assert params is not None
+    if base_params and not restored:
+        check_same_model(config, model, width, base_params)
     if not restored:
         params |= pretrained
         check_encoder(config, data, params, console)
@@ -157,6 +158,16 @@ def open_run(config: Config, folder: Path, checkpoints: Checkpoints, console: Co
     if restored:
         _tell_going_on(run, restored.position["total"], console)
     return run, state
+
+
+def _begin_params(config: Config, model: ClipCap, width: int) -> futures.Future[Params]:
+    """Begin to make the parameters that nothing gives, as to compile their program takes as long as to tokenise."""
+    pretrained = dataclasses.asdict(config.train.pretrained)
+    without = [part for part, source in pretrained.items() if source]
+    executor = futures.ThreadPoolExecutor(1, thread_name_prefix="parameters")
+    begun = executor.submit(init_params, model, width, config.train.seed, without)
+    executor.shutdown(wait=False)
+    return begun
 
 
 def _restore(config: Config, folder: Path, checkpoints: Checkpoints, console: Console) -> Restored | None:
