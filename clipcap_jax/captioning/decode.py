@@ -69,7 +69,7 @@ def _highest(scores: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
 def _likeliest(logits: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
     """The highest log-probabilities of each row, float32 `R W`, and their tokens; of equals, the first."""
     found, tokens = _highest(logits, count)
-    highest = found[:, :1]  # the maximum of the logits would be another pass over them
+    highest = found.max(axis=-1, keepdims=True)  # that of the logits would be another pass over them
     return found - highest - jnp.log(jnp.exp(logits - highest).sum(axis=-1, keepdims=True)), tokens
 
 
