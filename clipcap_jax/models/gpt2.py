@@ -123,8 +123,9 @@ class Gpt2(nn.Module):
         length = embeddings.shape[1]
         x = embeddings + self.position_embeddings[None, :length].astype(self.dtype)
         x, read = self.transformer.prefill(x, _causal(length))
-        padding = [(0, 0)] * 3 + [(0, slots - length), (0, 0)]
-        keys, values = (jnp.pad(part, padding) for part in read)  # N B H S K
+        free = [(0, slots - length)]
+        keys = jnp.pad(read.keys, [(0, 0)] * 4 + free)  # N B H K S
+        values = jnp.pad(read.values, [(0, 0)] * 3 + free + [(0, 0)])  # N B H S K
         return self.logits(self.final_norm(x[:, -1])), tuple(map(LayerCache, keys, values))
 
     def extend(

@@ -33,7 +33,10 @@ class Hooks(NamedTuple):
 
 
 class LayerCache(NamedTuple):
-    """Keys and values of one layer, each `B H S K`; slots not yet written hold zeros and are masked."""
+    """Keys, `B H K S`, and values, `B H S K`, of one layer; slots not yet written hold zeros and are masked.
+
+    They lie as CPUs read them in the two products of `attention`; keys `B H S K` would be transposed for every token.
+    """
 
     keys: jax.Array
     values: jax.Array
@@ -118,15 +121,16 @@ class Block(nn.Module):
         qkv = dense(3 * width, use_bias=self.qkv_bias, name="qkv")(y)
         qkv = qkv.reshape(*x.shape[:-1], 3, self.heads, width // self.heads)  # B L 3 H K
         query, key, value = qkv.transpose(2, 0, 3, 1, 4)  # each B H L K
+        key = key.swapaxes(-1, -2)  # B H K L
         if cache is None:
             cache = LayerCache(key, value)
         else:
-            start = (0, 0, slot, 0)
             cache = LayerCache(
-                jax.lax.dynamic_update_slice(cache.keys, key, start),
-                jax.lax.dynamic_update_slice(cache.values, value, start),
+                jax.lax.dynamic_update_slice(cache.keys, key, (0, 0, 0, slot)),
+                jax.lax.dynamic_update_slice(cache.values, value, (0, 0, slot, 0)),
             )
-        y = attention(query, cache.keys, cache.values, mask, drop).swapaxes(1, 2).reshape(x.shape)  # B L D
+        y = attention(query, cache.keys.swapaxes(-1, -2), cache.values, mask, drop)
+        y = y.swapaxes(1, 2).reshape(x.shape)  # B L D
         x = x + drop(dense(width, kernel_init=self.residual_init, name="attention_out")(y))
 
         y = dense(self.mlp_width, name="mlp_in")(norm(name="norm_2")(x))
@@ -178,7 +182,7 @@ class Transformer(nn.Module):
         return self._scan(x, mask, deterministic=deterministic)[0]
 
     def prefill(self, x: jax.Array, mask: jax.Array) -> tuple[jax.Array, LayerCache]:
-        """As `__call__`, without dropout; and the layers' keys and values, each `N B H L K`."""
+        """As `__call__`, without dropout; and the layers' keys and values, `N B H K L` and `N B H L K`."""
         x, cache = self._scan(x, mask, keep=True)
         assert cache is not None
         return x, cache

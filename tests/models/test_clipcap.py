@@ -106,7 +106,8 @@ def test_padding_changes_nothing(model: ClipCap, params: Any) -> None:
 def test_prefill_gives_the_first_logits(model: ClipCap, params: Any, logits: Callable[..., jax.Array]) -> None:
     first, cache = model.apply({"params": params}, EMBEDDINGS, 9, method="prefill")
     np.testing.assert_allclose(first, logits(params, EMBEDDINGS, CAPTIONS)[:, 0], rtol=0, atol=1e-5)
-    assert {leaf.shape for leaf in jax.tree.leaves(cache)} == {(BATCH, 2, 9, 8)}
+    assert {layer.keys.shape for layer in cache} == {(BATCH, 2, 8, 9)}
+    assert {layer.values.shape for layer in cache} == {(BATCH, 2, 9, 8)}
 
 
 def test_normalize_embedding() -> None:
