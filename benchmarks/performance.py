@@ -89,7 +89,7 @@ def machine(lines: Lines) -> Iterator[str]:
     driver = f", driver {about['driver']}" if about["driver"] else ""
     yield f"### {about['device']}, {about['date']}"
     yield ""
-    commits = [line["commit"] for line in (*about["before"], about)]
+    commits = dict.fromkeys(line["commit"] for line in (*about["before"], about))
     yield (
         f"Commit {', then '.join(commits)}; {about['cores']} CPU cores{driver}, "
         f"Python {about['python']}, "
