@@ -1,7 +1,6 @@
 """Signals that ask a program to stop are answered at once. Python itself hears of one only when the main thread is back
 from whatever it has called, and XLA may compile for minutes."""
 
-import _thread
 import contextlib
 import os
 import signal
@@ -84,8 +83,10 @@ def _end_soon(number: int) -> None:
 
 def _once_more(dropped: Any) -> None:
     """Python drops what is raised while it collects garbage: the signal comes again when it has."""
-    if isinstance(dropped.exc_value, KeyboardInterrupt | SystemExit):
-        threading.Timer(0.1, _thread.interrupt_main).start()
+    error = dropped.exc_value
+    status = 130 if isinstance(error, KeyboardInterrupt) else getattr(error, "code", None)
+    if isinstance(status, int) and status > 128:
+        threading.Timer(0.1, signal.pthread_kill, (threading.main_thread().ident, status - 128)).start()
     else:
         sys.__unraisablehook__(dropped)
 

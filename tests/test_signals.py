@@ -59,11 +59,12 @@ def test_what_comes_back_cleans_up() -> None:
     assert (process.returncode, printed, errors) == (130, "clean\n", "Stopped.\n")
 
 
-def test_a_signal_that_python_drops_comes_again() -> None:
-    main = "class Garbage:\n  def __del__(self): signal.raise_signal(signal.SIGINT)\n"
-    with running(main + "ready(); Garbage(); time.sleep(600)") as process:
-        _, errors = process.communicate(timeout=60)
-    assert (process.returncode, errors) == (130, "Stopped.\n")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_that_python_drops_comes_again(number: signal.Signals) -> None:
+    main = f"class Garbage:\n  def __del__(self): signal.raise_signal({number})\n"
+    with running(main + "try: ready(); Garbage(); time.sleep(600)\nfinally: print('clean')") as process:
+        printed, errors = process.communicate(timeout=60)
+    assert (process.returncode, printed, errors) == (128 + number, "clean\n", "Stopped.\n")
 
 
 def test_asked_to_stop_it_answers_at_once_and_a_second_time_ends() -> None:

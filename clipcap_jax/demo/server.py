@@ -109,9 +109,8 @@ def serve(captioners: Mapping[str, Captioner], listening: socket.socket) -> None
         # In a thread, where it leaves signals to this one: in the main one it would catch them, and raise them again
         # when it has ended.
         with futures.ThreadPoolExecutor(1) as executor:
-            serving = executor.submit(server.run, sockets=[listening])
             try:
-                serving.result()
+                executor.submit(server.run, sockets=[listening]).result()
             finally:
                 server.should_exit = True
 
