@@ -1,11 +1,12 @@
 """Whole jobs, each in a process of its own as its user starts it, beside the parts that they cannot do without.
 
-    python benchmarks/jobs.py [--photos FOLDER] [--only start caption embed train] [--rounds 3]
+    python benchmarks/jobs.py [--photos FOLDER] [--only start demo caption embed train] [--rounds 3]
 
 Prints a JSON object a line. Weights are random, of the paper's sizes: ViT-B/32, an MLP mapper, GPT-2 124M; float32 on
 CPUs, bfloat16 elsewhere. Compiled programs are kept from one process to the next.
 
     start     seconds of `clipcap caption` of one photo: the first process compiles, the second does not
+    demo      seconds to the first step of `train.py` with the config `shapes`, from nothing: no data, no programs
     caption   pictures/s of `clipcap caption FOLDER`, beams of 5, 20 tokens, without its start: more pictures less fewer
     embed     the same of `embed`, with ViT-B/32
     train     pairs/s of `train.py`, between two of its lines in metrics.jsonl
@@ -76,8 +77,9 @@ class Bench:
     def photos(self, count: int) -> list[Path]:
         return sorted(Path(self.folder, "photos").iterdir())[:count]
 
-    def environment(self) -> dict[str, str]:
-        return os.environ | {"JAX_COMPILATION_CACHE_DIR": str(Path(self.folder, "programs")), "PYTHONPATH": str(ROOT)}
+    def environment(self, programs: str = "programs") -> dict[str, str]:
+        """`programs`: the name of the folder that compiled ones are kept in."""
+        return os.environ | {"JAX_COMPILATION_CACHE_DIR": str(Path(self.folder, programs)), "PYTHONPATH": str(ROOT)}
 
     def seconds(self, *command: str | Path) -> float:
         """Of a process, from its start to its end."""
@@ -134,6 +136,17 @@ def start(bench: Bench, _: int) -> Iterator[Line]:
         yield {"case": f"start/{name}", "seconds": taken}
 
 
+def demo(bench: Bench, rounds: int) -> Iterator[Line]:
+    seconds = []
+    for number in range(rounds):
+        folder = Path(bench.folder, f"demo{number}")
+        settings = {"data.data_dir": folder, "train.epochs": 1e-3, "train.log_every": 1}
+        start = time.perf_counter()
+        lines = logged("shapes", folder / "run", settings, bench.environment(f"demo_programs{number}"))
+        seconds.append(lines[1] - start)
+    yield {"case": "start/demo", "seconds": statistics.median(seconds), "spread": [min(seconds), max(seconds)]}
+
+
 def caption(bench: Bench, rounds: int) -> Iterator[Line]:
     numbers = itertools.count()
 
@@ -176,17 +189,7 @@ def training(bench: Bench, rounds: int) -> Iterator[Line]:
     first, last = STEPS[bench.sizes]
     for number in range(rounds):
         run = Path(bench.folder, f"training{number}")
-        lines: dict[int, float] = {}
-        command = [sys.executable, "train.py", f"--config={ROOT / 'configs' / 'coco_mlp.py'}", f"--workdir={run}"]
-        command += [f"--config.{name}={value}" for name, value in training_settings(bench, last).items()]
-        process = subprocess.Popen(command, env=bench.environment(), cwd=ROOT, stdout=subprocess.DEVNULL)
-        while process.poll() is None:
-            time.sleep(0.01)
-            text = (run / "metrics.jsonl").read_text() if (run / "metrics.jsonl").exists() else ""
-            for line in text.splitlines():
-                lines.setdefault(json.loads(line)["step"], time.perf_counter())
-        if process.returncode:
-            raise RuntimeError("train.py has failed: see above")
+        lines = logged("coco_mlp", run, training_settings(bench, last), bench.environment())
         rates["train"].append((last - first) * PAIRS / (lines[last] - lines[first]))
         rates["step"].append(bench.work("step", 0))
     medians = {part: statistics.median(found) for part, found in rates.items()}
@@ -202,7 +205,23 @@ def training(bench: Bench, rounds: int) -> Iterator[Line]:
     }
 
 
-JOBS = {"start": start, "caption": caption, "embed": embedding, "train": training}
+def logged(config: str, run: Path, settings: Line, environment: dict[str, str]) -> dict[int, float]:
+    """When a training's steps were logged, by `time.perf_counter`."""
+    lines: dict[int, float] = {}
+    command = [sys.executable, "train.py", f"--config={config}", f"--workdir={run}"]
+    command += [f"--config.{name}={value}" for name, value in settings.items()]
+    process = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=subprocess.DEVNULL)
+    while process.poll() is None:
+        time.sleep(0.01)
+        text = (run / "metrics.jsonl").read_text() if (run / "metrics.jsonl").exists() else ""
+        for line in text.splitlines():
+            lines.setdefault(json.loads(line)["step"], time.perf_counter())
+    if process.returncode:
+        raise RuntimeError("train.py has failed: see above")
+    return lines
+
+
+JOBS = {"start": start, "demo": demo, "caption": caption, "embed": embedding, "train": training}
 
 
 def dtype() -> Any:

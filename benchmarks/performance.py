@@ -230,6 +230,9 @@ def starts(lines: Lines) -> Iterator[str]:
     if "start/first" in lines:
         first, second = (f"{lines[f'start/{name}']['seconds']:.1f} s" for name in ("first", "second"))
         yield f"`clipcap caption` of one photo, ViT-B/32 and GPT-2, took {first}, and {second} with its programs kept."
+    if line := lines.get("start/demo"):
+        least, most = (f"{seconds:.1f}" for seconds in line["spread"])
+        yield f"The first step of the demo, of the config `shapes` from nothing, came after {least} to {most} s."
 
 
 def history(lines: Lines, commits: Sequence[str]) -> Iterator[str]:

@@ -61,11 +61,14 @@ def test_jobs() -> None:
         "train": trained,
         "start/first": {"seconds": 12.14},
         "start/second": {"seconds": 7.51},
+        "start/demo": {"seconds": 14.3, "spread": [14.2, 14.5]},
     }
     caption, train = performance.job_rows(lines)
     assert caption[1:] == ["6.27", "4.53 to 8.01", "428", "8.25", "76%"]
     assert train[1:] == ["13.5", "13.2 to 13.8", "", "14.5", "93%"]
-    assert "took 12.1 s, and 7.5 s with" in "".join(performance.starts(lines))
+    one, demo = performance.starts(lines)
+    assert "took 12.1 s, and 7.5 s with" in one
+    assert "came after 14.2 to 14.5 s" in demo
 
 
 def test_history(tmp_path: Path) -> None:
