@@ -13,6 +13,8 @@ from typing import Any, NoReturn
 PATIENCE = 3.0  # seconds that the main thread has to be back in Python
 _back = threading.Event()  # it was, and has heard of the signal
 
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
 Handlers = dict[int, Any]
 
 
@@ -84,10 +86,12 @@ def _end_soon(number: int) -> None:
 def _once_more(dropped: Any) -> None:
     """Python drops what is raised while it collects garbage: the signal comes again when it has."""
     error = dropped.exc_value
-    status = 130 if isinstance(error, KeyboardInterrupt) else getattr(error, "code", None)
-    if isinstance(status, int) and status > 128:
-        threading.Timer(0.1, signal.pthread_kill, (threading.main_thread().ident, status - 128)).start()
-    else:
+    came = [signal.SIGINT] if isinstance(error, KeyboardInterrupt) else []
+    if isinstance(error, SystemExit):
+        came = [number for number in _SIGNALS if error.code == 128 + number]
+    for number in came:
+        threading.Timer(0.1, signal.pthread_kill, (threading.main_thread().ident, number)).start()
+    if not came:
         sys.__unraisablehook__(dropped)
 
 
@@ -95,8 +99,7 @@ def _once_more(dropped: Any) -> None:
 def _handled(handler: Callable[[Any], Any]) -> Iterator[Handlers]:
     """With a handler for each signal, made from the one before, all of which it gives; but for those that are ignored,
     as nohup has it."""
-    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    previous: Handlers = {number: found for number in signals if (found := signal.getsignal(number)) != signal.SIG_IGN}
+    previous: Handlers = {number: found for number in _SIGNALS if (found := signal.getsignal(number)) != signal.SIG_IGN}
     for number, found in previous.items():
         signal.signal(number, handler(found))
     try:
@@ -115,7 +118,7 @@ def _listened(answer: Callable[[int], None]) -> Iterator[None]:
 
     def listen() -> None:
         while number := heard.recv(1):
-            if number[0] in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if number[0] in _SIGNALS:
                 answer(number[0])
 
     thread = threading.Thread(target=listen, daemon=True)
