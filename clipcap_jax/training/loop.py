@@ -71,7 +71,6 @@ def train(config: Config, folder: str | Path, console: Console | None = None, wa
         if cluster.is_main():
             settings.write(folder, config)
         done = _take_steps(run, state, folder, checkpoints, hold, console, wandb)
-        checkpoints.wait()
     if done < run.total:
         told = f"Stopped after step {done} of {run.total}. `clipcap train --workdir={folder}` goes on from there."
         console.print(told, soft_wrap=True)
@@ -134,6 +133,7 @@ def _take_steps(
                     hold.check()
                     log.keep()
                     _save(run, step, state, list(monitor.losses), checkpoints, scores)
+        checkpoints.wait()  # before the log is closed, which tells whether the training failed
     return step
 
 

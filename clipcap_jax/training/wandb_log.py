@@ -53,6 +53,7 @@ class WandbLog(NoLog):
 
     def __init__(self, log: NoLog, project: str, run: Path, config: Config, console: Console):
         self._log, self._console = log, console
+        self._handled = sys.exception()  # what the caller may be handling
         self._run: Any = None
         self._wandb = wandb = importlib.import_module("wandb")
         options = {
@@ -92,7 +93,7 @@ class WandbLog(NoLog):
     def close(self) -> None:
         self._log.close()
         if run := self._run:
-            failed = sys.exception() is not None  # which closes this
+            failed = sys.exception() is not self._handled  # which closes this
             # In a thread, as a service that is away is waited for without an end.
             finish = threading.Thread(target=self._finish, args=(run, int(failed)), daemon=True)
             finish.start()

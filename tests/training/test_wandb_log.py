@@ -15,9 +15,10 @@ import pytest
 import tiny
 from tiny import Clipcap, make_config
 
+from clipcap_jax.checkpoints import store
 from clipcap_jax.errors import UserError
 from clipcap_jax.progress import screen
-from clipcap_jax.training import loop, wandb_log
+from clipcap_jax.training import wandb_log
 from clipcap_jax.training.logs import NoLog
 from clipcap_jax.training.wandb_log import WandbLog, check
 
@@ -167,7 +168,7 @@ def test_a_training_that_fails(
     clipcap: Clipcap, service: Service, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The service shows it as such."""
-    monkeypatch.setattr(loop, "_save", mock.Mock(side_effect=UserError("the disk is full")))
+    monkeypatch.setattr(store.Checkpoints, "wait", mock.Mock(side_effect=UserError("the disk is full")))
     command = ["train", f"--config={tiny.__file__}", f"--workdir={tmp_path}", f"--config.data.data_dir={data_dir}"]
     assert clipcap(*command, "--config.train.epochs=1", "--wandb=mine") == 2
     assert service.exit_codes == [1]
