@@ -67,6 +67,24 @@ def test_a_signal_that_python_drops_comes_again(number: signal.Signals) -> None:
     assert (process.returncode, printed, errors) == (128 + number, "clean\n", "Stopped.\n")
 
 
+def test_other_exceptions_that_python_drops() -> None:
+    main = "class Garbage:\n  def __del__(self): raise error\n"
+    for error in ("ValueError('bad')", "SystemExit(255)"):
+        with running(f"error = {error}\n{main}ready(); Garbage(); time.sleep(0.5)") as process:
+            _, errors = process.communicate(timeout=60)
+        assert process.returncode == 0
+        assert errors.startswith("Exception ignored in: ")
+        assert error.replace("(", ": ").strip(")").replace("'", "") in errors
+
+
+def test_a_mistake_waits_for_no_thread_that_compiles() -> None:
+    main = "from concurrent import futures\nfrom clipcap_jax.errors import UserError\nready()\n"
+    main += "futures.ThreadPoolExecutor(1, 'parameters').submit(time.sleep, 600)\nraise UserError('bad')"
+    with running(main) as process:
+        _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (2, "Error: bad\n")
+
+
 def test_asked_to_stop_it_answers_at_once_and_a_second_time_ends() -> None:
     with running("with signals.stop(lambda: print('answer', flush=True)): compile()") as process:
         assert process.stdout is not None

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import difflib
 import errno
+import functools
 import io
 import os
 import sys
@@ -36,15 +37,22 @@ def spellings(name: str) -> list[str]:
 def refuse(arguments: argparse.Namespace, others: Sequence[str], settings: Sequence[str] = ()) -> NoReturn:
     """End the program, with how its command is called, as that does not take these; `settings`: those it takes."""
     parser: argparse.ArgumentParser = arguments.parser
-    hint, name = "", others[0].partition("=")[0]
-    if name[:1] != "-":
-        hint = f": the run's folder is --workdir={name}" if "workdir" in arguments else ""
-    elif close := (
-        [setting for setting in settings if setting.rpartition(".")[2] == name.strip("-").replace("-", "_")]
-        or difflib.get_close_matches(name, parser._option_string_actions, n=1)
-    ):
-        hint = f": did you mean {' or '.join(close)}?"
+    hint = ""
+    if others[0][:1] != "-":
+        hint = f": the run's folder is --workdir={others[0]}" if "workdir" in arguments else ""
+    elif meant := _meant(others[0].partition("=")[0], list(parser._option_string_actions), settings):
+        hint = f": did you mean {' or '.join(meant)}?"
     parser.error(f"unrecognized arguments: {' '.join(others)}{hint}")
+
+
+def _meant(name: str, options: Sequence[str], settings: Sequence[str]) -> list[str]:
+    """The settings that end like an option that there is not, or else what is written much like it."""
+    end = name.strip("-").replace("-", "_")
+    close = functools.partial(difflib.get_close_matches, n=1, cutoff=0.75)
+    if found := [setting for setting in settings if setting.endswith(f".{end}")] or close(name, options):
+        return found
+    ends = close(end, [setting.rpartition(".")[2] for setting in settings])
+    return [setting for setting in settings if setting.rpartition(".")[2] in ends]
 
 
 def add_cluster_options(command: argparse.ArgumentParser) -> None:
@@ -137,8 +145,8 @@ def run_script(main: Callable[[], Any], *, debug: bool = False) -> None:
         if debug:
             traceback.print_exc()
         screen(stderr=True).print(Text.assemble(("Error:", "red"), f" {error}"), soft_wrap=True)
-        if any(type(thread).__module__.startswith("orbax.") for thread in threading.enumerate()):
-            os._exit(2)  # after a save that failed, they wait ten minutes for what it was to make
+        if any(map(_is_waited_for, threading.enumerate())):
+            signals.leave(2)
         sys.exit(2)
     except (KeyboardInterrupt, SystemExit) as ended:
         status = ended.code if isinstance(ended, SystemExit) else 130
@@ -146,6 +154,12 @@ def run_script(main: Callable[[], Any], *, debug: bool = False) -> None:
             raise
         screen(stderr=True).print("Stopped.")
         signals.leave(status)
+
+
+def _is_waited_for(thread: threading.Thread) -> bool:
+    """Whether Python would wait at its end for what nobody needs any more: a thread that compiles, or one of Orbax's,
+    which after a save that failed wait ten minutes for what it was to make."""
+    return type(thread).__module__.startswith("orbax.") or thread.name.startswith(("compiler", "parameters"))
 
 
 @contextlib.contextmanager

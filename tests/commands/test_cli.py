@@ -208,8 +208,9 @@ def test_alone_it_shows_how_it_is_called(clipcap: Clipcap, capsys: pytest.Captur
     ("arguments", "usage", "hint"),
     [
         (("caption", "run", "a.png", "--beam_size", "3"), "usage: clipcap caption ", "did you mean --beam-size?"),
-        (("prepare", "shapes", "--beam-size", "3"), "usage: clipcap prepare shapes ", "did you mean --beam?"),
+        (("prepare", "shapes", "--beam-size", "3"), "usage: clipcap prepare shapes ", "--beam-size 3\n"),
         (("evaluate", "--workdir=x", "--beam_sise=3"), "usage: clipcap evaluate ", "did you mean --beam_size?"),
+        (("train", "--beam_sise=3"), "usage: clipcap train ", "mean --config.evaluate.decode.beam_size?"),
         (("train", "--batch-size", "3"), "usage: clipcap train ", "did you mean --config.evaluate.batch_size or"),
     ],
 )
