@@ -158,7 +158,7 @@ def train(
     if values is not None:
         config_files.change(values, _arguments(settings))
 
-    from clipcap_jax import cluster, datasets  # which takes seconds
+    from clipcap_jax import cluster  # which takes seconds
     from clipcap_jax import config as config_lib
     from clipcap_jax.checkpoints import settings as stored
     from clipcap_jax.checkpoints import store
@@ -174,7 +174,7 @@ def train(
     chosen, console = config_lib.from_dict(values.to_dict()), console or screen()
     if chosen.data.name == "shapes":  # drawn rather than downloaded, so nobody needs to ask for it
         with cluster.in_turn():
-            console.print(datasets.prepare_shapes(chosen.data.data_dir, processes=processes))
+            console.print(prepare("shapes", chosen.data.data_dir, processes=processes))
     with without_warnings():
         loop.train(chosen, run, console, wandb)
     return run

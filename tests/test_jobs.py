@@ -63,7 +63,9 @@ def test_several_processes_draw(
     assert "the disk is full" in capsys.readouterr().err
     with pytest.raises(UserError, match="the disk is full"):
         clipcap_jax.train("shapes", tmp_path / "run", {"data.data_dir": str(tmp_path)})
-    assert drawn.mock_calls == [mock.call(str(tmp_path), processes=processes) for processes in (7, 1)]
+    assert drawn.mock_calls == [mock.call(str(tmp_path), processes=processes, beam=None) for processes in (7, 1)]
+    with pytest.raises(UserError, match="processes is 0"):
+        clipcap_jax.train("shapes", tmp_path / "run", {"data.data_dir": str(tmp_path)}, processes=0)
 
 
 def test_a_run_goes_on(embeddings_run: Path, tmp_path: Path) -> None:

@@ -165,7 +165,7 @@ def run(writer: Writer, indices: Sequence[int], processes: int) -> Generator[tup
         except concurrent.futures.process.BrokenProcessPool:
             raise UserError(
                 "One of the processes that prepare was killed, perhaps for want of memory. The same command goes on "
-                "from where they were; with fewer --processes it needs less."
+                "from where they were; `clipcap prepare` with fewer --processes needs less."
             ) from None
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)

@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import json
+import logging
 import os
 import random
 import re
@@ -113,6 +114,8 @@ def serve(captioners: Mapping[str, Captioner], listening: socket.socket) -> None
                 executor.submit(server.run, sockets=[listening]).result()
             finally:
                 server.should_exit = True
+                # Who still has the page open is cut off, which is no error.
+                logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
 
 
 @contextlib.contextmanager
