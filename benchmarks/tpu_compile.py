@@ -173,15 +173,15 @@ def validation(sizes: str, rows: int) -> Program:
     )
 
 
-def captioning(sizes: str, clip: str | None) -> Program:
-    model = programs.captioner("mlp", sizes, clip)
+def captioning(sizes: str, clip: str | None, dtype: programs.Dtype = "bfloat16") -> Program:
+    model = programs.captioner("mlp", sizes, clip, dtype=dtype)
     length = min(LENGTH, model.config.gpt2.positions - model.config.mapper.prefix_length)
     return Program(
         programs.best_captions(model, BEAMS, length),
         functools.partial(parallel.mapped, in_axes=(None, 0)),
         (programs.param_shapes(model),),
         pictures(clip) if clip else jax.ShapeDtypeStruct((PICTURES, programs.EMBEDDING), "float32"),
-        {"rows": PICTURES, "clip": clip, "beams": BEAMS, "tokens": length, "dtype": "bfloat16"},
+        {"rows": PICTURES, "clip": clip, "beams": BEAMS, "tokens": length, "dtype": dtype},
         steps=length - 1,
     )
 
