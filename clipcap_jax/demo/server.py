@@ -10,7 +10,6 @@ import re
 import socket
 import tempfile
 from collections.abc import Iterator, Mapping
-from concurrent import futures
 from pathlib import Path
 from typing import Any
 
@@ -107,15 +106,9 @@ def serve(captioners: Mapping[str, Captioner], listening: socket.socket) -> None
         )
         config = uvicorn.Config(Gate(app, uploads), log_level="warning", timeout_graceful_shutdown=1)
         server = uvicorn.Server(config)
-        # In a thread, where it leaves signals to this one: in the main one it would catch them, and raise them again
-        # when it has ended.
-        with futures.ThreadPoolExecutor(1) as executor:
-            try:
-                executor.submit(server.run, sockets=[listening]).result()
-            finally:
-                server.should_exit = True
-                # Who still has the page open is cut off, which is no error.
-                logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+        # Who still has the page open in the end is cut off, which is no error.
+        logging.getLogger("uvicorn.error").addFilter(lambda _: not server.should_exit)
+        server.run(sockets=[listening])
 
 
 @contextlib.contextmanager
