@@ -79,7 +79,7 @@ def test_other_exceptions_that_python_drops() -> None:
 
 def test_a_mistake_waits_for_no_thread_that_compiles() -> None:
     main = "from concurrent import futures\nfrom clipcap_jax.errors import UserError\nready()\n"
-    main += "futures.ThreadPoolExecutor(1, 'parameters').submit(time.sleep, 600)\nraise UserError('bad')"
+    main += "futures.ThreadPoolExecutor(1, 'compiler').submit(time.sleep, 600)\nraise UserError('bad')"
     with running(main) as process:
         _, errors = process.communicate(timeout=60)
     assert (process.returncode, errors) == (2, "Error: bad\n")

@@ -159,7 +159,7 @@ def run_script(main: Callable[[], Any], *, debug: bool = False) -> None:
 def _is_waited_for(thread: threading.Thread) -> bool:
     """Whether Python would wait at its end for what nobody needs any more: a thread that compiles, or one of Orbax's,
     which after a save that failed wait ten minutes for what it was to make."""
-    return type(thread).__module__.startswith("orbax.") or thread.name.startswith(("compiler", "parameters"))
+    return type(thread).__module__.startswith("orbax.") or thread.name.startswith("compiler")
 
 
 @contextlib.contextmanager

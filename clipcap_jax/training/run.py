@@ -164,7 +164,7 @@ def _begin_params(config: Config, model: ClipCap, width: int) -> futures.Future[
     """Begin to make the parameters that nothing gives, as to compile their program takes as long as to tokenise."""
     pretrained = dataclasses.asdict(config.train.pretrained)
     without = [part for part, source in pretrained.items() if source]
-    executor = futures.ThreadPoolExecutor(1, thread_name_prefix="parameters")
+    executor = futures.ThreadPoolExecutor(1, thread_name_prefix="compiler")
     begun = executor.submit(init_params, model, width, config.train.seed, without)
     executor.shutdown(wait=False)
     return begun
